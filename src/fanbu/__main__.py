@@ -1,0 +1,5 @@
+"""``python -m fanbu``."""
+
+from fanbu.cli import main
+
+main()

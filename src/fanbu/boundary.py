@@ -1,0 +1,44 @@
+"""The only door between an owner and the centre. What a domain does not share is refused before it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fanbu.contribution import Contribution, check_contribution, write_contribution
+from fanbu.errors import BoundaryError
+from fanbu.types import Share
+
+
+def cross(contribution: Contribution, share: Share, out: Path) -> Contribution:
+    """Checks a contribution against what its domain shares, then writes it to ``out``.
+
+    Looks at what is in it (texts, labels, kind, privacy cost), not at what its method says of it. Raises
+    BoundaryError before anything is written.
+    """
+    check_contribution(contribution)
+    reason = refusal(contribution, share)
+    if reason:
+        raise BoundaryError(
+            "not-shared",
+            f"{contribution.domain} does not share this: {reason}",
+            allowed=share.as_dict(),
+            got=f"{contribution.kind} from {contribution.method}",
+            remedy="choose a method that needs less, or widen `share` of this domain with its owner's consent",
+        )
+    return write_contribution(contribution, out)
+
+
+def refusal(contribution: Contribution, share: Share) -> str | None:
+    """Why a contribution may not cross; None where it may."""
+    if contribution.kind not in share.kinds:
+        return f"{contribution.kind} stay with their owner"
+    if not share.texts and any("text" in row for row in contribution.rows):
+        return "texts stay with their owner"
+    if not share.labels and any("label" in row for row in contribution.rows):
+        return "labels stay with their owner"
+    if share.private and contribution.kind == "scores":
+        return "of a private domain only paired counts cross" if contribution.tensors else None
+    needs_noise = contribution.kind == "predictions" or "labels" in contribution.meta
+    if share.private and needs_noise and contribution.epsilon is None:
+        return f"{contribution.kind} of a private domain need a privacy cost (epsilon), and {contribution.method} adds no noise"
+    return None

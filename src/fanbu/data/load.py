@@ -1,0 +1,136 @@
+"""Rows from JSONL, CSV, TSV, Parquet (each also gzipped where that is text) or a ``datasets`` name."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fanbu.errors import DataError, UsageError
+
+MAX_TEXT = 1_000_000
+COLUMNS = {"text": "text", "label": "label", "id": "id"}
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "and .jsonl.gz, .csv.gz, .tsv.gz")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was read: ``label`` is None where there is none."""
+
+    id: str
+    text: str
+    label: str | None
+
+
+def load_rows(source: str, columns: Mapping[str, str] | None = None, *, labelled: bool = True) -> list[RawRow]:
+    """Reads all rows of a file, or of ``datasets:NAME[/CONFIG]:SPLIT``.
+
+    ``columns`` maps ``text``, ``label`` and ``id`` to the names that the file uses; without an id column, the
+    row's number is its id. Raises DataError that names the file and the row.
+    """
+    names = {**COLUMNS, **(columns or {})}
+    unknown = set(names) - set(COLUMNS)
+    if unknown:
+        raise UsageError("column-map", "unknown key in columns", allowed=COLUMNS, got=unknown, remedy="remove it")
+    rows = []
+    for number, record in enumerate(_records(source)):
+        text, label = record.get(names["text"]), record.get(names["label"])
+        where = f"row {number + 1} of {source}"
+        if not isinstance(text, str):
+            raise _column(where, names["text"], record)
+        if len(text) > MAX_TEXT:
+            raise DataError(
+                "text-too-long", f"{where} is too long", allowed=f"{MAX_TEXT} characters", got=len(text), remedy="cut it"
+            )
+        if labelled and (label is None or label == "" or label != label):
+            raise _column(where, names["label"], record)
+        rows.append(RawRow(str(record.get(names["id"], number)), text, None if label is None else str(label)))
+    return rows
+
+
+def _column(where: str, column: str, record: Mapping[str, Any]) -> DataError:
+    return DataError(
+        "column-missing",
+        f"{where} has no usable {column!r}",
+        allowed="a text, and a label where labels are needed",
+        got=f"columns {sorted(map(str, record))}",
+        remedy="name the right columns under `columns: {text: ..., label: ...}`, or remove the row",
+    )
+
+
+def _records(source: str) -> Iterator[Mapping[str, Any]]:
+    if source.startswith("datasets:"):
+        yield from _hub(source)
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError("data-not-found", f"no file {path}", allowed=FORMATS, got=source, remedy="check the path")
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        elif suffix == ".jsonl":
+            yield from _jsonl(path)
+        elif suffix == ".json":
+            records = json.loads(_text(path))
+            if not isinstance(records, list):
+                raise ValueError("not a list of objects")
+            yield from records
+        elif suffix in {".csv", ".tsv"}:
+            yield from csv.DictReader(_text(path).splitlines(), delimiter="\t" if suffix == ".tsv" else ",")
+        else:
+            raise DataError("data-format", f"{path} is in no known format", allowed=FORMATS, remedy="convert it")
+    except (ValueError, csv.Error, OSError, EOFError) as error:
+        raise DataError("data-broken", f"{path} cannot be read: {error}", remedy="repair the file") from None
+
+
+def _text(path: Path) -> str:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            "not-utf8",
+            f"{path} is not UTF-8 at line {line}",
+            allowed="UTF-8",
+            got=f"byte {raw[error.start]:#x}",
+            remedy="convert it, for example with: iconv -f latin1 -t utf-8",
+        ) from None
+
+
+def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is not an object")
+            yield record
+
+
+def _hub(source: str) -> Iterator[Mapping[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "extra-missing", f"{source} needs the datasets library", remedy="pip install 'fanbu[datasets]'"
+        ) from None
+    name, _, split = source.removeprefix("datasets:").rpartition(":")
+    if not name:
+        raise UsageError("data-name", f"{source} names no split", allowed="datasets:NAME:SPLIT", remedy="add :train")
+    config = None
+    if name.count("/") == 2:
+        name, _, config = name.rpartition("/")
+    try:
+        yield from datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises many kinds
+        raise DataError("data-not-found", f"{source}: {error}", remedy="check name, split and connection") from None

@@ -1,0 +1,203 @@
+"""A Domain: one industry's task, its rows, and what of it may leave its owner. A Specialist: a Model with its Domain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from fanbu.data.check import check_labels, check_split, without_overlap
+from fanbu.data.load import RawRow, load_rows
+from fanbu.data.split import cap, carve
+from fanbu.data.standard_library import function_bodies
+from fanbu.errors import DataError, UsageError
+from fanbu.model import Model
+from fanbu.types import PRESETS, TASKS, Share, Task, digest
+
+Role = Literal["feeds", "guard"]
+METRICS = {"text-classification": ("accuracy",), "causal-lm": ("loss",)}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of one split; ``labels`` are indices into the domain's label names, None where there are none."""
+
+    ids: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    labels: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over ids, texts and labels."""
+        return digest([self.ids, self.texts, self.labels])
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One industry's task. ``role`` is ``guard`` for a domain that feeds nothing and only must not get worse."""
+
+    name: str
+    task: Task
+    labels: tuple[str, ...]
+    train: Rows
+    valid: Rows
+    test: Rows
+    unlabelled: Rows
+    metric: str
+    share: Share
+    role: Role = "feeds"
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything that can change a result."""
+        splits = [r.digest for r in (self.train, self.valid, self.test, self.unlabelled)]
+        return digest([self.name, self.task, self.labels, splits, self.metric, self.share.as_dict(), self.role])
+
+    @property
+    def full_labels(self) -> tuple[str, ...]:
+        """Label names as the union head knows them: ``domain/label``."""
+        return tuple(f"{self.name}/{label}" for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Specialist:
+    """A Model with its Domain, and the Model it came from."""
+
+    model: Model
+    domain: Domain
+    origin: Model | None = None
+
+
+Source = str | float | None
+
+
+def load_domain(
+    name: str,
+    *,
+    train: Source = None,
+    valid: Source = 0.1,
+    test: Source = None,
+    unlabelled: str | None = None,
+    python: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    task: Task = "text-classification",
+    metric: str | None = None,
+    share: Share | str = "open",
+    limit: Mapping[str, int] | None = None,
+    role: Role = "feeds",
+) -> Domain:
+    """Loads and checks one domain.
+
+    Splits are files (or ``datasets:NAME:SPLIT``); ``valid`` and ``test`` may be a number in (0, 1), the share that
+    is carved out of train by hash. ``python`` takes an area of Python's standard library instead of files.
+    ``labels`` renames raw labels (a list for numbers, a mapping for names). ``limit`` caps the rows of a split.
+    Training rows whose text is also in valid or test are left out, and the warning says how many.
+    Raises DataError for rows that cannot be used and UsageError for arguments that cannot be meant.
+    """
+    _check_arguments(name, task, metric, train, python, test)
+    raw = _read(name, train, valid, test, unlabelled, python, columns, task, limit or {}, role)
+    warnings = list(_overlap(name, raw))
+    for split in ("train", "valid", "test"):
+        if raw[split] or role == "feeds" or split == "test":
+            check_split(name, split, raw[split])
+    if task == "text-classification":
+        raw = {split: _renamed(rows, labels) for split, rows in raw.items()}
+        if role == "feeds":
+            check_labels(name, raw["train"], {s: raw[s] for s in ("valid", "test")})
+    names = sorted({r.label for s in ("train", "valid", "test") for r in raw[s] if r.label is not None})
+    index = {label: number for number, label in enumerate(names)} if task == "text-classification" else None
+    splits = {split: _columns(rows, index if split != "unlabelled" else None) for split, rows in raw.items()}
+    if isinstance(share, str):
+        if share not in PRESETS:
+            raise UsageError("unknown-preset", f"{name}: share", allowed=sorted(PRESETS), got=share, remedy="take one")
+        share = PRESETS[share]
+    return Domain(
+        name, task, tuple(names) if index else (), splits["train"], splits["valid"], splits["test"],
+        splits["unlabelled"], metric or METRICS[task][0], share, role, tuple(warnings),
+    )  # fmt: skip
+
+
+def _check_arguments(
+    name: str, task: str, metric: str | None, train: Source, python: str | None, test: Source
+) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            "domain-name", "a domain's name", allowed="letters, digits, _ . - (64 at most)", got=name, remedy="rename it"
+        )
+    if task not in TASKS:
+        raise UsageError("unknown-task", f"{name}: task", allowed=TASKS, got=task, remedy="take one of these")
+    if metric is not None and metric not in METRICS[task]:
+        raise UsageError("unknown-metric", f"{name}: metric", allowed=METRICS[task], got=metric, remedy="take one")
+    if python is None and test is None:
+        raise UsageError(
+            "no-test",
+            f"{name} has no test rows",
+            allowed="test: a file, or a share of train such as 0.2",
+            remedy="name them: without test rows no judge can decide",
+        )
+    if python is None and train is None and not isinstance(test, str):
+        raise UsageError("no-train", f"{name} has no training rows", remedy="name a file under train")
+
+
+def _read(
+    name: str, train: Source, valid: Source, test: Source, unlabelled: str | None, python: str | None,
+    columns: Mapping[str, str] | None, task: Task, limit: Mapping[str, int], role: Role,
+) -> dict[str, list[RawRow]]:  # fmt: skip
+    labelled = task == "text-classification"
+    raw: dict[str, list[RawRow]] = {}
+    if python is not None:
+        raw["train"], test, valid = list(function_bodies(python)), test or 0.2, valid or 0.1
+    else:
+        raw["train"] = load_rows(str(train), columns, labelled=labelled) if isinstance(train, str) else []
+    # test first, then valid: a smaller valid share never moves a row into or out of test
+    for split, source in (("test", test), ("valid", valid)):
+        if isinstance(source, str):
+            raw[split] = load_rows(source, columns, labelled=labelled)
+        elif source is None or role == "guard" and split == "valid":
+            raw[split] = []
+        elif 0 < source < 1:
+            raw["train"], raw[split] = carve(raw["train"], source, f"{name}/{split}")
+        else:
+            raise UsageError("split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source, remedy="fix")
+    raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
+    unknown = set(limit) - set(raw)
+    if unknown:
+        raise UsageError("unknown-split", f"{name}: limit", allowed=sorted(raw), got=unknown, remedy="fix the name")
+    return {split: cap(rows, limit.get(split), f"{name}/{split}") for split, rows in raw.items()}
+
+
+def _overlap(name: str, raw: dict[str, list[RawRow]]) -> list[str]:
+    """Leaves training and unlabelled rows out whose text is in test (or valid), and says so."""
+    warnings = []
+    for split, held in (("valid", "test"), ("train", "test"), ("train", "valid"), ("unlabelled", "test")):
+        kept = without_overlap(raw[split], raw[held])
+        if lost := len(raw[split]) - len(kept):
+            warnings.append(f"{name}: {lost} rows of {split} whose text is also in {held} were left out of {split}")
+            raw[split] = kept
+    return warnings
+
+
+def _renamed(rows: Sequence[RawRow], labels: Sequence[str] | Mapping[str, str] | None) -> list[RawRow]:
+    if labels is None:
+        return list(rows)
+    table = {str(k): v for k, v in (labels.items() if isinstance(labels, Mapping) else enumerate(labels))}
+    missing = {str(r.label) for r in rows if r.label is not None} - set(table)
+    if missing:
+        raise DataError(
+            "label-names", "rows carry labels that `labels` does not name", allowed=sorted(table), got=missing,
+            remedy="name them under labels",
+        )  # fmt: skip
+    return [RawRow(r.id, r.text, None if r.label is None else table[r.label]) for r in rows]
+
+
+def _columns(rows: Sequence[RawRow], index: Mapping[str, int] | None) -> Rows:
+    labels = tuple(index[str(r.label)] for r in rows) if index else None
+    return Rows(tuple(r.id for r in rows), tuple(r.text for r in rows), labels)

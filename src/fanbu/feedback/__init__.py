@@ -1,0 +1,1 @@
+"""Ways back: one file a method, each with ``contribute`` at the owner and ``absorb`` at the centre."""

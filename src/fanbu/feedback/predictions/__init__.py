@@ -1,0 +1,1 @@
+"""Predictions cross: soft labels on a probe set."""

@@ -1,0 +1,132 @@
+"""Knowledge distillation: many specialists teach one large model through soft labels on a probe set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanbu.batches import encode, pad_id
+from fanbu.contribution import Contribution
+from fanbu.domain import Specialist
+from fanbu.errors import FitError
+from fanbu.feedback.predictions._panel import class_panel, token_panel
+from fanbu.heads import check_labels_known, domains_of, final_layer
+from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.objectives import soft_labelled, soft_language
+from fanbu.predict import class_logits, limit, top_tokens
+from fanbu.train import train as train_network
+from fanbu.types import Context, Needs, Train
+
+NEEDS = Needs(kind="predictions", probe=True)
+LINEAR = False
+SENSITIVITY = None
+
+
+def contribute(specialist: Specialist, base: Model, context: Context, *, top_k: int = 64) -> Contribution:
+    """What the specialist says on the probe rows of its own domain and on those of nobody's.
+
+    A classifier sends calibrated probabilities over its own labels, whatever its architecture and vocabulary; a
+    causal model its ``top_k`` likeliest next tokens. With them go its wins and losses against the base on its own
+    validation rows. No text and no label crosses.
+    """
+    if specialist.domain.task == "text-classification":
+        tensors, meta = class_panel(specialist, base, context)
+    else:
+        tensors, meta = token_panel(specialist, base, context, top_k)
+    return Contribution("predictions", specialist.domain.name, "distill", tensors, meta=meta)
+
+
+def absorb(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
+    train: Train = Train(epochs=3, lr=2e-4), top_k: int = 64,
+) -> Model:  # fmt: skip
+    """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
+
+    q(d | x) is 1 for the domain that a probe row is known to come from, else what the base itself thinks. p_d is the
+    specialist's panel where it teaches: it must beat the base on its own domain's validation rows. Everywhere else
+    p_d is the base's own answer (teacher zero), which holds the base where nobody knows better. By the chain rule
+    this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns the next-token
+    distribution of the row's specialist, or its own before training.
+
+    Args:
+        train: how to train; there is no early stopping, since the centre has no labelled rows.
+        top_k: how many next tokens of teacher zero are kept (causal models).
+
+    Raises:
+        FitError: the probe set is empty, or a panel does not belong to it.
+
+    Reference: Hinton et al. 2015; teachers with their own label spaces as in Vongkulbhisal et al. 2019 (UHC).
+    """
+    if not context.probe.rows:
+        raise FitError("no-probe-set", "distill needs a probe set", remedy="name one in the recipe under `probe`")
+    network, tokenizer = load_network(base), load_tokenizer(base)
+    network.to(context.device)
+    teachers = [c for c in contributions if c.meta["wins"] > c.meta["losses"]]
+    sequences = encode(tokenizer, context.probe.texts, limit(network, context))
+    pad, head = pad_id(tokenizer), None
+    if base.task == "text-classification":
+        targets = union_targets(base, network, tokenizer, teachers, context)
+        loss = soft_labelled(sequences, targets, pad, context.device)
+        head = final_layer(network)
+    else:
+        answers = token_targets(network, tokenizer, teachers, context, top_k)
+        loss = soft_language(sequences, answers, pad, context.device)
+    history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
+    made = provenance(
+        "distill", [base], context, train=vars(train), teachers=[c.domain for c in teachers],
+        silent=[c.domain for c in contributions if c not in teachers], steps=history.steps,
+    )  # fmt: skip
+    return save_network(network, tokenizer, out, made)
+
+
+def union_targets(
+    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context
+) -> Tensor:
+    """T [probe rows, union labels] in float16, rows summing to 1."""
+    z = class_logits(network, tokenizer, context.probe.texts, context)
+    targets = z.softmax(1)
+    groups = domains_of(base.labels)
+    for number, row in enumerate(context.probe.rows):
+        if row.domain in groups:  # the domain is known: all mass to its labels
+            columns = groups[row.domain]
+            targets[number] = 0
+            targets[number, columns] = z[number, columns].softmax(0)
+    for c in teachers:
+        check_labels_known(base, c.meta["labels"])
+        columns = [base.labels.index(label) for label in c.meta["labels"]]
+        rows = _probe_rows(c, len(targets))
+        mass = targets[rows][:, groups[c.domain]].sum(1, keepdim=True)
+        targets[rows[:, None], torch.tensor(columns)[None]] = mass * c.tensors["probs"].float()
+    return (targets / targets.sum(1, keepdim=True)).half()
+
+
+def token_targets(
+    network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, top_k: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each probe row the likeliest next tokens and their probabilities: of its specialist, else of the base."""
+    taught: dict[int, tuple[Tensor, Tensor]] = {}
+    probe = context.probe.rows
+    for c in teachers:
+        lengths = [int(n) for n in c.tensors["lengths"]]
+        parts = zip(c.tensors["indices"].split(lengths), c.tensors["probs"].split(lengths), strict=True)
+        for i, part in zip(_probe_rows(c, len(probe)).tolist(), parts, strict=True):
+            if probe[i].domain == c.domain:
+                taught[i] = part
+    rest = [i for i in range(len(probe)) if i not in taught]
+    own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
+    taught |= dict(zip(rest, own, strict=True))
+    return [taught[i] for i in range(len(probe))]
+
+
+def _probe_rows(c: Contribution, count: int) -> Tensor:
+    rows = c.tensors["rows"].long()
+    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < count):
+        raise FitError(
+            "other-probe-set", f"the panel of {c.domain} was made on another probe set",
+            allowed=f"rows 0 to {count - 1}", got=int(rows.max()), remedy="let its owner answer this probe set",
+        )  # fmt: skip
+    return rows

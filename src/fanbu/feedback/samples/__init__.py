@@ -1,0 +1,1 @@
+"""Samples cross: labelled or unlabelled rows."""

@@ -1,0 +1,66 @@
+"""Multi-task learning: owners send labelled rows, the centre trains on all of them jointly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fanbu.batches import encode, pad_id
+from fanbu.contribution import Contribution
+from fanbu.domain import Specialist
+from fanbu.heads import check_labels_known, final_layer
+from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.objectives import labelled, language
+from fanbu.predict import limit
+from fanbu.train import train as train_network
+from fanbu.types import Context, Needs, Train
+
+NEEDS = Needs(kind="samples", texts=True, labels=True)
+LINEAR = False
+SENSITIVITY = None
+
+
+def contribute(specialist: Specialist, base: Model, context: Context) -> Contribution:
+    """The domain's training rows: texts with their labels (texts alone for a causal model)."""
+    domain = specialist.domain
+    labels = domain.train.labels
+    rows = [
+        {"text": text} if labels is None else {"text": text, "label": domain.full_labels[labels[i]]}
+        for i, text in enumerate(domain.train.texts)
+    ]
+    return Contribution("samples", domain.name, "multitask", rows=rows)
+
+
+def absorb(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
+    train: Train = Train(epochs=3, lr=1.5e-4),
+) -> Model:  # fmt: skip
+    """Trains the base on the rows of all domains: cross-entropy over the union head, which is cross-entropy over
+    domains plus cross-entropy within the domain (``fanbu.losses``); next-token loss for a causal model.
+
+    It sees everything, so it is the reference that other ways are measured by, where all share their rows.
+
+    Args:
+        train: how to train; there is no early stopping, since the centre has no validation rows.
+
+    Raises:
+        IntegrityError: a row's label is not in the base's head.
+
+    Reference: Caruana 1997, "Multitask learning".
+    """
+    rows = [row for c in contributions for row in c.rows]
+    network, tokenizer = load_network(base), load_tokenizer(base)
+    network.to(context.device)
+    sequences = encode(tokenizer, [row["text"] for row in rows], limit(network, context))
+    pad, head = pad_id(tokenizer), None
+    if base.task == "text-classification":
+        check_labels_known(base, sorted({row["label"] for row in rows}))
+        numbers = {label: i for i, label in enumerate(base.labels)}
+        loss = labelled(sequences, [numbers[row["label"]] for row in rows], pad, context.device)
+        head = final_layer(network)
+    else:
+        loss = language(sequences, pad, context.device)
+    history = train_network(network, [len(s) for s in sequences], loss, train, context, "multitask", head=head)
+    domains = [c.domain for c in contributions]
+    made = provenance("multitask", [base], context, train=vars(train), domains=domains, steps=history.steps)
+    return save_network(network, tokenizer, out, made)

@@ -1,0 +1,1 @@
+"""Statistics cross: probe heads."""

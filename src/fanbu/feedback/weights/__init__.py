@@ -1,0 +1,1 @@
+"""Weights cross: task vectors."""

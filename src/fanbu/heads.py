@@ -1,0 +1,252 @@
+"""The label head of one plain checkpoint for many domains.
+
+``id2label`` is the union of the domains' labels, written ``domain/label``; a domain restricts the logits to its own
+rows (told), or nothing is restricted and the model finds the domain itself (untold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fanbu.errors import FitError, IntegrityError
+from fanbu.model import Model, load_strictly
+from fanbu.types import Context
+
+_PATHS = ("classifier.out_proj", "classifier", "score")
+_POOLED = 0.05  # tanh stays linear: |tanh(x) - x| < 1% of x below 0.17
+_MEAN = 30.0  # how far the mean outweighs the residual of the first token
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows of a label head: names ``domain/label``, weight_lh [labels, hidden], bias_l [labels]."""
+
+    labels: tuple[str, ...]
+    weight_lh: Tensor
+    bias_l: Tensor
+
+    def take(self, labels: Sequence[str]) -> Head:
+        """The rows of some labels, in the order given."""
+        index = [self.labels.index(label) for label in labels]
+        return Head(tuple(labels), self.weight_lh[index], self.bias_l[index])
+
+
+def domains_of(labels: Sequence[str]) -> dict[str, list[int]]:
+    """Row numbers by domain, in the order of first appearance."""
+    rows: dict[str, list[int]] = {}
+    for number, label in enumerate(labels):
+        domain, slash, _ = label.partition("/")
+        if slash:
+            rows.setdefault(domain, []).append(number)
+    return rows
+
+
+def final_layer(network: nn.Module) -> nn.Linear:
+    """The linear layer that makes the logits."""
+    for path in _PATHS:
+        try:
+            layer = network.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(layer, nn.Linear):
+            return layer
+    raise FitError(
+        "no-label-head", f"{type(network).__name__} has no linear label head", allowed=_PATHS,
+        remedy="use an architecture whose sequence classifier ends in a linear layer",
+    )  # fmt: skip
+
+
+def replace_final_layer(network: nn.Module, layer: nn.Module) -> None:
+    """Puts another module in the place of the final layer."""
+    old = final_layer(network)
+    for path in _PATHS:
+        parent, _, name = path.rpartition(".")
+        try:
+            if network.get_submodule(path) is old:
+                setattr(network.get_submodule(parent), name, layer)
+                return
+        except AttributeError:
+            continue
+
+
+def get_head(network: Any) -> Head:
+    """The network's label rows; a head without bias has zeros."""
+    layer = final_layer(network)
+    labels = tuple(network.config.id2label[i] for i in range(layer.out_features))
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
+    return Head(labels, layer.weight.detach().clone(), bias)
+
+
+def set_head(network: Any, head: Head) -> None:
+    """Gives the network these label rows and names them in its config."""
+    old = final_layer(network)
+    layer = nn.Linear(old.in_features, len(head.labels), bias=old.bias is not None)
+    with torch.no_grad():
+        layer.weight.copy_(head.weight_lh)
+        if layer.bias is not None:
+            layer.bias.copy_(head.bias_l)
+    replace_final_layer(network, layer)
+    network.config.id2label = dict(enumerate(head.labels))
+    network.config.label2id = {label: number for number, label in enumerate(head.labels)}
+    network.config.num_labels = len(head.labels)
+    network.config.problem_type = "single_label_classification"
+    network.num_labels = len(head.labels)
+
+
+def join(heads: Sequence[Head]) -> Head:
+    """All rows in one head, domains by name. A domain's rows are copied bit for bit; each domain may come once."""
+    rows: dict[str, Head] = {}
+    for head in heads:
+        for domain, numbers in domains_of(head.labels).items():
+            if domain in rows:
+                raise FitError(
+                    "domain-twice", f"two heads bring rows for domain {domain!r}", remedy="give each domain one owner"
+                )
+            rows[domain] = head.take([head.labels[n] for n in numbers])
+    parts = [rows[domain] for domain in sorted(rows)]
+    return Head(
+        tuple(label for p in parts for label in p.labels),
+        torch.cat([p.weight_lh for p in parts]),
+        torch.cat([p.bias_l for p in parts]),
+    )
+
+
+def replace_rows(head: Head, new: Sequence[Head]) -> Head:
+    """``head`` with the domains of ``new`` put in the place of its own, all other rows untouched."""
+    fresh = {domain for h in new for domain in domains_of(h.labels)}
+    kept = [label for label in head.labels if label.partition("/")[0] not in fresh and "/" in label]
+    return join([*([head.take(kept)] if kept else []), *new])
+
+
+def align_domains(head: Head, features_nh: Tensor, domains: Sequence[str], movable: Sequence[str]) -> Head:
+    """Makes separately fitted heads comparable: a shift v_d (and b_d) common to all rows of a domain d.
+
+    Minimises the mean of -log softmax_d(logsumexp over rows l of d of (w_l + v_d) x + b_l + b_d) plus
+    1e-4 |v|^2 over the texts whose domain is known, by L-BFGS (convex). A common shift leaves softmax within the
+    domain as it is, so told answers do not change; no label is needed. Domains not in ``movable`` stay put.
+    """
+    rows = domains_of(head.labels)
+    names = sorted(rows)
+    known = [i for i, d in enumerate(domains) if d in rows]
+    if not known or not movable or len(names) < 2:
+        return head
+    x, target = features_nh[known].float(), torch.tensor([names.index(domains[i]) for i in known])
+    z = x @ head.weight_lh.float().T + head.bias_l.float()
+    lse_nd = torch.stack([z[:, rows[d]].logsumexp(1) for d in names], 1)
+    free = torch.tensor([[1.0] if d in set(movable) else [0.0] for d in names])
+    shift = torch.zeros(len(names), x.shape[1] + 1, requires_grad=True)
+    ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+    optimizer = torch.optim.LBFGS([shift], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        moved = shift * free
+        loss = nn.functional.cross_entropy(lse_nd + ones @ moved.T, target) + 1e-4 * moved.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    moved = (shift * free).detach()
+    weight, bias = head.weight_lh.clone(), head.bias_l.clone()
+    for number, d in enumerate(names):
+        if d in set(movable):
+            weight[rows[d]] += moved[number, :-1]
+            bias[rows[d]] += moved[number, -1]
+    return Head(head.labels, weight, bias)
+
+
+# Opening a base as a classifier
+
+
+def open_classifier(model: Model, context: Context, pooling: str = "auto") -> Any:
+    """A classifier over an arbitrary base: its own head where it has one, else a fresh one over the pooled text.
+
+    ``pooling`` is ``mean``, ``native`` (what the architecture does) or ``auto``: mean where it can be had. Mean
+    pooling is part of the plain checkpoint: the config's own option where there is one, else one attention layer is
+    appended that computes it (see ``append_mean_layer``). Raises FitError where ``mean`` cannot be had.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from fanbu.model import load_network
+
+    if model.task == "text-classification":
+        return load_network(model)
+    config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    config.num_labels = 2
+    option = hasattr(config, "classifier_pooling")
+    appended = not option and config.model_type in _MEAN_LAYERS
+    if pooling == "mean" and not option and not appended:
+        raise FitError(
+            "no-mean-pooling", f"{config.model_type} cannot be opened with mean pooling",
+            allowed=[*sorted(_MEAN_LAYERS), "models with classifier_pooling in their config"], got=config.model_type,
+            remedy="use pooling: native",
+        )  # fmt: skip
+    if option and pooling != "native":
+        config.classifier_pooling = "mean"
+    if appended and pooling != "native":
+        config.num_hidden_layers += 1
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+    torch.manual_seed(context.seeded("open", model.digest))
+    last = f"encoder.layer.{config.num_hidden_layers - 1}."
+    fresh = ["classifier", "score", "head.", "pooler.", "pre_classifier", *_prefixed("pooler.", config.model_type)]
+    if appended and pooling != "native":
+        fresh += [last, *_prefixed(last, config.model_type)]
+    network = load_strictly(AutoModelForSequenceClassification, model, fresh, config)
+    if appended and pooling != "native":
+        append_mean_layer(network, config.model_type)
+    return network
+
+
+_MEAN_LAYERS = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
+
+
+def _prefixed(name: str, model_type: str) -> list[str]:
+    return [f"{_MEAN_LAYERS.get(model_type, model_type)}.{name}"]
+
+
+def append_mean_layer(network: Any, model_type: str) -> None:
+    """Turns the last encoder layer and the pooler into mean pooling over the unmasked tokens.
+
+    Queries are zero, so attention is uniform; keys are random, so that it can learn; values are the identity, the
+    attention output 30 times the identity, so that the mean outweighs the residual; the feed-forward's second matrix
+    is zero, layer norms are one. The pooler is 0.05 times the identity, where tanh is linear. Then
+    pooled / 0.05 = layer_norm(mean), up to the residual.
+    """
+    body = network.get_submodule(_MEAN_LAYERS[model_type])
+    layer = body.encoder.layer[-1]
+    hidden = network.config.hidden_size
+    eye = torch.eye(hidden)
+    attention = layer.attention.self
+    dense = body.pooler.dense if model_type == "bert" else network.classifier.dense
+    with torch.no_grad():
+        for linear, weight in (
+            (attention.query, torch.zeros(hidden, hidden)),
+            (attention.value, eye),
+            (layer.attention.output.dense, _MEAN * eye),
+            (dense, _POOLED * eye),
+        ):
+            linear.weight.copy_(weight)
+            linear.bias.zero_()
+        layer.output.dense.weight.zero_()
+        layer.output.dense.bias.zero_()
+        attention.key.bias.zero_()
+        layer.intermediate.dense.bias.zero_()
+        for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+
+
+def check_labels_known(model: Model, labels: Sequence[str]) -> None:
+    """Raises IntegrityError where a model lacks a label's row."""
+    missing = set(labels) - set(model.labels)
+    if missing:
+        raise IntegrityError(
+            "label-missing", f"{model.path} has no row for some labels", allowed=model.labels, got=missing,
+            remedy="use the model that was made with this domain, or open the base with it first",
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The judge: outcomes at the owner, paired comparison and the gate at the centre."""

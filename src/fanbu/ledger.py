@@ -1,0 +1,237 @@
+"""The ledger: stages keyed by what they are made of, rounds, and one pointer, the champion.
+
+A stage writes into ``partial/`` and is renamed into ``stages/`` when it is whole, so a folder in ``stages/`` means
+done and resuming after ``kill -9`` is skipping. Locks are the kernel's (flock): they end with their process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanbu.errors import IntegrityError, RetryError, UsageError
+from fanbu.fingerprint import code_digest
+from fanbu.tensors import disk_error, file_sha256, sync, write_text
+from fanbu.types import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STAGE, COST = "stage.json", "cost.json"
+_ENTRY = ("model", "path", "round")
+_MOVES = {"started", "promoted", "rolled back"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its folder, the digest of what it holds, what it cost, and whether it was there already."""
+
+    path: Path
+    digest: str
+    cost: Mapping[str, Any]
+    reused: bool
+
+
+class Workspace:
+    """One folder with stages, rounds, history and the champion. Safe for several runs at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        try:
+            for name in ("stages", "partial", "rounds", "locks"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, root) from error
+
+    def stage(
+        self,
+        name: str,
+        module: str,
+        inputs: Mapping[str, Any],
+        produce: Callable[[Path, Path], None],
+        log: Callable[[str], None] = lambda text: None,
+    ) -> Stage:
+        """Runs ``produce(out, scratch)`` unless a finished stage of the same inputs and code is there.
+
+        ``scratch`` outlives a kill and is gone when the stage is done. Raises IntegrityError where a finished
+        stage was changed afterwards.
+        """
+        key = digest({"stage": name, "inputs": inputs, "code": code_digest(module)})
+        slug = f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key[:20]}"
+        final, partial = self.root / "stages" / slug, self.root / "partial" / slug
+        with self.lock(slug, log):
+            if (final / STAGE).exists():
+                return _reopen(final)
+            out, scratch = partial / "out", partial / "scratch"
+            try:
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir(parents=True)
+                scratch.mkdir(exist_ok=True)
+                with _measured() as cost:
+                    produce(out, scratch)
+                _finish(out, name, key, inputs, cost)
+                out.rename(final)
+                sync(final.parent)
+            except OSError as error:
+                raise disk_error(error, out) from error
+            shutil.rmtree(partial, ignore_errors=True)
+        return Stage(final, json.loads((final / STAGE).read_text())["digest"], cost, reused=False)
+
+    @contextmanager
+    def lock(self, name: str, log: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+        """An exclusive lock that its process's end frees."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / "locks" / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"another run works on {name}; waiting for it")
+            try:
+                lock.acquire(timeout=6 * 3600)
+            except Timeout:
+                raise RetryError(
+                    "locked", f"another run held {name} for six hours", remedy="end that run, then run again"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # The champion and its history
+
+    def champion(self) -> dict[str, Any] | None:
+        """The pointer: model digest, folder (relative to the workspace), round; None before the first promotion.
+
+        History is the one truth; ``champion.json`` is its last word, for other programs to read.
+        """
+        moves = [e for e in self.history() if e["event"] in _MOVES]
+        return {k: moves[-1][k] for k in (*_ENTRY, "previous")} if moves else None
+
+    def history(self) -> list[dict[str, Any]]:
+        """Everything that happened, oldest first."""
+        path = self.root / "history.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text().split("\n")
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def start(self, model: Path, sha: str) -> None:
+        """Makes a model the first champion, where there is none yet."""
+        with self.lock("champion"):
+            if self.champion() is None:
+                self._point({"model": sha, "path": self.relative(model), "round": None}, "started")
+
+    def decide(self, round_key: str, accepted: bool, model: Path, sha: str, reason: str) -> bool:
+        """Writes a round's decision down, once; promotes where it was accepted. False if it was written before."""
+        with self.lock("champion"):
+            if any(e["event"] in {"promoted", "refused"} and e.get("round") == round_key for e in self.history()):
+                self._write_pointer()
+                return False
+            entry = {"model": sha, "path": self.relative(model), "round": round_key}
+            if accepted:
+                self._point(entry, "promoted", reason=reason)
+            else:
+                self._log({"event": "refused", **entry, "reason": reason})
+        return True
+
+    def promote(self, sha: str) -> dict[str, Any]:
+        """Makes a model of the history the champion, by (a prefix of) its digest. For a person, over the gate."""
+        with self.lock("champion"):
+            known = {e["model"]: e for e in self.history()}
+            found = [e for m, e in known.items() if m.startswith(sha)] if len(sha) >= 6 else []
+            if len(found) != 1:
+                raise UsageError(
+                    "unknown-model", "no single model of the history", allowed=[m[:12] for m in known], got=sha,
+                    remedy="give at least six characters of one of these",
+                )  # fmt: skip
+            self._point({k: found[0][k] for k in _ENTRY}, "promoted", reason="by hand")
+            return self.champion() or {}
+
+    def rollback(self) -> dict[str, Any]:
+        """Swaps the pointer back to the champion before this one; no training is needed."""
+        with self.lock("champion"):
+            now = self.champion()
+            if now is None or not now["previous"]:
+                raise UsageError(
+                    "nothing-before", "there is no champion before this one", remedy="see `fanbu history`"
+                )
+            self._log({"event": "rolled back", **now["previous"], "from": now["model"]})
+            self._write_pointer()
+            return self.champion() or {}
+
+    def _point(self, entry: dict[str, Any], event: str, **extra: Any) -> None:
+        previous = self.champion()
+        if previous and previous["model"] == entry["model"]:
+            previous = previous["previous"]
+        self._log({"event": event, **entry, "previous": previous, **extra})
+        self._write_pointer()
+
+    def _write_pointer(self) -> None:
+        if champion := self.champion():
+            write_text(self.root / "champion.json", json.dumps(champion, indent=1))
+
+    def _log(self, event: Mapping[str, Any]) -> None:
+        path = self.root / "history.jsonl"
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        before = path.read_text() if path.exists() else ""
+        write_text(path, before + json.dumps({**event, "time": now}) + "\n")
+
+    def relative(self, path: Path) -> str:
+        """A path as the ledger writes it: relative to the workspace, so that the workspace can be moved."""
+        return os.path.relpath(path.resolve(), self.root)
+
+
+def _finish(out: Path, name: str, key: str, inputs: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
+    files = {str(p.relative_to(out)): file_sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
+    entry = {"stage": name, "key": key, "inputs": inputs, "files": files, "digest": digest(files)}
+    write_text(out / COST, json.dumps(cost))
+    write_text(out / STAGE, json.dumps(entry, indent=1, sort_keys=True))
+
+
+def _reopen(final: Path) -> Stage:
+    entry = json.loads((final / STAGE).read_text())
+    for name, expected in entry["files"].items():
+        if not (final / name).is_file() or file_sha256(final / name) != expected:
+            raise IntegrityError(
+                "stage-changed", f"{final / name} was changed or removed after it was finished", allowed=expected,
+                remedy=f"remove {final} and run again: only this step is made anew",
+            )  # fmt: skip
+    cost = json.loads((final / COST).read_text()) if (final / COST).exists() else {}
+    return Stage(final, entry["digest"], cost, reused=True)
+
+
+@contextmanager
+def _measured() -> Iterator[dict[str, Any]]:
+    """Wall and CPU seconds, and the peak of resident memory (sampled ten times a second)."""
+    import psutil
+
+    process, peak, stop = psutil.Process(), [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.1):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    cost: dict[str, Any] = {}
+    thread = threading.Thread(target=sample, daemon=True)
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    thread.start()
+    try:
+        yield cost
+    finally:
+        stop.set()
+        thread.join()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cost["seconds"] = round(time.monotonic() - started, 3)
+    cost["cpu_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 3)
+    cost["peak_bytes"] = max(peak[0], process.memory_info().rss)

@@ -1,0 +1,66 @@
+"""The plan: what a recipe needs against what its domains share and its methods leave in common, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fanbu.catalogue import Method, method
+from fanbu.domain import Domain
+from fanbu.errors import BoundaryError, FitError, UsageError
+from fanbu.recipe import Recipe, Step
+
+
+def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
+    """Raises where a method of the recipe cannot work with these domains; nothing has been trained yet."""
+    tasks = {d.task for d in domains.values()}
+    if len(tasks) > 1:
+        raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
+    for step in [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]:
+        reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe)
+        if reason and step is recipe.feedback:
+            raise reason
+        if reason:
+            raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
+    if "text-classification" in tasks:
+        reason = misfit(method("probe"), [], list(domains.values()), recipe)
+        if reason:
+            raise reason
+
+
+def misfit(
+    way: Method, shrink: Sequence[Step], domains: Sequence[Domain], recipe: Recipe
+) -> FitError | BoundaryError | None:
+    """Why a way back does not fit; None where it does."""
+    needs = way.needs
+    feeding = [d for d in domains if d.role == "feeds"]
+    for d in feeding:
+        if d.task not in needs.tasks:
+            return FitError("other-task", f"{way.name} does not know {d.task}", allowed=needs.tasks, remedy="take another way")
+        refused = [needs.kind] if needs.kind not in d.share.kinds else []
+        refused += ["texts"] if needs.texts and not d.share.texts else []
+        refused += ["labels"] if needs.labels and d.task != "causal-lm" and not d.share.labels else []
+        if d.share.private and way.code.SENSITIVITY is None:
+            refused += [f"anything without a privacy cost ({way.name} adds no noise)"]
+        if refused:
+            return BoundaryError(
+                "not-shared", f"{way.name} needs what {d.name} does not share: {', '.join(refused)}",
+                allowed=d.share.as_dict(), remedy="choose another way, or widen `share` with the owner's consent",
+            )  # fmt: skip
+    for step in shrink:
+        changes = method(step.method, "shrink").code.CHANGES
+        if needs.same_architecture and changes:
+            return FitError(
+                "other-architecture", f"{way.name} needs specialists of the base's architecture; {step.method} changes it",
+                remedy="feed back by predictions (distill), or shrink with finetune only",
+            )  # fmt: skip
+        if "tokenizer" in changes and domains[0].task == "causal-lm" and (needs.same_tokenizer or needs.probe):
+            return FitError(
+                "other-tokenizer", f"{way.name} needs the base's tokenizer; {step.method} changes it",
+                remedy="leave that step out",
+            )  # fmt: skip
+    if needs.probe and not recipe.probe.public and not (recipe.probe.domains and any(d.share.texts for d in feeding)):
+        return FitError(
+            "no-probe-set", f"{way.name} needs a probe set, and no domain shares texts",
+            remedy="name public texts under probe.public",
+        )  # fmt: skip
+    return None

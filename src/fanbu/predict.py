@@ -1,0 +1,98 @@
+"""The only loop that predicts: always in float32, so that plain transformers gives the same answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fanbu.batches import collate, encode, pad_id, sorted_batches
+from fanbu.heads import final_layer, replace_final_layer
+from fanbu.train import set_up
+from fanbu.types import Context
+
+T = TypeVar("T")
+
+
+def over_batches(
+    network: Any, tokenizer: Any, texts: Sequence[str], context: Context,
+    reduce: Callable[[Tensor, dict[str, Tensor]], Sequence[T]], *, name: str = "predict", size: int = 64,
+) -> list[T]:  # fmt: skip
+    """``reduce(logits, batch)`` gives one value a row; returns them in the order of ``texts``."""
+    set_up(context, "predict")
+    sequences = encode(tokenizer, texts, limit(network, context))
+    results: dict[int, T] = {}
+    training = network.training
+    network.to(context.device).eval()
+    with torch.inference_mode():
+        for rows in sorted_batches([len(s) for s in sequences], size):
+            batch = collate([sequences[i] for i in rows], pad_id(tokenizer), context.device)
+            values = reduce(network(**batch).logits.float().cpu(), {k: v.cpu() for k, v in batch.items()})
+            results.update(zip(rows, values, strict=True))
+            context.progress(name, len(results), len(sequences))
+    network.train(training)
+    return [results[i] for i in range(len(sequences))]
+
+
+def limit(network: Any, context: Context) -> int:
+    """How many tokens of a text are read: what the context says, and no more than the network has positions."""
+    positions = getattr(network.config, "max_position_embeddings", None) or context.max_length
+    offset = 2 if "roberta" in str(network.config.model_type) else 0  # its positions start after the padding id
+    return int(min(context.max_length, positions - offset))
+
+
+def class_logits(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:
+    """[texts, labels]."""
+    if not texts:
+        return torch.zeros(0, network.config.num_labels)
+    return torch.stack(over_batches(network, tokenizer, texts, context, lambda logits, _: logits.clone().unbind()))
+
+
+def features(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:
+    """[texts, hidden]: what the final layer is given, pooled as the network pools."""
+    with _without_head(network):
+        rows = over_batches(
+            network, tokenizer, texts, context, lambda logits, _: logits.clone().unbind(), name="features"
+        )
+    return torch.stack(rows) if rows else torch.zeros(0, final_layer(network).in_features)
+
+
+@contextmanager
+def _without_head(network: Any) -> Iterator[None]:
+    """The final layer replaced by the identity, so that the logits are the pooled features."""
+    layer = final_layer(network)
+    holder = nn.Linear(1, 1)
+    holder.forward = lambda x: x  # type: ignore[method-assign]
+    holder.in_features, holder.out_features = layer.in_features, layer.in_features
+    replace_final_layer(network, holder)
+    try:
+        yield
+    finally:
+        replace_final_layer(network, layer)
+
+
+def token_losses(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:
+    """[texts, 2]: the sum of -log p(next token) in nats, and the number of predicted tokens."""
+
+    def reduce(logits_btv: Tensor, batch: dict[str, Tensor]) -> Sequence[Tensor]:
+        ids, keep = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+        z = logits_btv[:, :-1]
+        nll_bt = z.logsumexp(-1) - z.gather(2, ids[..., None])[..., 0]
+        return torch.stack([(nll_bt * keep).sum(1), keep.sum(1).float()], 1).unbind()
+
+    rows = over_batches(network, tokenizer, texts, context, reduce, size=16)
+    return torch.stack(rows) if rows else torch.zeros(0, 2)
+
+
+def top_tokens(network: Any, tokenizer: Any, texts: Sequence[str], context: Context, k: int) -> list[tuple[Tensor, Tensor]]:
+    """For each text: indices [tokens - 1, k] and probabilities of the k likeliest next tokens."""
+
+    def reduce(logits_btv: Tensor, batch: dict[str, Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+        probs, indices = logits_btv.softmax(-1).topk(min(k, logits_btv.shape[-1]))
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [(indices[i, : n - 1].int(), probs[i, : n - 1].half()) for i, n in enumerate(lengths)]
+
+    return over_batches(network, tokenizer, texts, context, reduce, size=16)

@@ -1,0 +1,54 @@
+"""Strong linear probes: logistic regression on the frozen network's pooled features, strength chosen on validation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fanbu.domain import Domain
+from fanbu.heads import Head
+from fanbu.predict import features
+from fanbu.types import Context
+
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+
+
+def fit_probe(network: Any, tokenizer: Any, domain: Domain, context: Context) -> tuple[Head, float]:
+    """Label rows for one domain, and the inverse regularisation strength C that validation chose.
+
+    Features are scaled to unit norm on average (with mean pooling their norm is the same for all texts), all
+    training rows are used, C is the one of STRENGTHS with the best validation accuracy (the smaller on a tie).
+    """
+    x, v = features(network, tokenizer, domain.train.texts, context), features(network, tokenizer, domain.valid.texts, context)
+    scale = 1.0 / float(x.norm(dim=1).mean().clamp_min(1e-12))
+    weight, bias, strength = fit_logistic(
+        (x * scale).numpy(), np.array(domain.train.labels), (v * scale).numpy(), np.array(domain.valid.labels),
+        context.seeded("probe", domain.name),
+    )  # fmt: skip
+    return Head(domain.full_labels, weight * scale, bias), strength
+
+
+def fit_logistic(x: Any, y: Any, x_valid: Any, y_valid: Any, seed: int) -> tuple[Tensor, Tensor, float]:
+    """weight [labels, hidden] and bias [labels] of multinomial logistic regression, and the chosen C."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    best: tuple[float, Any, Any, float] | None = None
+    model = LogisticRegression(C=STRENGTHS[0], max_iter=300, tol=1e-3, warm_start=True, random_state=seed)
+    for strength in STRENGTHS:
+        model.set_params(C=strength)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, y)
+        score = float((model.predict(x_valid) == y_valid).mean()) if len(y_valid) else -strength
+        if best is None or score > best[0]:
+            best = (score, model.coef_.copy(), model.intercept_.copy(), strength)
+    assert best is not None
+    _, weight, bias, strength = best
+    if len(weight) == 1:  # two classes: one row stands for the difference
+        weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
+    return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32), strength

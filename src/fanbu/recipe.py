@@ -1,0 +1,296 @@
+"""The recipe: YAML that names the large model, the domains, the methods and the gate. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fanbu.catalogue import method, suggestion
+from fanbu.domain import Domain, load_domain
+from fanbu.errors import UsageError
+from fanbu.judge.gate import Gate
+from fanbu.types import PRESETS, Share
+
+MAX_RECIPE = 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShareSpec(_Part):
+    """What may leave the owner: a preset, and changes to it."""
+
+    preset: Literal["open", "internal", "private"] = "open"
+    kinds: list[Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]] | None = None
+    texts: bool | None = None
+    labels: bool | None = None
+
+    def share(self) -> Share:
+        """The value that the boundary checks."""
+        base = PRESETS[self.preset]
+        return Share(
+            base.kinds if self.kinds is None else frozenset(self.kinds),
+            base.texts if self.texts is None else self.texts,
+            base.labels if self.labels is None else self.labels,
+            base.private,
+        )
+
+
+class DomainSpec(_Part):
+    """One domain: where its rows are, and what may leave its owner."""
+
+    task: Literal["text-classification", "causal-lm"] = "text-classification"
+    train: str | None = None
+    valid: str | float = 0.1
+    test: str | float | None = None
+    unlabelled: str | None = None
+    python: str | None = None
+    columns: dict[str, str] | None = None
+    labels: list[str] | dict[str, str] | None = None
+    limit: dict[Literal["train", "valid", "test", "unlabelled"], int] = Field(default_factory=dict)
+    metric: str | None = None
+    share: Literal["open", "internal", "private"] | ShareSpec = "open"
+
+
+class Step(BaseModel):
+    """A method with its parameters; the catalogue checks them against the method's signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The parameters."""
+        return dict(self.model_extra or {})
+
+
+class PublicTexts(_Part):
+    """A file of texts that belong to no domain."""
+
+    path: str | None = None
+    python: str | None = None
+    columns: dict[str, str] | None = None
+    limit: int | None = None
+
+
+class ProbeSpec(_Part):
+    """The texts that specialists are asked about: of the domains that share texts, and public ones."""
+
+    domains: bool = True
+    limit: int | None = None
+    public: list[PublicTexts] = Field(default_factory=list)
+
+
+class GateSpec(_Part):
+    """See ``fanbu.judge.gate.Gate``."""
+
+    margin: float = Field(0.05, ge=0, le=1)
+    margins: dict[str, float] = Field(default_factory=dict)
+    mode: Literal["told", "untold"] = "told"
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    def gate(self) -> Gate:
+        """The value that the judge takes."""
+        return Gate(self.margin, self.margins, self.mode, self.confidence)
+
+
+class Recipe(_Part):
+    """Everything that one round needs. ``references`` are compared and never promoted."""
+
+    fanbu: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    model: str
+    workspace: str = ""
+    pooling: Literal["auto", "mean", "native"] = "auto"
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int = Field(0, ge=0)
+    max_length: int = Field(128, ge=4, le=131072)
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    domains: dict[str, DomainSpec] = Field(min_length=1)
+    guards: dict[str, DomainSpec] = Field(default_factory=dict)
+    probe: ProbeSpec = ProbeSpec()
+    shrink: list[Step] = Field(default_factory=lambda: [Step(method="finetune")], min_length=1)
+    feedback: Step
+    references: list[Literal["tfidf"] | Step] = Field(default_factory=list)
+    gate: GateSpec = GateSpec()
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe; ``changes`` are ``key.key=value`` with YAML values.
+
+    Paths in it are relative to its folder. Device, precision and threads are resolved to what this machine gives,
+    and methods and their parameters are checked. Raises UsageError that names the key.
+    """
+    if isinstance(source, Mapping):
+        value, folder = dict(source), Path.cwd()
+    else:
+        path = Path(source)
+        value, folder = read_yaml(path), path.resolve().parent
+    for change in changes:
+        apply_change(value, change)
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise _explain(error) from None
+    for step in recipe.shrink:
+        method(step.method, "shrink").check(step.arguments)
+    for step in [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]:
+        method(step.method, "feedback").check(step.arguments)
+    twice = set(recipe.domains) & set(recipe.guards)
+    if twice:
+        raise UsageError("domain-twice", "a domain feeds and is a guard", got=twice, remedy="name it once")
+    return _resolve(recipe, folder)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of bounded size, without aliases (a few lines of them can stand for gigabytes)."""
+    if not path.is_file():
+        raise UsageError("recipe-not-found", f"no recipe at {path}", got=path, remedy="check the path")
+    if path.stat().st_size > MAX_RECIPE:
+        raise UsageError("recipe-too-large", f"{path}", allowed=f"{MAX_RECIPE} bytes", remedy="a recipe is a short text")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UsageError("recipe-alias", f"{path} uses YAML aliases (*name)", remedy="write the value out")
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError("recipe-broken", f"{path} is no YAML: {error}", remedy="repair it") from None
+    if not isinstance(value, dict):
+        raise UsageError("recipe-broken", f"{path} is no mapping", got=type(value).__name__, remedy="start with fanbu: 1")
+    return value
+
+
+def apply_change(value: dict[str, Any], change: str) -> None:
+    """Sets ``key.key=value`` in a mapping of mappings."""
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise UsageError("set-form", "--set", allowed="key.key=value", got=change, remedy="write it like this")
+    *path, last = key.split(".")
+    for name in path:
+        value = value.setdefault(name, {})
+        if not isinstance(value, dict):
+            raise UsageError("set-form", f"--set {key}: {name} is no mapping", got=change, remedy="check the key")
+    value[last] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError) -> UsageError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        model: Any = _model_at(first["loc"][:-1])
+        known = list(model.model_fields) if model else []
+        name = str(first["loc"][-1])
+        return UsageError(
+            "unknown-key", f"recipe: unknown key {where}", allowed=known, got=name, remedy=suggestion(name, dict.fromkeys(known))
+        )
+    return UsageError(
+        "bad-recipe", f"recipe: {where}", allowed=first["msg"], got=first.get("input"), remedy="see docs/recipes.md"
+    )
+
+
+def _model_at(place: tuple[int | str, ...]) -> type[BaseModel] | None:
+    names = {"domains": DomainSpec, "guards": DomainSpec, "probe": ProbeSpec, "gate": GateSpec}
+    if not place:
+        return Recipe
+    if "share" in place:
+        return ShareSpec
+    if "public" in place:
+        return PublicTexts
+    return names.get(str(place[0]))
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    """Paths made absolute, device, precision and threads fixed."""
+    local = folder / recipe.model
+    device, precision, threads = resolve_machine(recipe.device, recipe.precision, recipe.threads)
+    public = [p.model_copy(update={"path": _absolute(p.path, folder)}) for p in recipe.probe.public]
+    return recipe.model_copy(
+        update={
+            "model": str(local) if local.is_dir() else recipe.model,
+            "workspace": recipe.workspace or f"runs/{recipe.name}",
+            "domains": {n: _located(s, folder) for n, s in recipe.domains.items()},
+            "guards": {n: _located(s, folder) for n, s in recipe.guards.items()},
+            "probe": recipe.probe.model_copy(update={"public": public}),
+            "device": device, "precision": precision, "threads": threads,
+        }  # fmt: skip
+    )
+
+
+def _absolute(source: Any, folder: Path) -> Any:
+    if not isinstance(source, str) or source.startswith("datasets:"):
+        return source
+    return os.path.normpath(folder / Path(os.path.expandvars(source)).expanduser())
+
+
+def _located(spec: DomainSpec, folder: Path) -> DomainSpec:
+    names = ("train", "valid", "test", "unlabelled")
+    return spec.model_copy(update={n: _absolute(getattr(spec, n), folder) for n in names})
+
+
+def read_domains(path: Path) -> dict[str, Callable[[], Domain]]:
+    """The domains and guards of a YAML file (a recipe, or its ``domains:`` alone), each loaded when called."""
+
+    class Section(BaseModel):
+        domains: dict[str, DomainSpec] = Field(min_length=1)
+        guards: dict[str, DomainSpec] = Field(default_factory=dict)
+
+    try:
+        found = Section.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise _explain(error) from None
+    folder, roles = path.resolve().parent, {"guards": found.guards, "domains": found.domains}
+    return {
+        name: partial(open_domain, name, _located(spec, folder), "guard" if role == "guards" else "feeds")
+        for role, specs in roles.items()
+        for name, spec in specs.items()
+    }
+
+
+def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str, int]:
+    """What ``auto`` means here: CUDA, then MPS, then CPU; bf16 where the CPU or GPU computes in it; all cores."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "device", "device", allowed="auto, cpu, cuda, mps", got=f"{device} ({error})".partition("\n")[0], remedy="use auto"
+        ) from None
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_bf16() if device == "cpu" else False
+        precision = "bf16" if fast else "fp32"
+    return device, precision, threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+
+
+def _cpu_bf16() -> bool:
+    import torch
+
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def load_domains(recipe: Recipe) -> dict[str, Domain]:
+    """All domains and guards of a recipe, loaded and checked."""
+    return {
+        name: open_domain(name, spec, "guard" if name in recipe.guards else "feeds")
+        for name, spec in {**recipe.domains, **recipe.guards}.items()
+    }
+
+
+def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "feeds") -> Domain:
+    """One domain, loaded and checked."""
+    arguments = {field: getattr(spec, field) for field in DomainSpec.model_fields if field != "share"}
+    share = PRESETS[spec.share] if isinstance(spec.share, str) else spec.share.share()
+    return load_domain(name, **arguments, share=share, role=role)
+
+

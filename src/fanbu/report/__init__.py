@@ -1,0 +1,1 @@
+"""The report room: one round's record, turned into one page that works offline."""

@@ -1,0 +1,271 @@
+"""One turn: open, probe, shrink, contribute, absorb, judge, promote or keep. Every step is a stage of the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fanbu.boundary import cross
+from fanbu.catalogue import Method, method
+from fanbu.contribution import Contribution, open_contribution
+from fanbu.domain import Domain, Specialist
+from fanbu.heads import open_classifier
+from fanbu.judge.evaluate import evaluate, measure, tfidf
+from fanbu.judge.gate import judge
+from fanbu.ledger import Stage, Workspace
+from fanbu.model import Model, load_tokenizer, open_model, provenance, save_network
+from fanbu.plan import check_plan
+from fanbu.record import make_record, read_record, write_record
+from fanbu.recipe import Recipe, Step, load_domains
+from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Turn:
+    """What one round works with, and what it has written down so far."""
+
+    workspace: Workspace
+    recipe: Recipe
+    context: Context
+    domains: Mapping[str, Domain]
+    log: Log
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def feeding(self) -> list[Domain]:
+        """The domains that send contributions."""
+        return [d for d in self.domains.values() if d.role == "feeds"]
+
+    def settings(self, *, probe: bool = False) -> dict[str, Any]:
+        """What of the context can change a result."""
+        c = self.context
+        plain = {"seed": c.seed, "device": c.device, "precision": c.precision, "threads": c.threads}
+        return {**plain, "max_length": c.max_length, **({"probe": c.probe.digest} if probe else {})}
+
+    def stage(self, name: str, module: str, inputs: Mapping[str, Any], produce: Callable[[Path, Context], None]) -> Stage:
+        """One stage of the ledger; its cost is noted."""
+        self.log(name)
+        done = self.workspace.stage(
+            name, module, inputs, lambda out, scratch: produce(out, replace(self.context, scratch=scratch)), self.log
+        )
+        self.costs.append({"stage": name, **done.cost, "reused": done.reused})
+        return done
+
+    def model(self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model]) -> Model:
+        """A stage that makes a model."""
+        done = self.stage(name, module, inputs, lambda out, context: (make(out / "model", context), None)[1])
+        return open_model(done.path / "model", verify=False)  # the ledger has just verified every file
+
+    def contribution(
+        self, name: str, module: str, inputs: Mapping[str, Any], domain: Domain, make: Callable[[Context], Contribution]
+    ) -> Contribution:
+        """A stage at one owner that makes a contribution; the boundary decides whether it is written."""
+
+        def produce(out: Path, context: Context) -> None:
+            cross(make(context), domain.share, out / "contribution")
+
+        done = self.stage(name, module, {**inputs, "share": domain.share.as_dict()}, produce)
+        found = open_contribution(done.path / "contribution")
+        what = name.removesuffix(f" {domain.name}")
+        self.crossed.setdefault(domain.name, []).append({"what": what, "kind": found.kind, "bytes": found.bytes})
+        return found
+
+
+def start(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> Turn:
+    """Loads and checks everything that a round needs, before anything is trained."""
+    domains = load_domains(recipe)
+    check_plan(recipe, domains)
+    context = Context(
+        seed=recipe.seed, device=recipe.device, precision=recipe.precision, threads=recipe.threads,  # type: ignore[arg-type]
+        max_length=recipe.max_length, progress=progress, checkpoint_seconds=recipe.checkpoint_seconds,
+    )  # fmt: skip
+    turn = Turn(Workspace(Path(recipe.workspace)), recipe, context, domains, log)
+    if method(recipe.feedback.method).needs.probe or any(d.task == "text-classification" for d in domains.values()):
+        turn.context = replace(context, probe=gather_probe(turn))
+    return turn
+
+
+def gather_probe(turn: Turn) -> ProbeSet:
+    """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count."""
+    from fanbu.data.load import load_rows
+    from fanbu.data.split import cap
+    from fanbu.data.standard_library import function_bodies
+
+    spec, rows = turn.recipe.probe, []
+    for d in turn.feeding:
+        if spec.domains and d.share.texts:
+            texts = list(dict.fromkeys([*d.train.texts, *d.unlabelled.texts]))[: spec.limit]
+            sent = [{"id": f"{d.name}/{i}", "text": text, "domain": d.name} for i, text in enumerate(texts)]
+            got = turn.contribution(
+                f"probe texts {d.name}", "fanbu.contribution", {"domain": d.digest, "limit": spec.limit}, d,
+                lambda _, d=d, sent=sent: Contribution("samples", d.name, "probe texts", rows=sent),  # type: ignore[misc]
+            )  # fmt: skip
+            rows += [ProbeRow(r["id"], r["text"], r["domain"]) for r in got.rows]
+    for number, public in enumerate(spec.public):
+        raw = list(function_bodies(public.python)) if public.python else load_rows(str(public.path), public.columns, labelled=False)
+        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in cap(raw, public.limit, "public")]
+    return ProbeSet(tuple(rows))
+
+
+def open_base(turn: Turn) -> tuple[Model, Model]:
+    """(the base as it came, the base opened for the task)."""
+    base = open_model(turn.recipe.model)
+    if base.task == "causal-lm" or any("/" in label for label in base.labels):
+        return base, base
+    if turn.feeding[0].task == "causal-lm":
+        return base, base
+
+    def make(out: Path, context: Context) -> Model:
+        network = open_classifier(base, context, turn.recipe.pooling)
+        if base.task == "text-classification":  # labels of its own become a domain of their own
+            network.config.id2label = {i: f"general/{label}" for i, label in enumerate(base.labels)}
+        tokenizer = load_tokenizer(base)
+        tokenizer.model_max_length = min(context.max_length, tokenizer.model_max_length)
+        return save_network(network, tokenizer, out, provenance("open", [base], context, pooling=turn.recipe.pooling))
+
+    inputs = {"base": base.digest, "pooling": turn.recipe.pooling, **turn.settings()}
+    return base, turn.model("open", "fanbu.heads", inputs, make)
+
+
+def feed(
+    turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None
+) -> Model:
+    """Contribute at each owner, absorb at the centre."""
+    way, name = method(step.method, "feedback"), name or step.method
+    sent = [contribute(turn, way, step.arguments, s, base) for s in specialists]
+    inputs = {
+        "base": base.digest, "contributions": sorted(c.digest for c in sent), "arguments": _plain(way.check(step.arguments)),
+        **turn.settings(probe=way.needs.probe or way.name == "probe"),
+    }  # fmt: skip
+    return turn.model(name, way.module, inputs, lambda out, c: way.absorb(base, sent, out, c, **step.arguments))
+
+
+def contribute(turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model) -> Contribution:
+    """One owner's contribution, through the boundary."""
+    inputs = {
+        "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest,
+        "arguments": _plain(way.check(arguments)), **turn.settings(probe=way.needs.probe),
+    }  # fmt: skip
+    name = f"{way.name} contribution {s.domain.name}"
+    return turn.contribution(name, way.module, inputs, s.domain, lambda c: way.contribute(s, base, c, **arguments))
+
+
+def grow(turn: Turn, incumbent: Model, domain: Domain) -> Specialist:
+    """One specialist: the recipe's ways down, one after the other, at its owner."""
+    model = incumbent
+    for number, step in enumerate(turn.recipe.shrink):
+        way, parent = method(step.method, "shrink"), model
+        inputs = {
+            "parent": parent.digest, "domain": domain.digest, "arguments": _plain(way.check(step.arguments)), "step": number,
+            **turn.settings(),
+        }  # fmt: skip
+        model = turn.model(
+            f"shrink {step.method} {domain.name}", way.module, inputs,
+            lambda out, c, way=way, parent=parent, step=step: way.shrink(parent, domain, out, c, **step.arguments),  # type: ignore[misc]
+        )  # fmt: skip
+    return Specialist(model, domain, incumbent)
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    from dataclasses import asdict, is_dataclass
+
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in arguments.items()}
+
+
+def outcomes(turn: Turn, name: str, model: Model, domains: Sequence[Domain]) -> dict[str, Contribution]:
+    """One model's test outcomes on some domains, each computed at its owner."""
+    return {
+        d.name: turn.contribution(
+            f"evaluate {name} {d.name}", "fanbu.judge.evaluate", {"model": model.digest, "domain": d.digest, **turn.settings()},
+            d, lambda c, d=d: evaluate(model, d, c),  # type: ignore[misc]
+        )  # fmt: skip
+        for d in domains
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished round: models, outcomes by the name of what was judged, and the verdict."""
+
+    base: Model
+    incumbent: Model
+    candidate: Model
+    specialists: Sequence[Specialist]
+    outcomes: Mapping[str, Mapping[str, Contribution]]
+    verdict: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def turn_once(turn: Turn) -> Result:
+    """All stages of one round; nothing is promoted yet."""
+    recipe, everything = turn.recipe, list(turn.domains.values())
+    base, incumbent = open_base(turn)
+    if turn.feeding[0].task == "text-classification":
+        unborn = [Specialist(incumbent, d, base) for d in turn.feeding]
+        incumbent = feed(turn, Step(method="probe"), unborn, incumbent, "incumbent")
+    specialists = [grow(turn, incumbent, d) for d in turn.feeding]
+    candidate = feed(turn, recipe.feedback, specialists, incumbent)
+    judged = {"incumbent": outcomes(turn, "incumbent", incumbent, everything)}
+    judged["candidate"] = outcomes(turn, "candidate", candidate, everything)
+    judged["specialists"] = {
+        s.domain.name: outcomes(turn, "specialist", s.model, [s.domain])[s.domain.name] for s in specialists
+    }
+    for reference in recipe.references:
+        if isinstance(reference, Step):
+            model = feed(turn, reference, specialists, incumbent, f"reference {reference.method}")
+            judged[reference.method] = outcomes(turn, reference.method, model, everything)
+        elif turn.feeding[0].task == "text-classification":
+            judged["tfidf"] = {d.name: _tfidf(turn, d) for d in turn.feeding}
+    verdict = judge(
+        judged["candidate"], judged["incumbent"], judged["specialists"], turn.domains, recipe.gate.gate(), recipe.seed
+    )
+    sizes = {s.domain.name: _sizes(turn, s, incumbent) for s in specialists}
+    return Result(base, incumbent, candidate, specialists, judged, verdict, sizes)
+
+
+def _tfidf(turn: Turn, d: Domain) -> Contribution:
+    return turn.contribution(
+        f"evaluate tfidf {d.name}", "fanbu.judge.evaluate", {"domain": d.digest}, d, lambda c: tfidf(d, c)
+    )
+
+
+def _sizes(turn: Turn, s: Specialist, parent: Model) -> dict[str, dict[str, float]]:
+    """Size and speed of a specialist and of its parent, measured side by side at the owner."""
+    import json
+
+    from fanbu.tensors import write_text
+
+    def produce(out: Path, context: Context) -> None:
+        quiet = replace(context, progress=silent)
+        texts = s.domain.test.texts
+        found = {"specialist": measure(s.model, texts, quiet), "parent": measure(parent, texts, quiet)}
+        write_text(out / "sizes.json", json.dumps(found))
+
+    inputs = {"model": s.model.digest, "parent": parent.digest, "domain": s.domain.digest, **turn.settings()}
+    done = turn.stage(f"measure {s.domain.name}", "fanbu.judge.evaluate", inputs, produce)
+    sizes: dict[str, dict[str, float]] = json.loads((done.path / "sizes.json").read_text())
+    return sizes
+
+
+def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
+    """Runs one round to its verdict, writes it down and promotes or keeps. Returns the record.
+
+    Everything that is finished already is skipped, so running again after a kill goes on where it stopped, and
+    running a finished round again only reads it.
+    """
+    turn = start(recipe, progress, log)
+    result = turn_once(turn)
+    judged = {name: {d: c.digest for d, c in by_domain.items()} for name, by_domain in result.outcomes.items()}
+    key = digest([result.candidate.digest, result.incumbent.digest, judged, recipe.gate.model_dump()])
+    verdict = result.verdict
+    folder = turn.workspace.root / "rounds" / key[:20]
+    record = read_record(folder) or make_record(turn, result, key)
+    write_record(record, recipe, folder)
+    turn.workspace.start(result.incumbent.path, result.incumbent.digest)
+    turn.workspace.decide(key, verdict["accepted"], result.candidate.path, result.candidate.digest, verdict["reason"])
+    return {**record, "folder": str(folder), "workspace": str(turn.workspace.root), "champion": turn.workspace.champion()}

@@ -1,0 +1,72 @@
+"""What every way down shares: opening the parent for one domain, and training it there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fanbu.batches import encode, pad_id
+from fanbu.domain import Domain
+from fanbu.errors import DataError
+from fanbu.heads import final_layer, get_head, set_head
+from fanbu.model import Model, load_network, load_tokenizer
+from fanbu.objectives import labelled, language
+from fanbu.predict import class_logits, limit, token_losses
+from fanbu.probing import fit_probe
+from fanbu.train import train
+from fanbu.types import Context, Train
+
+
+def open_for(parent: Model, domain: Domain, context: Context) -> tuple[Any, Any]:
+    """(network, tokenizer): the parent with the domain's label rows alone.
+
+    A parent that does not know the domain yet gets the rows of a linear probe, so that fine-tuning starts where
+    probing ends (LP-FT, Kumar et al. 2022). Raises DataError where the parent's task is another.
+    """
+    if parent.task != domain.task:
+        raise DataError(
+            "task-mismatch", f"{parent.path} cannot serve {domain.name}", allowed=domain.task, got=parent.task,
+            remedy="give a parent of the domain's task (`fanbu run` opens a bare body by itself)",
+        )  # fmt: skip
+    network, tokenizer = load_network(parent), load_tokenizer(parent)
+    if domain.task == "text-classification":
+        if set(domain.full_labels) <= set(parent.labels):
+            set_head(network, get_head(network).take(domain.full_labels))
+        else:
+            set_head(network, fit_probe(network, tokenizer, domain, context)[0])
+    return network, tokenizer
+
+
+def tune(network: Any, tokenizer: Any, domain: Domain, plan: Train, context: Context, name: str) -> dict[str, float]:
+    """Trains on the domain's training rows and keeps the epoch that is best on its validation rows."""
+    network.to(context.device)
+    sequences = encode(tokenizer, domain.train.texts, limit(network, context))
+    pad = pad_id(tokenizer)
+    if domain.task == "text-classification":
+        loss = labelled(sequences, domain.train.labels or (), pad, context.device)
+        head = final_layer(network)
+    else:
+        loss, head = language(sequences, pad, context.device), None
+    history = train(
+        network, [len(s) for s in sequences], loss, plan, context, name, head=head,
+        validate=(lambda n: value(n, tokenizer, domain, context)) if len(domain.valid) else None,
+    )  # fmt: skip
+    return {"steps": history.steps, "valid": max(history.values)} if history.values else {"steps": history.steps}
+
+
+def value(network: Any, tokenizer: Any, domain: Domain, context: Context) -> float:
+    """The validation value, higher is better: accuracy (ties broken by the loss), or minus the loss per token."""
+    quiet = Context(seed=context.seed, device=context.device, threads=context.threads, max_length=context.max_length)
+    state = torch.get_rng_state()  # validating must not move the training's random numbers
+    try:
+        if domain.task == "causal-lm":
+            sums = token_losses(network, tokenizer, domain.valid.texts, quiet).sum(0)
+            return -float(sums[0] / sums[1])
+        logits = class_logits(network, tokenizer, domain.valid.texts, quiet)
+    finally:
+        torch.set_rng_state(state)
+    target = torch.tensor(domain.valid.labels)
+    loss = float(torch.nn.functional.cross_entropy(logits, target))
+    return float((logits.argmax(1) == target).float().mean()) - 1e-3 * math.tanh(loss)

@@ -1,0 +1,162 @@
+"""Small frozen value types that every room shares. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Task = Literal["text-classification", "causal-lm"]
+Kind = Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]
+Precision = Literal["fp32", "bf16"]
+Progress = Callable[[str, int, int], None]
+
+TASKS: tuple[Task, ...] = ("text-classification", "causal-lm")
+KINDS: tuple[Kind, ...] = ("weights", "updates", "predictions", "samples", "modules", "statistics", "scores")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no white space: the one text that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed for one purpose, in [0, 2**31): it depends on names, never on the order of things."""
+    return int(digest([seed, *map(str, names)])[:8], 16) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True)
+class Train:
+    """How a network is trained.
+
+    ``lr`` is for the body and ``head_lr`` for the label head. ``schedule`` is one of ``cosine``, ``linear``,
+    ``cyclic`` and ``constant``, after ``warmup`` (a share of all steps). ``optimizer`` is the name of a class in
+    ``torch.optim``. ``patience`` counts epochs without a better validation value before training stops; 0 turns
+    that off. ``max_steps`` of 0 means no cap.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    lr: float = 1e-4
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Literal["cosine", "linear", "cyclic", "constant"] = "cosine"
+    optimizer: str = "AdamW"
+    clip: float = 1.0
+    accumulate: int = 1
+    dropout: float | None = None
+    patience: int = 2
+    max_steps: int = 0
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One text that specialists are asked about; ``domain`` is None where nobody knows where it came from."""
+
+    id: str
+    text: str
+    domain: str | None
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The texts that specialists are asked about. Their bytes count as crossing."""
+
+    rows: tuple[ProbeRow, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """sha256 over ids, texts and domains."""
+        return digest([[r.id, r.text, r.domain] for r in self.rows])
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in order."""
+        return [r.text for r in self.rows]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a feedback method needs of specialists and base, and what it sends. The planner matches it to what is there.
+
+    ``kind`` is what crosses; ``texts`` and ``labels`` say that rows with them cross; ``probe`` that specialists are
+    asked about shared texts; ``rounds`` that it iterates.
+    """
+
+    kind: Kind
+    same_architecture: bool = False
+    same_tokenizer: bool = False
+    probe: bool = False
+    texts: bool = False
+    labels: bool = False
+    rounds: bool = False
+    tasks: tuple[Task, ...] = TASKS
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a round hands to every step; what is keyword-only in a method is the user's.
+
+    ``scratch`` is a folder that outlives a kill: a step that is interrupted finds its checkpoints there.
+    ``max_length`` is in tokens.
+    ``seconds`` and ``memory_bytes`` bound one step; None means no bound.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    threads: int = 0
+    max_length: int = 128
+    probe: ProbeSet = field(default_factory=ProbeSet)
+    progress: Progress = silent
+    scratch: Path | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    checkpoint_seconds: float = 60.0
+
+    def seeded(self, *names: object) -> int:
+        """The seed for one purpose of this run."""
+        return derived_seed(self.seed, *names)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What may leave its owner. ``texts`` and ``labels`` are permissions of their own.
+
+    ``kinds`` names the kinds of contribution that may cross. ``private`` adds that predictions and probe heads need
+    a privacy cost (epsilon), that predictions are made on public texts only, and that scores are paired counts.
+    """
+
+    kinds: frozenset[str] = frozenset(KINDS)
+    texts: bool = True
+    labels: bool = True
+    private: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, sorted, for hashing and for the report."""
+        kinds = sorted(self.kinds)
+        return {"kinds": kinds, "texts": self.texts, "labels": self.labels, "private": self.private}
+
+
+PRESETS: Mapping[str, Share] = {
+    "open": Share(),
+    "internal": Share(texts=False, labels=False),
+    "private": Share(
+        kinds=frozenset({"updates", "statistics", "predictions", "scores"}), texts=False, labels=False, private=True
+    ),
+}
