@@ -16,7 +16,7 @@ import pytest
 from fanbu.report import charts, format
 from fanbu.report.html import render, write_report
 
-VOID = {"meta", "col", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "col", "wbr", "br", "hr", "img", "link", "input"}
 DOMAINS = ("internet", "legal", "general")
 
 
@@ -101,6 +101,7 @@ def _judged(i: int, of: int, metric: str, accepted: bool) -> dict[str, Any]:
         "delta": delta,
         "low": delta - half,
         "high": delta + half,
+        "floor": delta - 0.84 * half,
         "margin": 0.05,
         "holds": not bad,
         "worse": bad,
@@ -352,6 +353,28 @@ def test_loss_is_in_nats_and_lowest_is_best() -> None:
     assert "further left is better" in page
     best = re.findall(r'<strong class="best">([^<]*)</strong>', page)
     assert best[0] == "0.769"
+
+
+def test_the_average_is_over_the_domains_that_fed_back() -> None:
+    record = full_record()
+    page = render(record)
+    told = [record["table"][1]["domains"][name]["told"] for name in DOMAINS[:2]]
+    assert f'<td class="num mean">{50 * sum(told):.1f}' in page
+    assert "without guards" in page
+    assert "of those that fed back" in page
+    for row in (record["verdict"]["domains"], record["domains"]):
+        row["general"]["role"] = "feeds"
+    assert "without guards" not in render(record)
+
+
+def test_the_bound_that_decides_is_drawn_and_named() -> None:
+    record = full_record()
+    page = render(record)
+    assert "one-sided lower bound" in page
+    assert page.count('<rect class="floor"') == 1 + len(DOMAINS)
+    for row in record["verdict"]["domains"].values():
+        del row["floor"]
+    assert "where the interval reaches in" in render(record)
 
 
 def test_mixed_metrics_have_no_average_column() -> None:

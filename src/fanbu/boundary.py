@@ -40,5 +40,5 @@ def refusal(contribution: Contribution, share: Share) -> str | None:
         return "of a private domain only paired counts cross" if contribution.tensors else None
     needs_noise = contribution.kind == "predictions" or "labels" in contribution.meta
     if share.private and needs_noise and contribution.epsilon is None:
-        return f"{contribution.kind} of a private domain need a privacy cost (epsilon), and {contribution.method} adds no noise"
+        return f"{contribution.kind} of a private domain need a privacy cost, and {contribution.method} adds no noise"
     return None

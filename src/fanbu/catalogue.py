@@ -122,7 +122,7 @@ class Method:
         for c in contributions:
             if c.kind != self.needs.kind:
                 raise FitError(
-                    "other-kind", f"{self.name} cannot absorb what {c.domain} sent", allowed=self.needs.kind, got=c.kind,
+                    "other-kind", f"{self.name} cannot take what {c.domain} sent", allowed=self.needs.kind, got=c.kind,
                     remedy=f"send it with `contribute` of {self.name}",
                 )  # fmt: skip
         if not contributions:
@@ -132,7 +132,9 @@ class Method:
             made: Model = self.code.absorb(base, ordered, out, context, **checked)
         except KeyError as error:
             raise IntegrityError(
-                "contribution-broken", f"a contribution to {self.name} lacks {error}", remedy="ask its owner to send it again"
+                "contribution-broken",
+                f"a contribution to {self.name} lacks {error}",
+                remedy="ask its owner to send it again",
             ) from error
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
@@ -147,7 +149,11 @@ class Method:
         task = specialist.domain.task
         if task not in self.needs.tasks:
             raise FitError(
-                "other-task", f"{self.name} does not know {task}", allowed=self.needs.tasks, got=task, remedy="take another way"
+                "other-task",
+                f"{self.name} does not know {task}",
+                allowed=self.needs.tasks,
+                got=task,
+                remedy="take another way",
             )
         if self.needs.probe and not context.probe.rows:
             raise FitError(
@@ -168,7 +174,10 @@ def methods() -> dict[str, Method]:
     for point in entry_points(group="fanbu.methods"):
         if point.name in found:
             raise UsageError(
-                "method-twice", f"two packages bring a method {point.name!r}", got=point.value, remedy="uninstall one of them"
+                "method-twice",
+                f"two packages bring a method {point.name!r}",
+                got=point.value,
+                remedy="uninstall one of them",
             )
         code = point.load()
         family = "shrink" if hasattr(code, "shrink") else code.NEEDS.kind

@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from fanbu.types import Context
 
 app = typer.Typer(
-    name="fanbu", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
+    name="fanbu",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help=(__doc__ or "").split("\n")[0],
 )
 methods_app = typer.Typer(help="The ways down and the ways back.", invoke_without_command=True)
 app.add_typer(methods_app, name="methods")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe (YAML).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key.key=value over the recipe or the method; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="key.key=value over the recipe or the method; repeatable.")
+]
 Seed = Annotated[int | None, typer.Option(help="Over the recipe's seed.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, over the recipe's.")]
 WorkspacePath = Annotated[Path, typer.Argument(help="The workspace (runs/NAME), or the recipe that names it.")]
@@ -61,7 +67,9 @@ def run(
     extra = [f"{k}={v}" for k, v in (("seed", seed), ("device", device), ("workspace", workspace)) if v is not None]
     with bar() as progress:
         record = run_round(load_recipe(recipe, [*(change or []), *extra]), progress, log)
-    page = write_report({k: v for k, v in record.items() if k not in {"folder", "workspace", "champion"}}, Path(record["folder"]))
+    page = write_report(
+        {k: v for k, v in record.items() if k not in {"folder", "workspace", "champion"}}, Path(record["folder"])
+    )
     accepted = record["verdict"]["accepted"]
     if as_json:
         typer.echo(json.dumps({**record, "report": str(page)}, default=str))
@@ -89,7 +97,15 @@ def shrink(
     with _context(seed, device) as context:
         parent = _opened(model, chosen, out, context)
         made = way.shrink(parent, chosen, out, context, **arguments)
-    _print({"model": str(made.path), "digest": made.digest, "parameters": made.parameters, **dict(made.manifest["metrics"])}, as_json)
+    _print(
+        {
+            "model": str(made.path),
+            "digest": made.digest,
+            "parameters": made.parameters,
+            **dict(made.manifest["metrics"]),
+        },
+        as_json,
+    )
 
 
 @app.command()
@@ -114,7 +130,12 @@ def feed(
     way.check(arguments)
     folders = dict(_pair(s) for s in specialist)
     chosen = _domains(domains, list(folders))
-    texts = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in chosen.values() if d.share.texts for i, t in enumerate(d.train.texts)]
+    texts = [
+        ProbeRow(f"{d.name}/{i}", t, d.name)
+        for d in chosen.values()
+        if d.share.texts
+        for i, t in enumerate(d.train.texts)
+    ]
     with _context(seed, device) as context:
         context = replace(context, probe=ProbeSet(tuple(texts)))
         large = open_model(base)
@@ -176,7 +197,7 @@ def history(workspace: WorkspacePath, as_json: Json = False) -> None:
 
 @app.command()
 def promote(
-    workspace: WorkspacePath, model: Annotated[str, typer.Argument(help="First characters of a digest in the history.")],
+    workspace: WorkspacePath, model: Annotated[str, typer.Argument(help="First characters of its digest.")],
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make a model of the history the champion, whatever the gate said."""
@@ -225,7 +246,9 @@ def show_method(name: str, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps({"name": chosen.name, "family": chosen.family, "parameters": parameters}, default=str))
     else:
-        typer.echo(method_page(chosen.name, chosen.family, [inspect.getdoc(f) or "" for f in chosen.functions], parameters))
+        typer.echo(
+            method_page(chosen.name, chosen.family, [inspect.getdoc(f) or "" for f in chosen.functions], parameters)
+        )
 
 
 def _name(kind: Any) -> str:
@@ -247,10 +270,15 @@ def _context(seed: int | None, device: str | None) -> Any:
 
     @contextmanager
     def opened() -> Any:
+        precision: Any
         where, precision, threads = resolve_machine(device or "auto", "auto", 0)
         with bar() as progress:
             yield Context(
-                seed=seed or 0, device=where, precision=precision, threads=threads, progress=progress  # type: ignore[arg-type]
+                seed=seed or 0,
+                device=where,
+                precision=precision,
+                threads=threads,
+                progress=progress,  # type: ignore[arg-type]
             )
 
     return opened()
@@ -318,7 +346,9 @@ def _workspace(path: Path) -> Path:
 def _nothing(path: Path) -> FanbuError:
     from fanbu.errors import UsageError
 
-    return UsageError("no-rounds", f"no finished round in {path}", got=path, remedy="run a recipe first, or give its workspace")
+    return UsageError(
+        "no-rounds", f"no finished round in {path}", got=path, remedy="run a recipe first, or give its workspace"
+    )
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:

@@ -133,5 +133,3 @@ def check_contribution(contribution: Contribution) -> None:
     keys = {key for row in contribution.rows for key in row} - _ROW_KEYS
     if keys:
         raise _refuse(Path(contribution.domain), f"a row has other keys than {sorted(_ROW_KEYS)}", keys)
-
-

@@ -1,4 +1,4 @@
-"""A Domain: one industry's task, its rows, and what of it may leave its owner. A Specialist: a Model with its Domain."""
+"""A Domain: one industry's task, its rows, and what may leave its owner. A Specialist: a Model with its Domain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
@@ -56,9 +56,9 @@ class Domain:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over everything that can change a result."""
+        """sha256 over everything that can change a result; what is shared is the boundary's affair."""
         splits = [r.digest for r in (self.train, self.valid, self.test, self.unlabelled)]
-        return digest([self.name, self.task, self.labels, splits, self.metric, self.share.as_dict(), self.role])
+        return digest([self.name, self.task, self.labels, splits, self.metric, self.role])
 
     @property
     def full_labels(self) -> tuple[str, ...]:
@@ -125,12 +125,14 @@ def load_domain(
     )  # fmt: skip
 
 
-def _check_arguments(
-    name: str, task: str, metric: str | None, train: Source, python: str | None, test: Source
-) -> None:
+def _check_arguments(name: str, task: str, metric: str | None, train: Source, python: str | None, test: Source) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(
-            "domain-name", "a domain's name", allowed="letters, digits, _ . - (64 at most)", got=name, remedy="rename it"
+            "domain-name",
+            "a domain's name",
+            allowed="letters, digits, _ . - (64 at most)",
+            got=name,
+            remedy="rename it",
         )
     if task not in TASKS:
         raise UsageError("unknown-task", f"{name}: task", allowed=TASKS, got=task, remedy="take one of these")
@@ -161,12 +163,14 @@ def _read(
     for split, source in (("test", test), ("valid", valid)):
         if isinstance(source, str):
             raw[split] = load_rows(source, columns, labelled=labelled)
-        elif source is None or role == "guard" and split == "valid":
+        elif source is None or (role == "guard" and split == "valid"):
             raw[split] = []
         elif 0 < source < 1:
             raw["train"], raw[split] = carve(raw["train"], source, f"{name}/{split}")
         else:
-            raise UsageError("split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source, remedy="fix")
+            raise UsageError(
+                "split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source, remedy="fix"
+            )
     raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
     unknown = set(limit) - set(raw)
     if unknown:

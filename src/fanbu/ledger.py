@@ -163,9 +163,7 @@ class Workspace:
         with self.lock("champion"):
             now = self.champion()
             if now is None or not now["previous"]:
-                raise UsageError(
-                    "nothing-before", "there is no champion before this one", remedy="see `fanbu history`"
-                )
+                raise UsageError("nothing-before", "there is no champion before this one", remedy="see `fanbu history`")
             self._log({"event": "rolled back", **now["previous"], "from": now["model"]})
             self._write_pointer()
             return self.champion() or {}

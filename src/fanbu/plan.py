@@ -35,8 +35,10 @@ def misfit(
     feeding = [d for d in domains if d.role == "feeds"]
     for d in feeding:
         if d.task not in needs.tasks:
-            return FitError("other-task", f"{way.name} does not know {d.task}", allowed=needs.tasks, remedy="take another way")
-        refused = [needs.kind] if needs.kind not in d.share.kinds else []
+            return FitError(
+                "other-task", f"{way.name} does not know {d.task}", allowed=needs.tasks, remedy="take another way"
+            )
+        refused: list[str] = [needs.kind] if needs.kind not in d.share.kinds else []
         refused += ["texts"] if needs.texts and not d.share.texts else []
         refused += ["labels"] if needs.labels and d.task != "causal-lm" and not d.share.labels else []
         if d.share.private and way.code.SENSITIVITY is None:
@@ -50,7 +52,7 @@ def misfit(
         changes = method(step.method, "shrink").code.CHANGES
         if needs.same_architecture and changes:
             return FitError(
-                "other-architecture", f"{way.name} needs specialists of the base's architecture; {step.method} changes it",
+                "other-architecture", f"{way.name} needs the base's architecture; {step.method} changes it",
                 remedy="feed back by predictions (distill), or shrink with finetune only",
             )  # fmt: skip
         if "tokenizer" in changes and domains[0].task == "causal-lm" and (needs.same_tokenizer or needs.probe):

@@ -64,8 +64,8 @@ def features(network: Any, tokenizer: Any, texts: Sequence[str], context: Contex
 def _without_head(network: Any) -> Iterator[None]:
     """The final layer replaced by the identity, so that the logits are the pooled features."""
     layer = final_layer(network)
-    holder = nn.Linear(1, 1)
-    holder.forward = lambda x: x  # type: ignore[method-assign]
+    holder: Any = nn.Linear(1, 1)
+    holder.forward = lambda x: x
     holder.in_features, holder.out_features = layer.in_features, layer.in_features
     replace_final_layer(network, holder)
     try:
@@ -87,7 +87,9 @@ def token_losses(network: Any, tokenizer: Any, texts: Sequence[str], context: Co
     return torch.stack(rows) if rows else torch.zeros(0, 2)
 
 
-def top_tokens(network: Any, tokenizer: Any, texts: Sequence[str], context: Context, k: int) -> list[tuple[Tensor, Tensor]]:
+def top_tokens(
+    network: Any, tokenizer: Any, texts: Sequence[str], context: Context, k: int
+) -> list[tuple[Tensor, Tensor]]:
     """For each text: indices [tokens - 1, k] and probabilities of the k likeliest next tokens."""
 
     def reduce(logits_btv: Tensor, batch: dict[str, Tensor]) -> Sequence[tuple[Tensor, Tensor]]:

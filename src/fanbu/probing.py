@@ -17,19 +17,24 @@ from fanbu.types import Context
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 
 
-def fit_probe(network: Any, tokenizer: Any, domain: Domain, context: Context) -> tuple[Head, float]:
-    """Label rows for one domain, and the inverse regularisation strength C that validation chose.
+def fit_probe(network: Any, tokenizer: Any, domain: Domain, context: Context) -> tuple[Head, dict[str, float]]:
+    """Label rows for one domain; the strength C that validation chose, and the mean logsumexp of the training rows.
 
     Features are scaled to unit norm on average (with mean pooling their norm is the same for all texts), all
     training rows are used, C is the one of STRENGTHS with the best validation accuracy (the smaller on a tie).
     """
-    x, v = features(network, tokenizer, domain.train.texts, context), features(network, tokenizer, domain.valid.texts, context)
+    x, v = (
+        features(network, tokenizer, domain.train.texts, context),
+        features(network, tokenizer, domain.valid.texts, context),
+    )
     scale = 1.0 / float(x.norm(dim=1).mean().clamp_min(1e-12))
     weight, bias, strength = fit_logistic(
         (x * scale).numpy(), np.array(domain.train.labels), (v * scale).numpy(), np.array(domain.valid.labels),
         context.seeded("probe", domain.name),
     )  # fmt: skip
-    return Head(domain.full_labels, weight * scale, bias), strength
+    head = Head(domain.full_labels, weight * scale, bias)
+    spread = float((x @ head.weight_lh.T + head.bias_l).logsumexp(1).mean())
+    return head, {"strength": strength, "mean_logsumexp": spread}
 
 
 def fit_logistic(x: Any, y: Any, x_valid: Any, y_valid: Any, seed: int) -> tuple[Tensor, Tensor, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fanbu.catalogue import method, suggestion
 from fanbu.domain import Domain, load_domain
@@ -28,7 +28,9 @@ class ShareSpec(_Part):
     """What may leave the owner: a preset, and changes to it."""
 
     preset: Literal["open", "internal", "private"] = "open"
-    kinds: list[Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]] | None = None
+    kinds: list[Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]] | None = (
+        None
+    )
     texts: bool | None = None
     labels: bool | None = None
 
@@ -79,6 +81,12 @@ class PublicTexts(_Part):
     columns: dict[str, str] | None = None
     limit: int | None = None
 
+    @model_validator(mode="after")
+    def _one_source(self) -> PublicTexts:
+        if (self.path is None) == (self.python is None):
+            raise ValueError("give either path or python")
+        return self
+
 
 class ProbeSpec(_Part):
     """The texts that specialists are asked about: of the domains that share texts, and public ones."""
@@ -91,10 +99,10 @@ class ProbeSpec(_Part):
 class GateSpec(_Part):
     """See ``fanbu.judge.gate.Gate``."""
 
-    margin: float = Field(0.05, ge=0, le=1)
+    margin: float = Field(default=0.05, ge=0, le=1)
     margins: dict[str, float] = Field(default_factory=dict)
     mode: Literal["told", "untold"] = "told"
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
     def gate(self) -> Gate:
         """The value that the judge takes."""
@@ -156,7 +164,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError("recipe-not-found", f"no recipe at {path}", got=path, remedy="check the path")
     if path.stat().st_size > MAX_RECIPE:
-        raise UsageError("recipe-too-large", f"{path}", allowed=f"{MAX_RECIPE} bytes", remedy="a recipe is a short text")
+        raise UsageError(
+            "recipe-too-large", f"{path}", allowed=f"{MAX_RECIPE} bytes", remedy="a recipe is a short text"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -165,7 +175,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError("recipe-broken", f"{path} is no YAML: {error}", remedy="repair it") from None
     if not isinstance(value, dict):
-        raise UsageError("recipe-broken", f"{path} is no mapping", got=type(value).__name__, remedy="start with fanbu: 1")
+        raise UsageError(
+            "recipe-broken", f"{path} is no mapping", got=type(value).__name__, remedy="start with fanbu: 1"
+        )
     return value
 
 
@@ -190,7 +202,11 @@ def _explain(error: ValidationError) -> UsageError:
         known = list(model.model_fields) if model else []
         name = str(first["loc"][-1])
         return UsageError(
-            "unknown-key", f"recipe: unknown key {where}", allowed=known, got=name, remedy=suggestion(name, dict.fromkeys(known))
+            "unknown-key",
+            f"recipe: unknown key {where}",
+            allowed=known,
+            got=name,
+            remedy=suggestion(name, dict.fromkeys(known)),
         )
     return UsageError(
         "bad-recipe", f"recipe: {where}", allowed=first["msg"], got=first.get("input"), remedy="see docs/recipes.md"
@@ -198,7 +214,12 @@ def _explain(error: ValidationError) -> UsageError:
 
 
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel] | None:
-    names = {"domains": DomainSpec, "guards": DomainSpec, "probe": ProbeSpec, "gate": GateSpec}
+    names: dict[str, type[BaseModel]] = {
+        "domains": DomainSpec,
+        "guards": DomainSpec,
+        "probe": ProbeSpec,
+        "gate": GateSpec,
+    }
     if not place:
         return Recipe
     if "share" in place:
@@ -220,8 +241,10 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "domains": {n: _located(s, folder) for n, s in recipe.domains.items()},
             "guards": {n: _located(s, folder) for n, s in recipe.guards.items()},
             "probe": recipe.probe.model_copy(update={"public": public}),
-            "device": device, "precision": precision, "threads": threads,
-        }  # fmt: skip
+            "device": device,
+            "precision": precision,
+            "threads": threads,
+        }
     )
 
 
@@ -265,7 +288,11 @@ def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            "device", "device", allowed="auto, cpu, cuda, mps", got=f"{device} ({error})".partition("\n")[0], remedy="use auto"
+            "device",
+            "device",
+            allowed="auto, cpu, cuda, mps",
+            got=f"{device} ({error})".partition("\n")[0],
+            remedy="use auto",
         ) from None
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_bf16() if device == "cpu" else False
@@ -292,5 +319,3 @@ def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "
     arguments = {field: getattr(spec, field) for field in DomainSpec.model_fields if field != "share"}
     share = PRESETS[spec.share] if isinstance(spec.share, str) else spec.share.share()
     return load_domain(name, **arguments, share=share, role=role)
-
-

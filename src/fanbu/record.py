@@ -46,15 +46,19 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
         "table": _table(turn, result), "costs": turn.costs,
         "warnings": _warnings(turn, result),
         "reproduce": [f"fanbu run {shlex.quote('recipe.yaml')}"],
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "numpy")}},
+        "versions": {
+            "python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "numpy")}
+        },
     }  # fmt: skip
 
 
 def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, and which specialists taught nothing."""
     silent = result.candidate.manifest.get("parameters", {}).get("silent") or []
-    taught = [f"{d}: its specialist does not beat the large model on validation rows, so it taught nothing" for d in silent]
-    return [w for d in turn.domains.values() for w in d.warnings] + taught
+    taught = [
+        f"{d}: its specialist does not beat the large model on validation rows, so it taught nothing" for d in silent
+    ]
+    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught
 
 
 def _model(model: Model) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from typing import Any
 from fanbu.boundary import cross
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution, open_contribution
+from fanbu.data.check import normalised
+from fanbu.data.load import RawRow, load_rows
+from fanbu.data.split import cap
+from fanbu.data.standard_library import function_bodies
 from fanbu.domain import Domain, Specialist
 from fanbu.heads import open_classifier
 from fanbu.judge.evaluate import evaluate, measure, tfidf
@@ -17,8 +21,8 @@ from fanbu.judge.gate import judge
 from fanbu.ledger import Stage, Workspace
 from fanbu.model import Model, load_tokenizer, open_model, provenance, save_network
 from fanbu.plan import check_plan
+from fanbu.recipe import PublicTexts, Recipe, Step, load_domains
 from fanbu.record import make_record, read_record, write_record
-from fanbu.recipe import Recipe, Step, load_domains
 from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
 
 Log = Callable[[str], None]
@@ -35,6 +39,7 @@ class Turn:
     log: Log
     costs: list[dict[str, Any]] = field(default_factory=list)
     crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def feeding(self) -> list[Domain]:
@@ -47,7 +52,9 @@ class Turn:
         plain = {"seed": c.seed, "device": c.device, "precision": c.precision, "threads": c.threads}
         return {**plain, "max_length": c.max_length, **({"probe": c.probe.digest} if probe else {})}
 
-    def stage(self, name: str, module: str, inputs: Mapping[str, Any], produce: Callable[[Path, Context], None]) -> Stage:
+    def stage(
+        self, name: str, module: str, inputs: Mapping[str, Any], produce: Callable[[Path, Context], None]
+    ) -> Stage:
         """One stage of the ledger; its cost is noted."""
         self.log(name)
         done = self.workspace.stage(
@@ -91,25 +98,35 @@ def start(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: N
 
 
 def gather_probe(turn: Turn) -> ProbeSet:
-    """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count."""
-    from fanbu.data.load import load_rows
-    from fanbu.data.split import cap
-    from fanbu.data.standard_library import function_bodies
+    """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count.
 
+    A text that is in the test rows of any domain is left out: test data never trains.
+    """
     spec, rows = turn.recipe.probe, []
+    held_out = {normalised(text) for d in turn.domains.values() for text in d.test.texts}
     for d in turn.feeding:
         if spec.domains and d.share.texts:
             texts = list(dict.fromkeys([*d.train.texts, *d.unlabelled.texts]))[: spec.limit]
             sent = [{"id": f"{d.name}/{i}", "text": text, "domain": d.name} for i, text in enumerate(texts)]
-            got = turn.contribution(
-                f"probe texts {d.name}", "fanbu.contribution", {"domain": d.digest, "limit": spec.limit}, d,
-                lambda _, d=d, sent=sent: Contribution("samples", d.name, "probe texts", rows=sent),  # type: ignore[misc]
-            )  # fmt: skip
+            offer = Contribution("samples", d.name, "probe texts", rows=sent)
+            inputs = {"domain": d.digest, "limit": spec.limit}
+            got = turn.contribution(f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda _, o=offer: o)  # type: ignore[misc]
             rows += [ProbeRow(r["id"], r["text"], r["domain"]) for r in got.rows]
     for number, public in enumerate(spec.public):
-        raw = list(function_bodies(public.python)) if public.python else load_rows(str(public.path), public.columns, labelled=False)
-        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in cap(raw, public.limit, "public")]
-    return ProbeSet(tuple(rows))
+        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
+    kept = [row for row in rows if normalised(row.text) not in held_out]
+    if len(kept) < len(rows):
+        turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
+    return ProbeSet(tuple(kept))
+
+
+def public_texts(public: PublicTexts) -> list[RawRow]:
+    """The rows of one public file, or area of the standard library."""
+    if public.python:
+        raw = list(function_bodies(public.python))
+    else:
+        raw = load_rows(str(public.path), public.columns, labelled=False)
+    return cap(raw, public.limit, "public")
 
 
 def open_base(turn: Turn) -> tuple[Model, Model]:
@@ -132,14 +149,13 @@ def open_base(turn: Turn) -> tuple[Model, Model]:
     return base, turn.model("open", "fanbu.heads", inputs, make)
 
 
-def feed(
-    turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None
-) -> Model:
+def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
     """Contribute at each owner, absorb at the centre."""
     way, name = method(step.method, "feedback"), name or step.method
     sent = [contribute(turn, way, step.arguments, s, base) for s in specialists]
     inputs = {
-        "base": base.digest, "contributions": sorted(c.digest for c in sent), "arguments": _plain(way.check(step.arguments)),
+        "base": base.digest, "contributions": sorted(c.digest for c in sent),
+        "arguments": _plain(way.check(step.arguments)),
         **turn.settings(probe=way.needs.probe or way.name == "probe"),
     }  # fmt: skip
     return turn.model(name, way.module, inputs, lambda out, c: way.absorb(base, sent, out, c, **step.arguments))
@@ -161,8 +177,8 @@ def grow(turn: Turn, incumbent: Model, domain: Domain) -> Specialist:
     for number, step in enumerate(turn.recipe.shrink):
         way, parent = method(step.method, "shrink"), model
         inputs = {
-            "parent": parent.digest, "domain": domain.digest, "arguments": _plain(way.check(step.arguments)), "step": number,
-            **turn.settings(),
+            "parent": parent.digest, "domain": domain.digest, "step": number,
+            "arguments": _plain(way.check(step.arguments)), **turn.settings(),
         }  # fmt: skip
         model = turn.model(
             f"shrink {step.method} {domain.name}", way.module, inputs,
@@ -181,9 +197,12 @@ def outcomes(turn: Turn, name: str, model: Model, domains: Sequence[Domain]) -> 
     """One model's test outcomes on some domains, each computed at its owner."""
     return {
         d.name: turn.contribution(
-            f"evaluate {name} {d.name}", "fanbu.judge.evaluate", {"model": model.digest, "domain": d.digest, **turn.settings()},
-            d, lambda c, d=d: evaluate(model, d, c),  # type: ignore[misc]
-        )  # fmt: skip
+            f"evaluate {name} {d.name}",
+            "fanbu.judge.evaluate",
+            {"model": model.digest, "domain": d.digest, **turn.settings()},
+            d,
+            lambda c, d=d: evaluate(model, d, c),  # type: ignore[misc]
+        )
         for d in domains
     }
 
@@ -268,4 +287,9 @@ def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: Non
     write_record(record, recipe, folder)
     turn.workspace.start(result.incumbent.path, result.incumbent.digest)
     turn.workspace.decide(key, verdict["accepted"], result.candidate.path, result.candidate.digest, verdict["reason"])
-    return {**record, "folder": str(folder), "workspace": str(turn.workspace.root), "champion": turn.workspace.champion()}
+    return {
+        **record,
+        "folder": str(folder),
+        "workspace": str(turn.workspace.root),
+        "champion": turn.workspace.champion(),
+    }

@@ -56,7 +56,9 @@ def train(
         raise UsageError("nothing-to-train", f"{name} has no rows to train on", remedy="give it rows")
     set_up(context, "train", name)
     AcceleratorState._reset_state()  # one process may train at several precisions in turn
-    accelerator = Accelerator(mixed_precision="bf16" if context.precision == "bf16" else "no", cpu=context.device == "cpu")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if context.precision == "bf16" else "no", cpu=context.device == "cpu"
+    )
     if plan.dropout is not None:
         _set_dropout(network, plan.dropout)
     run = _Run(network, accelerator, lengths, plan, context, name, head)
@@ -99,7 +101,8 @@ class _Run:
         self.context, self.name, self.seed = context, name, context.seeded("batches", name)
         per_epoch = math.ceil(len(lengths) / plan.batch_size)
         self.total = min(per_epoch * plan.epochs, plan.max_steps or per_epoch * plan.epochs)
-        self.history, self.epoch, self.position, self.best = History(), 0, 0, {}
+        self.history, self.epoch, self.position = History(), 0, 0
+        self.best: dict[str, Tensor] = {}
         self.best_value, self.idle, self.running = -math.inf, 0, 0.0
         self.batches = shuffled_batches(lengths, plan.batch_size, self.seed, 0)
         self.wrapped = accelerator.prepare_model(network)
@@ -221,10 +224,12 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _optimizer(network: nn.Module, head: nn.Module | None, plan: Train) -> torch.optim.Optimizer:
     """Four groups: head or body, decayed or not (biases and norms are not)."""
-    kind = getattr(torch.optim, plan.optimizer, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer):
-        allowed = sorted(n for n in dir(torch.optim) if n[0].isupper() and n != "Optimizer")
-        raise UsageError("unknown-optimizer", "optimizer", allowed=allowed, got=plan.optimizer, remedy="take one of these")
+    allowed = {n: k for n, k in vars(torch.optim).items() if isinstance(k, type) and n != "Optimizer"}
+    kind: Any = allowed.get(plan.optimizer)
+    if kind is None:
+        raise UsageError(
+            "unknown-optimizer", "optimizer", allowed=sorted(allowed), got=plan.optimizer, remedy="take one of these"
+        )
     in_head = set() if head is None else set(map(id, head.parameters()))
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in network.parameters():
@@ -235,7 +240,8 @@ def _optimizer(network: nn.Module, head: nn.Module | None, plan: Train) -> torch
         for (h, decayed), p in sorted(groups.items())
     ]
     fused = {"fused": True} if plan.optimizer in {"Adam", "AdamW", "SGD"} else {}
-    return kind(settings, lr=plan.lr, **fused)
+    optimizer: torch.optim.Optimizer = kind(settings, lr=plan.lr, **fused)
+    return optimizer
 
 
 def schedule(plan: Train, done: float) -> float:

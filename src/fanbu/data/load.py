@@ -44,7 +44,11 @@ def load_rows(source: str, columns: Mapping[str, str] | None = None, *, labelled
             raise _column(where, names["text"], record)
         if len(text) > MAX_TEXT:
             raise DataError(
-                "text-too-long", f"{where} is too long", allowed=f"{MAX_TEXT} characters", got=len(text), remedy="cut it"
+                "text-too-long",
+                f"{where} is too long",
+                allowed=f"{MAX_TEXT} characters",
+                got=len(text),
+                remedy="cut it",
             )
         if labelled and (label is None or label == "" or label != label):
             raise _column(where, names["label"], record)

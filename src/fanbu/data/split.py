@@ -33,7 +33,8 @@ def cap(rows: Sequence[RawRow], limit: int | None, salt: str) -> list[RawRow]:
         return list(rows)
     ranked = sorted(rows, key=lambda row: digest([salt, row.id, row.text]))
     seen: set[str | None] = set()
-    firsts, rest = [], []
+    firsts: list[str] = []
+    rest: list[str] = []
     for row in ranked:
         (rest if row.label in seen else firsts).append(row.id)
         seen.add(row.label)

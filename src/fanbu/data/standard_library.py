@@ -43,7 +43,10 @@ def function_bodies(area: str) -> tuple[RawRow, ...]:
     """The rows of one area of AREAS, without exact duplicates, labels with fewer than 20 rows left out."""
     if area not in AREAS:
         raise UsageError(
-            "unknown-area", f"no area {area!r} of the standard library", allowed=sorted(AREAS), remedy="take one of these"
+            "unknown-area",
+            f"no area {area!r} of the standard library",
+            allowed=sorted(AREAS),
+            remedy="take one of these",
         )
     mask = re.compile(r"\b(" + "|".join(AREAS[area]) + r")\b")
     rows: dict[str, RawRow] = {}

@@ -40,16 +40,18 @@ class Paired:
     draws: Floats
 
 
-def compare(
-    candidate: Contribution, incumbent: Contribution, mode: str, seed: int, confidence: float = 0.95
-) -> Paired:
+def compare(candidate: Contribution, incumbent: Contribution, mode: str, seed: int, confidence: float = 0.95) -> Paired:
     """Paired percentile bootstrap over examples (Efron and Tibshirani 1993); exact McNemar where values are 0 or 1.
 
     delta = sum(v_candidate) / sum(w) - sum(v_incumbent) / sum(w). Raises DataError where the two are not of the
     same examples.
     """
     a, b, w = _column(candidate, mode), _column(incumbent, mode), candidate.tensors["weight"].double().numpy()
-    if candidate.domain != incumbent.domain or len(a) != len(b) or not np.array_equal(w, incumbent.tensors["weight"].numpy()):
+    if (
+        candidate.domain != incumbent.domain
+        or len(a) != len(b)
+        or not np.array_equal(w, incumbent.tensors["weight"].numpy())
+    ):
         raise DataError(
             "not-paired", f"outcomes of {candidate.domain} and {incumbent.domain} are not of the same examples",
             allowed=len(b), got=len(a), remedy="evaluate both models on the same test rows (with the same tokenizer)",

@@ -90,6 +90,9 @@ def measure(model: Model, texts: Sequence[str], context: Context, repeats: int =
         for text in [*texts[:3], *texts[:repeats]]:
             started = time.perf_counter()
             batch = tokenizer(text, truncation=True, max_length=context.max_length, return_tensors="pt")
-            network(input_ids=batch["input_ids"].to(context.device), attention_mask=batch["attention_mask"].to(context.device))
+            network(
+                input_ids=batch["input_ids"].to(context.device),
+                attention_mask=batch["attention_mask"].to(context.device),
+            )
             times.append(1000 * (time.perf_counter() - started))
     return {"parameters": model.parameters, "bytes": model.bytes, "latency_ms": float(np.median(times[3:]))}

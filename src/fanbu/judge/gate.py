@@ -28,7 +28,12 @@ class Gate:
 
 
 def judge(
-    candidate: Outcomes, incumbent: Outcomes, specialists: Outcomes, domains: Mapping[str, Domain], gate: Gate, seed: int
+    candidate: Outcomes,
+    incumbent: Outcomes,
+    specialists: Outcomes,
+    domains: Mapping[str, Domain],
+    gate: Gate,
+    seed: int,
 ) -> dict[str, Any]:
     """The verdict, as plain values.
 

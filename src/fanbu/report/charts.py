@@ -85,6 +85,7 @@ def forest_row(
     low: float | None,
     high: float | None,
     *,
+    floor: float | None = None,
     margin: float | None = None,
     role: str = "feeds",
     weight: float = 0.5,
@@ -92,7 +93,8 @@ def forest_row(
 ) -> str:
     """One domain: a square at the change (larger with more rows, ``weight`` 0 to 1), its interval, and its margin.
 
-    What lies left of minus ``margin`` is shaded: an interval that reaches into it does not hold.
+    What lies left of minus ``margin`` is shaded. ``floor`` is the one-sided lower bound that is held against it: where
+    it lies in the shade, the domain does not hold.
     """
     body: list[str] = []
     if margin is not None:
@@ -105,6 +107,8 @@ def forest_row(
         left, right = scale.at(low), scale.at(high)
         body.append(f'<line class="ci {kind}" x1="{left:.2f}%" x2="{right:.2f}%" y1="50%" y2="50%"/>')
         body += [_box(x, 1.5, 8, f"cap {kind}") for x in (left, right)]
+    if floor is not None:
+        body.append(_box(scale.at(floor), 2.5, 17, "floor"))
     if delta is not None:
         side = 7 + 5 * min(1.0, max(0.0, weight))
         body.append(_box(scale.at(delta), side, side, f"mark {kind}"))
@@ -178,8 +182,9 @@ def key(kind: str) -> str:
     shapes = {
         "feeds": _box(50, 10, 10, "mark feeds"),
         "guard": _box(50, 10, 10, "mark guard"),
+        "floor": _box(50, 2.5, 15, "floor"),
         "average": '<polygon class="diamond" points="1,8 11,2 21,8 11,14"/>',
-        "zone": '<rect class="zone" x="0" y="0" width="70%" height="100%"/>' + _vertical(70, "margin"),
+        "margin": '<rect class="zone" x="0" y="0" width="70%" height="100%"/>' + _vertical(70, "margin"),
     }
     body = shapes[kind] if kind in shapes else _shape(kind, 50, kind)
     return f'<svg class="key" aria-hidden="true" focusable="false">{body}</svg>'

@@ -133,7 +133,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _systems(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], averaged: bool) -> list[System]:
     told, untold = (
-        [_with_mean([_score(row, c.name, way) for c in columns], averaged) for row in table]
+        [_with_mean([_score(row, c.name, way) for c in columns], columns, averaged) for row in table]
         for way in ("told", "untold")
     )
     wide = [*columns, columns[0]] if averaged else list(columns)
@@ -152,8 +152,10 @@ def _systems(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], aver
     ]
 
 
-def _with_mean(values: list[float | None], averaged: bool) -> list[float | None]:
-    return [*values, _mean(values)] if averaged else values
+def _with_mean(values: list[float | None], columns: Sequence[Column], averaged: bool) -> list[float | None]:
+    """The scores, and their mean over the domains that fed back (over all, where only guards were scored)."""
+    fed = [value for value, column in zip(values, columns, strict=True) if not column.guard]
+    return [*values, _mean(fed or values)] if averaged else values
 
 
 def _best(scores: Sequence[Sequence[float | None]], columns: Sequence[Column]) -> list[float | None]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def write_report(record: Mapping[str, Any], folder: Path) -> Path:
 def render(record: Mapping[str, Any]) -> str:
     """The page of one record. Everything that comes from the record is escaped."""
     import jinja2
+    import markupsafe
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -39,6 +42,7 @@ def render(record: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = lambda name: markupsafe.Markup(_breakable(str(name)))
     return environment.get_template("page.html.j2").render(key=charts.key, **sections(record))
 
 
@@ -47,17 +51,21 @@ def _shown(value: object) -> object:
     return f.clean(value) if type(value) is str else value
 
 
+def _breakable(name: str) -> str:
+    """A name as escaped HTML that may break its line after an underscore or a slash."""
+    return re.sub(r"([_/])", r"\1<wbr>", escape(f.clean(name)))
+
+
 def sections(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows, section by section: words and inline SVG, no more sums to do."""
     judged = f.part(record, "verdict")
     return {
         "title": f.text(record.get("name") or "unnamed"),
-        "round": f.text(record.get("round")),
-        "task": f.text(record.get("task")),
-        "created": f.moment(record.get("created")),
+        "round": "" if record.get("round") is None else f", round {f.text(record['round'])}",
+        "facts": _facts(record),
         "version": f.text(record.get("version")),
         "mode": f.text(judged.get("mode")),
-        "level": _level(judged.get("level")),
+        "level": _level(judged.get("level") or f.part(record, "recipe", "gate").get("confidence")),
         "banner": verdict.banner(record),
         "forest": verdict.forest(record),
         "untold": verdict.untold_forest(record),
@@ -69,6 +77,14 @@ def sections(record: Mapping[str, Any]) -> dict[str, Any]:
         "reproduce": run.reproduce(record),
         "limits": verdict.limits(record),
     }
+
+
+def _facts(record: Mapping[str, Any]) -> list[str]:
+    seed, domains = record.get("seed"), len(f.part(record, "domains"))
+    told = [f.text(record.get("task")), f.moment(record.get("created"))]
+    told += [f"seed {f.text(seed)}"] if seed is not None else []
+    told += [f"{domains} domain{'s' if domains > 1 else ''}"] if domains else []
+    return [fact for fact in told if fact != f.DASH]
 
 
 def _level(value: object) -> str:

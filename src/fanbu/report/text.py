@@ -18,7 +18,9 @@ def summary(record: Mapping[str, Any]) -> str:
     kept = verdict.get("gain_kept")
     lines = [f"{word}: {verdict['reason']}", "", *_aligned(rows), ""]
     if kept:
-        lines.append(f"gain kept of the specialists': {kept['value']:.2f} (95% interval {kept['low']:.2f} to {kept['high']:.2f})")
+        lines.append(
+            f"gain kept of the specialists': {kept['value']:.2f} (95% interval {kept['low']:.2f} to {kept['high']:.2f})"
+        )
     crossed = {d: sum(c["bytes"] for c in record["domains"][d]["crossed"]) for d in names}
     lines.append("crossed: " + ", ".join(f"{d} {b / 1e6:.2f} MB" for d, b in crossed.items()))
     lines += [f"warning: {w}" for w in record["warnings"]]
@@ -34,7 +36,10 @@ def _table_row(row: Mapping[str, Any], names: Sequence[str], mode: str) -> list[
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
 
 
 def verdict_table(verdict: Mapping[str, Any]) -> str:
@@ -42,7 +47,8 @@ def verdict_table(verdict: Mapping[str, Any]) -> str:
     rows = [["domain", "old", "new", "change", "interval", "margin", "holds"]]
     rows += [
         [
-            d, f"{v['incumbent']:.4f}", f"{v['candidate']:.4f}", f"{v['delta']:+.4f}", f"{v['low']:+.4f} to {v['high']:+.4f}",
+            d, f"{v['incumbent']:.4f}", f"{v['candidate']:.4f}", f"{v['delta']:+.4f}",
+            f"{v['low']:+.4f} to {v['high']:+.4f}",
             f"{v['margin']:.4f}", "yes" if v["holds"] else "no",
         ]
         for d, v in verdict["domains"].items()
@@ -61,7 +67,8 @@ def history_tree(events: Sequence[Mapping[str, Any]], champion: Mapping[str, Any
         mark = "*" if event["model"] == now else " "
         why = f"  {event['reason']}" if event.get("reason") else ""
         branch = depth + (event["event"] in {"promoted", "refused"})
-        lines.append(f"{mark} {'   ' * branch}{'└─ ' if branch else ''}{event['model'][:12]}  {event['event']}  {event['time']}{why}")
+        indent = f"{'   ' * branch}└─ " if branch else ""
+        lines.append(f"{mark} {indent}{event['model'][:12]}  {event['event']}  {event['time']}{why}")
         depth += event["event"] == "promoted"
     return "\n".join(lines) or "nothing yet"
 

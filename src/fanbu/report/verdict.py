@@ -67,6 +67,7 @@ class Forest:
     axis_svg: str
     unit: str
     tested: bool
+    kinds: list[str]
 
 
 _WORDS = {True: ("accepted", "Promoted"), False: ("refused", "Kept the old one")}
@@ -168,7 +169,16 @@ def _forest(
     drawn = [(title, [_row(name, row, scale, most) for name, row in group.items()]) for title, group in groups if group]
     axis = charts.axis(scale, lambda tick: _tick(unit, tick), f"axis: change in {unit.name or 'the metric'}")
     tested = any(row.get(what) is not None for row in every for what in _TESTED)
-    return Forest(drawn, _average(average, scale, unit) if average else None, axis, unit.name, tested)
+    middle = _average(average, scale, unit, any(row.get("role") == "guard" for row in every)) if average else None
+    return Forest(drawn, middle, axis, unit.name, tested, _kinds(every, middle))
+
+
+def _kinds(every: Sequence[Mapping[str, Any]], average: ForestRow | None) -> list[str]:
+    """What the legend has to explain."""
+    present = {"guard" if row.get("role") == "guard" else "feeds" for row in every}
+    present |= {"average"} if average else set()
+    present |= {what for what in ("floor", "margin") if any(f.number(row.get(what)) is not None for row in every)}
+    return [kind for kind in ("feeds", "guard", "average", "floor", "margin") if kind in present]
 
 
 def _tick(unit: f.Unit, tick: float) -> str:
@@ -177,7 +187,7 @@ def _tick(unit: f.Unit, tick: float) -> str:
 
 
 def _scale(every: Sequence[Mapping[str, Any]]) -> charts.Scale:
-    ends = [f.number(row.get(side)) for row in every for side in ("delta", "low", "high")]
+    ends = [f.number(row.get(side)) for row in every for side in ("delta", "low", "high", "floor")]
     margins = [-margin for row in every if (margin := f.number(row.get("margin"))) is not None]
     return charts.scale_of([0.0, *ends, *margins])
 
@@ -186,9 +196,10 @@ def _row(name: str, row: Mapping[str, Any], scale: charts.Scale, most: float) ->
     metric = row.get("metric")
     unit = f.unit_of(metric)
     delta, low, high, n = (f.number(row.get(side)) for side in ("delta", "low", "high", "n"))
-    margin = f.number(row.get("margin"))
+    margin, floor = f.number(row.get("margin")), f.number(row.get("floor"))
     change, interval = unit.change(delta), unit.interval(low, high)
-    bound = f", margin {unit.change(-margin)}" if margin is not None else ""
+    bound = f", one-sided bound {unit.change(floor)}" if floor is not None else ""
+    bound += f", margin {unit.change(-margin)}" if margin is not None else ""
     label = f"{f.text(name)}: change {change}, interval {interval}{bound}"
     weight = math.sqrt(n / most) if n and most and n > 0 else 0.5
     sign, outcome = _outcome(row)
@@ -205,7 +216,7 @@ def _row(name: str, row: Mapping[str, Any], scale: charts.Scale, most: float) ->
         outcome=outcome,
         sign=sign,
         svg=charts.forest_row(
-            scale, delta, low, high, margin=margin, role=str(row.get("role")), weight=weight, label=label
+            scale, delta, low, high, floor=floor, margin=margin, role=str(row.get("role")), weight=weight, label=label
         ),
     )
 
@@ -222,7 +233,7 @@ def _p(row: Mapping[str, Any]) -> str:
 def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
     """The sign and the word for what the test found in one domain."""
     if row.get("worse") is True:
-        return "▼", "worse"
+        return "▼", "worse, within the margin" if row.get("holds") is True else "worse"
     if row.get("holds") is False:
         return "✗", "not shown to hold"
     if row.get("improved") is True:
@@ -230,7 +241,7 @@ def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
     return ("✓", "holds") if row.get("holds") is True else ("", f.DASH)
 
 
-def _average(average: Mapping[str, Any], scale: charts.Scale, unit: f.Unit) -> ForestRow:
+def _average(average: Mapping[str, Any], scale: charts.Scale, unit: f.Unit, guarded: bool) -> ForestRow:
     delta, low, high = (f.number(average.get(side)) for side in ("delta", "low", "high"))
     change, interval = unit.change(delta), unit.interval(low, high)
     if low is None or high is None:
@@ -238,25 +249,26 @@ def _average(average: Mapping[str, Any], scale: charts.Scale, unit: f.Unit) -> F
     elif low > 0:
         sign, outcome = "▲", "better"
     else:
-        sign, outcome = ("▼", "worse") if high < 0 else ("", "may be zero")
+        sign, outcome = ("▼", "worse") if high < 0 else ("", "unclear")
     label = f"Average: change {change}, interval {interval}"
     svg = charts.forest_diamond(scale, delta, low, high, label)
     detectable = unit.score(average.get("smallest_detectable"))
-    return ForestRow("Average", "", "", change, interval, f.DASH, "", detectable, _p(average), outcome, sign, svg)
+    over = "of those that fed back" if guarded else ""
+    return ForestRow("Average", over, "", change, interval, f.DASH, "", detectable, _p(average), outcome, sign, svg)
 
 
 def limits(record: Mapping[str, Any]) -> list[str]:
     """What the test could not have seen, in sentences."""
     judged = f.part(record, "verdict", "domains")
     domains = {f.text(name): f.part(judged, name) for name in judged}
-    seed = f.text(record.get("seed"))
+    seed = "" if record.get("seed") is None else f" ({f.text(record.get('seed'))})"
     return [
         *_blind_spots(domains),
         *_narrow_margins(domains),
         *_saturated(domains),
         *_unguarded(domains),
         *_untold(record),
-        f"One training seed ({seed}). The intervals cover the choice of test rows, not the luck of training: "
+        f"One training seed{seed}. The intervals cover the choice of test rows, not the luck of training: "
         "another seed can give another model.",
         "The test rows come from where the training rows come from. "
         "What changes in the world after they were collected is not in these numbers.",
@@ -319,7 +331,8 @@ def _unguarded(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _untold(record: Mapping[str, Any]) -> list[str]:
-    if f.part(record, "verdict", "untold") or record.get("task") == "causal-lm":
+    verdict = f.part(record, "verdict")
+    if f.part(verdict, "untold") or verdict.get("mode") == "untold" or record.get("task") == "causal-lm":
         return []
     return ["Only told scores were judged: whether the model finds the domain by itself was not tested."]
 

@@ -118,4 +118,4 @@ def keep_layers(network: Any, stack: nn.ModuleList, kept: Sequence[int]) -> None
     for number, layer in enumerate(stack):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010 - a plain attribute, not a parameter

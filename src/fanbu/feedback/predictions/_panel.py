@@ -85,7 +85,8 @@ def token_panel(
     own = token_losses(network, tokenizer, domain.valid.texts, context)
     before = token_losses(load_network(base), other, domain.valid.texts, context)
     meta = {
-        "valid": len(own), "wins": int((own[:, 0] < before[:, 0]).sum()), "losses": int((own[:, 0] > before[:, 0]).sum()),
+        "valid": len(own),
+        "wins": int((own[:, 0] < before[:, 0]).sum()), "losses": int((own[:, 0] > before[:, 0]).sum()),
         "loss": float(own[:, 0].sum() / own[:, 1].sum()), "base_loss": float(before[:, 0].sum() / before[:, 1].sum()),
     }  # fmt: skip
     tensors = {

@@ -124,7 +124,7 @@ def token_targets(
 
 def _probe_rows(c: Contribution, count: int) -> Tensor:
     rows = c.tensors["rows"].long()
-    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < count):
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
         raise FitError(
             "other-probe-set", f"the panel of {c.domain} was made on another probe set",
             allowed=f"rows 0 to {count - 1}", got=int(rows.max()), remedy="let its owner answer this probe set",

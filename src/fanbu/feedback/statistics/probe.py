@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.heads import Head, align_domains, domains_of, get_head, replace_rows, set_head
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
-from fanbu.predict import class_logits, features
+from fanbu.predict import features
 from fanbu.probing import fit_probe
-from fanbu.types import Context, Needs
+from fanbu.types import Context, Needs, ProbeRow, ProbeSet
 
 NEEDS = Needs(kind="statistics", tasks=("text-classification",))
 LINEAR = False
 SENSITIVITY = None
+_ALIGN = 500
 
 
 def contribute(specialist: Specialist, base: Model, context: Context) -> Contribution:
@@ -27,13 +26,11 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
     are used and the strength is chosen on validation rows (see ``fanbu.probing.fit_probe``).
     """
     network, tokenizer = load_network(base), load_tokenizer(base)
-    head, strength = fit_probe(network, tokenizer, specialist.domain, context)
-    set_head(network, head)
-    logits = class_logits(network, tokenizer, specialist.domain.train.texts, context)
-    spread = float(logits.logsumexp(1).mean())
-    meta = {"labels": list(head.labels), "strength": strength, "mean_logsumexp": spread}
+    head, found = fit_probe(network, tokenizer, specialist.domain, context)
     tensors = {"weight": head.weight_lh, "bias": head.bias_l}
-    return Contribution("statistics", specialist.domain.name, "probe", tensors, meta=meta)
+    return Contribution(
+        "statistics", specialist.domain.name, "probe", tensors, meta={"labels": list(head.labels), **found}
+    )
 
 
 def absorb(base: Model, contributions: Sequence[Contribution], out: Path, context: Context) -> Model:
@@ -50,11 +47,21 @@ def absorb(base: Model, contributions: Sequence[Contribution], out: Path, contex
         new.append(Head(tuple(c.meta["labels"]), c.tensors["weight"], bias))
     before = get_head(network)
     head = replace_rows(before, new)
-    known = [row for row in context.probe.rows if row.domain is not None]
+    known = aligning_rows(context.probe)
     if known:
         x = features(network, tokenizer, [row.text for row in known], context)
         movable = [domain for h in new for domain in domains_of(h.labels)]
         head = align_domains(head, x, [str(row.domain) for row in known], movable)
     set_head(network, head)
-    network.to(torch.float32)
-    return save_network(network, tokenizer, out, provenance("probe", [base], context, domains=[c.domain for c in contributions]))
+    return save_network(
+        network, tokenizer, out, provenance("probe", [base], context, domains=[c.domain for c in contributions])
+    )
+
+
+def aligning_rows(probe: ProbeSet) -> list[ProbeRow]:
+    """At most 500 probe rows of each domain, evenly spaced: enough for one vector a domain."""
+    by_domain: dict[str, list[ProbeRow]] = {}
+    for row in probe.rows:
+        if row.domain is not None:
+            by_domain.setdefault(row.domain, []).append(row)
+    return [row for rows in by_domain.values() for row in rows[:: max(1, -(-len(rows) // _ALIGN))]]
