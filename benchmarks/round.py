@@ -27,7 +27,7 @@ Outcomes = Mapping[str, Contribution]
 def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, work: Path) -> dict[str, Any]:
     """The round: specialists of full or small size, fed back by distill; labels do not leave their owners."""
     epochs = 2 if quick else 4
-    tune = {"epochs": epochs, "lr": 3e-4}
+    tune = {"epochs": epochs, "lr": 2e-4}
     shrink: list[dict[str, Any]] = [{"method": "finetune", "train": tune}]
     if small:
         shrink = [
@@ -45,7 +45,7 @@ def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, wor
     return {
         "fanbu": 1, "name": "round", "model": BASE, "workspace": str(work / "round"), "seed": seed, "max_length": 64,
         "domains": domains, "shrink": shrink,
-        "feedback": {"method": "distill", "train": {"epochs": epochs + 1, "lr": 3e-4}},
+        "feedback": {"method": "distill", "train": {"epochs": epochs + 1, "lr": 2e-4}},
         "references": [] if small else ["tfidf", {"method": "average"}], "gate": {"margin": 0.05},
     }  # fmt: skip
 
@@ -53,7 +53,7 @@ def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, wor
 def joint(value: dict[str, Any], epochs: int) -> dict[str, Any]:
     """The same round where all share labelled rows: joint training, which sees everything."""
     domains = {name: {**spec, "share": "open"} for name, spec in value["domains"].items()}
-    way = {"method": "multitask", "train": {"epochs": epochs, "lr": 3e-4}}
+    way = {"method": "multitask", "train": {"epochs": epochs, "lr": 2e-4}}
     return {**value, "domains": domains, "feedback": way, "references": []}
 
 

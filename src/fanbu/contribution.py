@@ -95,10 +95,17 @@ def open_contribution(folder: Path) -> Contribution:
             raise _refuse(folder, f"{name} is missing or not what its header says", expected)
     tensors = load_tensors(folder / TENSORS) if TENSORS in files else {}
     rows = _read_rows(folder / ROWS) if ROWS in files else ()
-    return Contribution(
+    found = Contribution(
         header["kind"], header["domain"], str(header.get("method")), tensors, rows, header["meta"],
         header.get("epsilon"), size,
     )  # fmt: skip
+    try:
+        same = found.digest == header.get("digest")
+    except (ValueError, RecursionError):  # NaN in its header or rows
+        same = False
+    if not same:
+        raise _refuse(folder, "its content has not the digest that its header names", header.get("digest"))
+    return found
 
 
 def _read_rows(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -110,7 +117,7 @@ def _read_rows(path: Path) -> tuple[Mapping[str, Any], ...]:
                 if not isinstance(row, dict) or not set(row) <= _ROW_KEYS:
                     raise ValueError(f"a row has other keys than {sorted(_ROW_KEYS)}")
                 rows.append(row)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refuse(path, f"its rows cannot be read: {error}", path.name) from None
     return tuple(rows)
 

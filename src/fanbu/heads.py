@@ -18,7 +18,7 @@ from fanbu.model import Model, load_strictly
 from fanbu.types import Context
 
 _PATHS = ("classifier.out_proj", "classifier", "score")
-_POOLED = 0.05  # tanh stays linear: |tanh(x) - x| < 1% of x below 0.17
+_POOLED = 0.05  # at most: tanh stays linear, |tanh(x) - x| < 1% of x below 0.17
 _MEAN = 30.0  # how far the mean outweighs the residual of the first token
 
 
@@ -215,8 +215,10 @@ def append_mean_layer(network: Any, model_type: str) -> None:
 
     Queries are zero, so attention is uniform; keys are random, so that it can learn; values are the identity, the
     attention output 30 times the identity, so that the mean outweighs the residual; the feed-forward's second matrix
-    is zero, layer norms are one. The pooler is 0.05 times the identity, where tanh is linear. Then
-    pooled / 0.05 = layer_norm(mean), up to the residual.
+    is zero. The last layer norm's gain is g = min(0.05, hidden ** -0.5), so that tanh is linear and pooled texts have
+    unit norm (at most), and the pooler is the identity: pooled = g layer_norm(mean), up to the residual. (A small
+    multiple of the identity in the pooler instead gives the same values, and is wrecked by a few steps of Adam,
+    whose step does not shrink with the weights: docs/log.md.)
     """
     body = network.get_submodule(_MEAN_LAYERS[model_type])
     layer = body.encoder.layer[-1]
@@ -229,7 +231,7 @@ def append_mean_layer(network: Any, model_type: str) -> None:
             (attention.query, torch.zeros(hidden, hidden)),
             (attention.value, eye),
             (layer.attention.output.dense, _MEAN * eye),
-            (dense, _POOLED * eye),
+            (dense, eye),
         ):
             linear.weight.copy_(weight)
             linear.bias.zero_()
@@ -237,8 +239,9 @@ def append_mean_layer(network: Any, model_type: str) -> None:
         layer.output.dense.bias.zero_()
         attention.key.bias.zero_()
         layer.intermediate.dense.bias.zero_()
-        for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
-            norm.weight.fill_(1.0)
+        gain = min(_POOLED, hidden**-0.5)
+        for norm, value in ((layer.attention.output.LayerNorm, 1.0), (layer.output.LayerNorm, gain)):
+            norm.weight.fill_(value)
             norm.bias.zero_()
 
 

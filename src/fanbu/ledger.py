@@ -50,6 +50,8 @@ class Workspace:
         try:
             for name in ("stages", "partial", "rounds", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError("workspace", f"{root} is no folder", got=root, remedy="name another workspace") from None
         except OSError as error:
             raise disk_error(error, root) from error
 
@@ -103,6 +105,8 @@ class Workspace:
                 raise RetryError(
                     "locked", f"another run held {name} for six hours", remedy="end that run, then run again"
                 ) from None
+        except OSError as error:
+            raise disk_error(error, self.root) from error
         try:
             yield
         finally:
@@ -198,15 +202,19 @@ def _finish(out: Path, name: str, key: str, inputs: Mapping[str, Any], cost: Map
 
 
 def _reopen(final: Path) -> Stage:
-    entry = json.loads((final / STAGE).read_text())
-    for name, expected in entry["files"].items():
+    try:
+        entry = json.loads((final / STAGE).read_text())
+        files, sha = dict(entry["files"]), str(entry["digest"])
+    except (ValueError, KeyError, TypeError):
+        files, sha = {STAGE: "a list of its files"}, ""
+    for name, expected in files.items():
         if not (final / name).is_file() or file_sha256(final / name) != expected:
             raise IntegrityError(
                 "stage-changed", f"{final / name} was changed or removed after it was finished", allowed=expected,
                 remedy=f"remove {final} and run again: only this step is made anew",
             )  # fmt: skip
     cost = json.loads((final / COST).read_text()) if (final / COST).exists() else {}
-    return Stage(final, entry["digest"], cost, reused=True)
+    return Stage(final, sha, cost, reused=True)
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
             raise ValueError("not an object")
     except FileNotFoundError:
         raise IntegrityError(code, f"{path} is missing", remedy="give the folder of a whole checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(code, f"{path} cannot be read: {error}", remedy=_RESTORE) from None
     return value
 

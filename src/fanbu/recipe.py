@@ -156,7 +156,21 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
     twice = set(recipe.domains) & set(recipe.guards)
     if twice:
         raise UsageError("domain-twice", "a domain feeds and is a guard", got=twice, remedy="name it once")
+    known = [*recipe.domains, *recipe.guards]
+    if unknown := set(recipe.gate.margins) - set(known):
+        raise UsageError("unknown-domain", "gate.margins", allowed=known, got=unknown, remedy="fix the name")
     return _resolve(recipe, folder)
+
+
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is there twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.YAMLError(f"key {key.value!r} is there twice (again before line {node.end_mark.line + 1})")
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -171,8 +185,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise UsageError("recipe-alias", f"{path} uses YAML aliases (*name)", remedy="write the value out")
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.load(text, _Once)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError("recipe-broken", f"{path} is no YAML: {error}", remedy="repair it") from None
     if not isinstance(value, dict):
         raise UsageError(
@@ -191,12 +205,20 @@ def apply_change(value: dict[str, Any], change: str) -> None:
         value = value.setdefault(name, {})
         if not isinstance(value, dict):
             raise UsageError("set-form", f"--set {key}: {name} is no mapping", got=change, remedy="check the key")
-    value[last] = yaml.safe_load(text)
+    try:
+        value[last] = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(
+            "set-form", f"--set {key}: the value is no YAML: {error}", got=change, remedy="quote it"
+        ) from None
 
 
 def _explain(error: ValidationError) -> UsageError:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    # where a value may be of two kinds, pydantic names the kind too
+    kinds = {"ShareSpec", "Step"}
+    where = ".".join(str(p) for p in first["loc"] if p not in kinds and not str(p).startswith("literal["))
     if first["type"] == "extra_forbidden":
         model: Any = _model_at(first["loc"][:-1])
         known = list(model.model_fields) if model else []

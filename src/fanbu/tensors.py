@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         try:
             header = json.loads(stream.read(length))
             return _check_header(path, header, size - 8 - length)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _broken(path, f"its header cannot be read ({error})") from None
 
 
@@ -69,7 +70,9 @@ def _check_header(path: Path, header: dict[str, Any], room: int) -> dict[str, Te
         if name == "__metadata__":
             continue
         start, end = entry["data_offsets"]
-        spec = TensorSpec(path, tuple(int(n) for n in entry["shape"]), entry["dtype"])
+        spec = TensorSpec(path, tuple(entry["shape"]), entry["dtype"])
+        if any(type(n) is not int for n in (start, end, *spec.shape)):
+            raise _broken(path, f"tensor {name!r} has offsets or a shape that are no whole numbers")
         if any(n < 0 for n in spec.shape) or end - start != spec.bytes or not 0 <= start <= end:
             raise _broken(path, f"tensor {name!r} has a shape that does not match its bytes")
         spans.append((start, end))
@@ -97,7 +100,7 @@ def index_tensors(folder: Path) -> dict[str, TensorSpec]:
         try:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
             names = sorted({str(v) for v in weight_map.values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             raise _broken(folder / INDEX, f"the shard index cannot be read ({error})") from None
         files = [folder / n for n in names if "/" not in n and "\\" not in n]
         missing = [f.name for f in files if not f.exists()]
@@ -188,6 +191,7 @@ def _size(tensors: Mapping[str, Tensor], name: str) -> int:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, durable when this returns; NaN and Inf are refused before anything is written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {}
@@ -196,7 +200,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         check_finite(name, tensor, path)
         plain[name] = tensor
     with _durable(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt"})
+        try:
+            save_file(plain, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # it tells a full disk by its text alone
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(path)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -232,7 +242,15 @@ def _durable(path: Path) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
-    """A full disk as a RetryError; any other OSError as it is."""
+    """A full disk, or a place that cannot be written, as a RetryError; any other OSError as it is."""
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return RetryError(
+            "not-writable",
+            f"no permission for {error.filename or path}",
+            allowed="a folder that can be written",
+            got=os.strerror(error.errno),
+            remedy="check owner and mount, or name another workspace, then run again: what was finished is kept",
+        )
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return RetryError(
             "disk-full",

@@ -70,7 +70,8 @@ def train(
         run.step(loss)
         if run.epoch_ended:
             run.end_epoch(validate)
-        if checkpoint is not None and time.monotonic() - saved >= context.checkpoint_seconds and not run.finished:
+        due = run.settled and time.monotonic() - saved >= context.checkpoint_seconds
+        if checkpoint is not None and due and not run.finished:
             run.save(checkpoint)
             saved = time.monotonic()
     run.close()
@@ -104,6 +105,7 @@ class _Run:
         self.history, self.epoch, self.position = History(), 0, 0
         self.best: dict[str, Tensor] = {}
         self.best_value, self.idle, self.running = -math.inf, 0, 0.0
+        self.settled = True  # no gradients wait for the next step: a checkpoint holds none
         self.batches = shuffled_batches(lengths, plan.batch_size, self.seed, 0)
         self.wrapped = accelerator.prepare_model(network)
         optimizer = _optimizer(network, head, plan)
@@ -130,7 +132,8 @@ class _Run:
         self.accelerator.backward(value / plan.accumulate)
         self.history.steps += 1
         self.position += 1
-        if self.history.steps % plan.accumulate == 0 or self.epoch_ended:
+        self.settled = self.history.steps % plan.accumulate == 0 or self.epoch_ended
+        if self.settled:
             if plan.clip:
                 self.accelerator.clip_grad_norm_(self.network.parameters(), plan.clip)
             self.optimizer.step()

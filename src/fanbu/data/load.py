@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,14 +84,14 @@ def _records(source: str) -> Iterator[Mapping[str, Any]]:
             yield from _jsonl(path)
         elif suffix == ".json":
             records = json.loads(_text(path))
-            if not isinstance(records, list):
+            if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                 raise ValueError("not a list of objects")
             yield from records
         elif suffix in {".csv", ".tsv"}:
-            yield from csv.DictReader(_text(path).splitlines(), delimiter="\t" if suffix == ".tsv" else ",")
+            yield from csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if suffix == ".tsv" else ",")
         else:
             raise DataError("data-format", f"{path} is in no known format", allowed=FORMATS, remedy="convert it")
-    except (ValueError, csv.Error, OSError, EOFError) as error:
+    except (ValueError, csv.Error, OSError, EOFError, RecursionError) as error:
         raise DataError("data-broken", f"{path} cannot be read: {error}", remedy="repair the file") from None
 
 
@@ -114,7 +115,7 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"line {number} is not an object")
