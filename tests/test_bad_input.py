@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rows, write_domain, write_rows
 from safetensors.torch import load_file, save_file
-from test_resume import finished_round, stages, tiny_recipe
 from transformers import AutoTokenizer
 
+from conftest import rows, write_domain, write_rows
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
@@ -30,6 +29,7 @@ from fanbu.recipe import load_recipe
 from fanbu.round import run, start
 from fanbu.tensors import INDEX, SINGLE, Tensors, load_tensors, save_tensors, write_tensors, write_text
 from fanbu.types import PRESETS, Context, Share
+from test_resume import finished_round, stages, tiny_recipe
 
 CODES = {UsageError: 2, DataError: 4, IntegrityError: 5, BoundaryError: 1, FitError: 1, RetryError: 75}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fanbu.contribution import Contribution, check_contribution, write_contribution
 from fanbu.errors import BoundaryError
 from fanbu.types import Share
+
+MAX_NAME = 128  # longer strings than names are texts
 
 
 def cross(contribution: Contribution, share: Share, out: Path) -> Contribution:
@@ -34,6 +38,8 @@ def refusal(contribution: Contribution, share: Share) -> str | None:
         return f"{contribution.kind} stay with their owner"
     if not share.texts and any("text" in row for row in contribution.rows):
         return "texts stay with their owner"
+    if not share.texts and (long := _longest(contribution)) > MAX_NAME:
+        return f"a string of {long} characters is among its ids or meta, and texts stay with their owner"
     if not share.labels and any("label" in row for row in contribution.rows):
         return "labels stay with their owner"
     if share.private and contribution.kind == "scores":
@@ -42,3 +48,21 @@ def refusal(contribution: Contribution, share: Share) -> str | None:
     if share.private and needs_noise and contribution.epsilon is None:
         return f"{contribution.kind} of a private domain need a privacy cost, and {contribution.method} adds no noise"
     return None
+
+
+def _longest(contribution: Contribution) -> int:
+    """The longest string among ids and meta (where a text could hide)."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield str(key)
+                yield from strings(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                yield from strings(inner)
+
+    found = [*strings(contribution.meta), *(str(row.get("id", "")) for row in contribution.rows)]
+    return max(map(len, found), default=0)

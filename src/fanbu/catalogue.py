@@ -1,7 +1,7 @@
 """Names and schemas of the methods: a method's place in the tree is its name, its signature is its schema.
 
 Other packages add methods by the entry-point group ``fanbu.methods`` (name = module). Listing reads syntax trees and
-imports no method.
+imports no method of fanbu's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import shutil
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, cached_property
@@ -64,7 +64,7 @@ class Method:
         """(type, default) by name: the keyword-only arguments of its functions."""
         found: dict[str, tuple[Any, Any]] = {}
         for function in self.functions:
-            hints = get_type_hints(function)
+            hints = get_type_hints(function, include_extras=True)
             for p in inspect.signature(function).parameters.values():
                 if p.kind is p.KEYWORD_ONLY:
                     found[p.name] = (hints[p.name], p.default)
@@ -97,6 +97,14 @@ class Method:
                     "bad-parameter", f"{self.name}: {where}", allowed=f"{kind} ({first['msg']})", got=value,
                     remedy=f"see `fanbu methods show {self.name}`",
                 ) from None  # fmt: skip
+            if isinstance(result[name], float) and not math.isfinite(result[name]):
+                raise UsageError(
+                    "bad-parameter",
+                    f"{self.name}: {name}",
+                    allowed="a finite number",
+                    got=value,
+                    remedy="give a number",
+                )
         return result
 
     # The laws that hold for every method, whatever its own code does
@@ -109,7 +117,7 @@ class Method:
     def contribute(self, specialist: Specialist, base: Model, context: Context, **arguments: Any) -> Contribution:
         """What the specialist sends, with checked arguments."""
         self._check_fit(specialist, context)
-        sent: Contribution = self.code.contribute(specialist, base, context, **self._share("contribute", arguments))
+        sent: Contribution = self.code.contribute(specialist, base, context, **self.own("contribute", arguments))
         return sent
 
     def absorb(
@@ -118,7 +126,7 @@ class Method:
         """The new large model. Contributions are taken in the order of their digests; none gives the base back."""
         from fanbu.model import copy_model
 
-        checked = self._share("absorb", arguments)
+        checked = self.own("absorb", arguments)
         for c in contributions:
             if c.kind != self.needs.kind:
                 raise FitError(
@@ -136,12 +144,10 @@ class Method:
                 f"a contribution to {self.name} lacks {error}",
                 remedy="ask its owner to send it again",
             ) from error
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
         return made
 
-    def _share(self, function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def own(self, function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The checked arguments that one of its functions takes."""
         own = inspect.signature(getattr(self.code, function)).parameters
         return {k: v for k, v in self.check(arguments).items() if k in own}
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -41,7 +41,7 @@ WorkspacePath = Annotated[Path, typer.Argument(help="The workspace (runs/NAME), 
 Domains = Annotated[Path, typer.Option(help="YAML with `domains:` as in a recipe (a recipe will do).")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and end.")] = False,
 ) -> None:
@@ -156,13 +156,14 @@ def judge(
 ) -> None:  # fmt: skip
     """Compare two large models on the domains' test rows; exit 0 if the new one is accepted, 3 if not."""
     from fanbu import api
-    from fanbu.judge.gate import Gate
     from fanbu.model import open_model
+    from fanbu.recipe import read_gate
     from fanbu.report.text import verdict_table
 
+    gate = read_gate(_arguments(change))
     chosen = _domains(domains, None)
     with _context(seed, device) as context:
-        verdict = api.judge(open_model(candidate), open_model(incumbent), chosen, context, Gate(**_arguments(change)))
+        verdict = api.judge(open_model(candidate), open_model(incumbent), chosen, context, gate)
     typer.echo(json.dumps(verdict) if as_json else verdict_table(verdict))
     raise typer.Exit(0 if verdict["accepted"] else 3)
 
@@ -372,18 +373,21 @@ def main() -> None:
     try:
         app()
     except FanbuError as error:
-        if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        _fail(error)
     except OSError as error:
         from fanbu.tensors import disk_error
 
         told = disk_error(error, Path(str(error.filename or ".")))
         if not isinstance(told, FanbuError):
             raise
-        sys.stderr.write(f"error: {told}\n")
-        sys.exit(told.exit_code)
+        _fail(told)
+
+
+def _fail(error: FanbuError) -> NoReturn:
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
@@ -87,7 +87,7 @@ def load_domain(
     unlabelled: str | None = None,
     python: str | None = None,
     columns: Mapping[str, str] | None = None,
-    labels: Sequence[str] | Mapping[str, str] | None = None,
+    labels: Sequence[str] | Mapping[Any, str] | None = None,
     task: Task = "text-classification",
     metric: str | None = None,
     share: Share | str = "open",
@@ -189,7 +189,7 @@ def _overlap(name: str, raw: dict[str, list[RawRow]]) -> list[str]:
     return warnings
 
 
-def _renamed(rows: Sequence[RawRow], labels: Sequence[str] | Mapping[str, str] | None) -> list[RawRow]:
+def _renamed(rows: Sequence[RawRow], labels: Sequence[str] | Mapping[Any, str] | None) -> list[RawRow]:
     if labels is None:
         return list(rows)
     table = {str(k): v for k, v in (labels.items() if isinstance(labels, Mapping) else enumerate(labels))}

@@ -34,6 +34,10 @@ def code_digest(module: str) -> str:
                 todo.append(imported)
             else:
                 libraries.add(imported.partition(".")[0])
+    if package != "fanbu":  # a plug-in: relative imports and what else lies beside it
+        origin = _source(module)
+        for path in sorted(origin.parent.rglob("*.py")) if origin else []:
+            seen[str(path.name)] = hashlib.sha256(path.read_bytes()).hexdigest()
     own = packages_distributions()
     versions = sorted(f"{d}=={version(d)}" for lib in libraries - _SKIPPED for d in set(own.get(lib, ())))
     state = hashlib.sha256(repr(sorted(seen.items())).encode())

@@ -128,10 +128,13 @@ def align_domains(head: Head, features_nh: Tensor, domains: Sequence[str], movab
 
     Minimises the mean of -log softmax_d(logsumexp over rows l of d of (w_l + v_d) x + b_l + b_d) plus
     1e-4 |v|^2 over the texts whose domain is known, by L-BFGS (convex). A common shift leaves softmax within the
-    domain as it is, so told answers do not change; no label is needed. Domains not in ``movable`` stay put.
+    domain as it is, so told answers do not change; no label is needed. Only domains that have texts here take part;
+    of those, the ones not in ``movable`` stay put, and if none stays put, the mean logsumexp of texts in their own
+    domain is brought to 0, the level that heads without texts are set to.
     """
-    rows = domains_of(head.labels)
+    rows = {d: numbers for d, numbers in domains_of(head.labels).items() if d in set(domains)}
     names = sorted(rows)
+    movable = [d for d in movable if d in rows]
     known = [i for i, d in enumerate(domains) if d in rows]
     if not known or not movable or len(names) < 2:
         return head
@@ -152,6 +155,9 @@ def align_domains(head: Head, features_nh: Tensor, domains: Sequence[str], movab
 
     optimizer.step(closure)  # type: ignore[arg-type]
     moved = (shift * free).detach()
+    if len(movable) == len(names):
+        own = (lse_nd + ones @ moved.T)[torch.arange(len(x)), target]
+        moved[:, -1] -= own.mean()
     weight, bias = head.weight_lh.clone(), head.bias_l.clone()
     for number, d in enumerate(names):
         if d in set(movable):
@@ -175,7 +181,16 @@ def open_classifier(model: Model, context: Context, pooling: str = "auto") -> An
     from fanbu.model import load_network
 
     if model.task == "text-classification":
-        return load_network(model)
+        if pooling == "mean":
+            raise FitError(
+                "no-mean-pooling", f"{model.path} is a classifier already and pools as it was trained to",
+                allowed="auto, native", got=pooling, remedy="give the bare body, or leave pooling out",
+            )  # fmt: skip
+        network = load_network(model)
+        # labels of its own become a domain of their own
+        network.config.id2label = {i: f"general/{label}" for i, label in enumerate(model.labels)}
+        network.config.label2id = {label: i for i, label in network.config.id2label.items()}
+        return network
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
     config.num_labels = 2
     option = hasattr(config, "classifier_pooling")

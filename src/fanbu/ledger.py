@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 STAGE, COST = "stage.json", "cost.json"
 _ENTRY = ("model", "path", "round")
-_MOVES = {"started", "promoted", "rolled back"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Workspace:
         final, partial = self.root / "stages" / slug, self.root / "partial" / slug
         with self.lock(slug, log):
             if (final / STAGE).exists():
+                shutil.rmtree(partial, ignore_errors=True)
                 return _reopen(final)
             out, scratch = partial / "out", partial / "scratch"
             try:
@@ -119,8 +119,20 @@ class Workspace:
 
         History is the one truth; ``champion.json`` is its last word, for other programs to read.
         """
-        moves = [e for e in self.history() if e["event"] in _MOVES]
-        return {k: moves[-1][k] for k in (*_ENTRY, "previous")} if moves else None
+        stack = self._champions()
+        previous = stack[-2]["model"] if len(stack) > 1 else None
+        return {**stack[-1], "previous": previous} if stack else None
+
+    def _champions(self) -> list[dict[str, Any]]:
+        """The champions that rollback goes back through, replayed from history; the last is the one of now."""
+        stack: list[dict[str, Any]] = []
+        for event in self.history():
+            entry = {k: event.get(k) for k in _ENTRY}
+            if event["event"] == "rolled back":
+                stack.pop()
+            elif event["event"] in {"started", "promoted"} and (not stack or stack[-1]["model"] != entry["model"]):
+                stack.append(entry)
+        return stack
 
     def history(self) -> list[dict[str, Any]]:
         """Everything that happened, oldest first."""
@@ -165,18 +177,15 @@ class Workspace:
     def rollback(self) -> dict[str, Any]:
         """Swaps the pointer back to the champion before this one; no training is needed."""
         with self.lock("champion"):
-            now = self.champion()
-            if now is None or not now["previous"]:
+            stack = self._champions()
+            if len(stack) < 2:
                 raise UsageError("nothing-before", "there is no champion before this one", remedy="see `fanbu history`")
-            self._log({"event": "rolled back", **now["previous"], "from": now["model"]})
+            self._log({"event": "rolled back", **stack[-2], "from": stack[-1]["model"]})
             self._write_pointer()
             return self.champion() or {}
 
     def _point(self, entry: dict[str, Any], event: str, **extra: Any) -> None:
-        previous = self.champion()
-        if previous and previous["model"] == entry["model"]:
-            previous = previous["previous"]
-        self._log({"event": event, **entry, "previous": previous, **extra})
+        self._log({"event": event, **entry, **extra})
         self._write_pointer()
 
     def _write_pointer(self) -> None:

@@ -319,6 +319,7 @@ def save_model(
     """
     import transformers
 
+    _check_free(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -356,11 +357,13 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         for name in model_files(tokenizer):
             if not name.endswith((".safetensors", ".index.json")) and name not in _NOT_TOKENIZER:
                 shutil.copyfile(tokenizer / name, folder / name)
+                sync(folder / name)
         return
     before = getattr(tokenizer, "name_or_path", None)
     tokenizer.name_or_path = ""  # paths of this machine do not belong in a checkpoint
     tokenizer.init_kwargs.pop("name_or_path", None)
-    tokenizer.save_pretrained(folder)
+    for name in tokenizer.save_pretrained(folder):
+        sync(Path(name))
     tokenizer.name_or_path = before
 
 
@@ -389,8 +392,21 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _check_free(out: Path) -> None:
+    """Refuses to replace a folder that fanbu did not make."""
+    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            "out-exists",
+            f"{out} exists and is no model of fanbu's",
+            allowed="a new folder",
+            got=out,
+            remedy="name another",
+        )
+
+
 def copy_model(model: Model, out: Path) -> Model:
     """The same model, bit for bit, in another folder."""
+    _check_free(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

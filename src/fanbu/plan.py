@@ -21,6 +21,18 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise reason
         if reason:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
+    unknown = set(recipe.gate.margins) - set(domains)
+    if unknown:
+        raise UsageError("unknown-domain", "gate: margins", allowed=list(domains), got=unknown, remedy="fix the name")
+    if "tfidf" in recipe.references and tasks == {"causal-lm"}:
+        raise UsageError("no-tfidf", "references: tfidf is for classification", remedy="leave it out")
+    for d in domains.values():
+        if "scores" not in d.share.kinds or d.share.private:
+            raise BoundaryError(
+                "not-shared", f"the judge needs outcomes that {d.name} does not share",
+                allowed="scores among its kinds",
+                got=d.share.as_dict(), remedy="share scores; private domains cannot take part in this version",
+            )  # fmt: skip
     if "text-classification" in tasks:
         reason = misfit(method("probe"), [], list(domains.values()), recipe)
         if reason:

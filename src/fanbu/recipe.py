@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fanbu.catalogue import method, suggestion
 from fanbu.domain import Domain, load_domain
@@ -55,8 +55,8 @@ class DomainSpec(_Part):
     unlabelled: str | None = None
     python: str | None = None
     columns: dict[str, str] | None = None
-    labels: list[str] | dict[str, str] | None = None
-    limit: dict[Literal["train", "valid", "test", "unlabelled"], int] = Field(default_factory=dict)
+    labels: list[str] | dict[str | int, str] | None = None
+    limit: dict[Literal["train", "valid", "test", "unlabelled"], PositiveInt] = Field(default_factory=dict)
     metric: str | None = None
     share: Literal["open", "internal", "private"] | ShareSpec = "open"
 
@@ -79,7 +79,7 @@ class PublicTexts(_Part):
     path: str | None = None
     python: str | None = None
     columns: dict[str, str] | None = None
-    limit: int | None = None
+    limit: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> PublicTexts:
@@ -92,7 +92,7 @@ class ProbeSpec(_Part):
     """The texts that specialists are asked about: of the domains that share texts, and public ones."""
 
     domains: bool = True
-    limit: int | None = None
+    limit: PositiveInt | None = None
     public: list[PublicTexts] = Field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ class GateSpec(_Part):
     """See ``fanbu.judge.gate.Gate``."""
 
     margin: float = Field(default=0.05, ge=0, le=1)
-    margins: dict[str, float] = Field(default_factory=dict)
+    margins: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     mode: Literal["told", "untold"] = "told"
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
@@ -213,14 +213,16 @@ def apply_change(value: dict[str, Any], change: str) -> None:
         ) from None
 
 
-def _explain(error: ValidationError) -> UsageError:
+def _explain(error: ValidationError, at: tuple[str, ...] = ()) -> UsageError:
+    """The first thing that is wrong below the key ``at``; an unknown key before anything else."""
     found = error.errors()
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    place = (*at, *first["loc"])
     # where a value may be of two kinds, pydantic names the kind too
     kinds = {"ShareSpec", "Step"}
-    where = ".".join(str(p) for p in first["loc"] if p not in kinds and not str(p).startswith("literal["))
+    where = ".".join(str(p) for p in place if p not in kinds and not str(p).startswith("literal["))
     if first["type"] == "extra_forbidden":
-        model: Any = _model_at(first["loc"][:-1])
+        model: Any = _model_at(place[:-1])
         known = list(model.model_fields) if model else []
         name = str(first["loc"][-1])
         return UsageError(
@@ -298,6 +300,14 @@ def read_domains(path: Path) -> dict[str, Callable[[], Domain]]:
         for role, specs in roles.items()
         for name, spec in specs.items()
     }
+
+
+def read_gate(values: Mapping[str, Any]) -> Gate:
+    """The gate from plain values, checked as in a recipe."""
+    try:
+        return GateSpec.model_validate(values).gate()
+    except ValidationError as error:
+        raise _explain(error, ("gate",)) from None
 
 
 def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str, int]:

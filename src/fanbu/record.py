@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fanbu.round import Result, Turn
 
 _NAMES = {
+    "champion": "champion of this workspace",
     "incumbent": "incumbent (probed base)", "specialists": "specialists, oracle router", "tfidf": "TF-IDF regression",
     "average": "uniform average of weights", "multitask": "joint training on all rows",
 }  # fmt: skip

@@ -15,7 +15,9 @@ from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap
 from fanbu.data.standard_library import function_bodies
 from fanbu.domain import Domain, Specialist
-from fanbu.heads import open_classifier
+from fanbu.errors import UsageError
+from fanbu.fingerprint import code_digest
+from fanbu.heads import check_labels_known, open_classifier
 from fanbu.judge.evaluate import evaluate, measure, tfidf
 from fanbu.judge.gate import judge
 from fanbu.ledger import Stage, Workspace
@@ -76,10 +78,12 @@ class Turn:
         def produce(out: Path, context: Context) -> None:
             cross(make(context), domain.share, out / "contribution")
 
-        done = self.stage(name, module, {**inputs, "share": domain.share.as_dict()}, produce)
+        rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
+        done = self.stage(name, module, {**inputs, **rules}, produce)
         found = open_contribution(done.path / "contribution")
-        what = name.removesuffix(f" {domain.name}")
-        self.crossed.setdefault(domain.name, []).append({"what": what, "kind": found.kind, "bytes": found.bytes})
+        sent = {"what": name.removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
+        if sent not in self.crossed.setdefault(domain.name, []):
+            self.crossed[domain.name].append(sent)
         return found
 
 
@@ -92,7 +96,10 @@ def start(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: N
         max_length=recipe.max_length, progress=progress, checkpoint_seconds=recipe.checkpoint_seconds,
     )  # fmt: skip
     turn = Turn(Workspace(Path(recipe.workspace)), recipe, context, domains, log)
-    if method(recipe.feedback.method).needs.probe or any(d.task == "text-classification" for d in domains.values()):
+    standing(turn)
+    steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
+    asking = any(method(step.method, "feedback").needs.probe for step in steps)
+    if asking or any(d.task == "text-classification" for d in domains.values()):
         turn.context = replace(context, probe=gather_probe(turn))
     return turn
 
@@ -106,8 +113,9 @@ def gather_probe(turn: Turn) -> ProbeSet:
     held_out = {normalised(text) for d in turn.domains.values() for text in d.test.texts}
     for d in turn.feeding:
         if spec.domains and d.share.texts:
-            texts = list(dict.fromkeys([*d.train.texts, *d.unlabelled.texts]))[: spec.limit]
-            sent = [{"id": f"{d.name}/{i}", "text": text, "domain": d.name} for i, text in enumerate(texts)]
+            texts = dict.fromkeys([*d.train.texts, *d.unlabelled.texts])
+            chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], spec.limit, "probe")
+            sent = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
             offer = Contribution("samples", d.name, "probe texts", rows=sent)
             inputs = {"domain": d.digest, "limit": spec.limit}
             got = turn.contribution(f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda _, o=offer: o)  # type: ignore[misc]
@@ -132,15 +140,12 @@ def public_texts(public: PublicTexts) -> list[RawRow]:
 def open_base(turn: Turn) -> tuple[Model, Model]:
     """(the base as it came, the base opened for the task)."""
     base = open_model(turn.recipe.model)
-    if base.task == "causal-lm" or any("/" in label for label in base.labels):
-        return base, base
-    if turn.feeding[0].task == "causal-lm":
+    united = bool(base.manifest) and base.labels and all("/" in label for label in base.labels)
+    if turn.feeding[0].task == "causal-lm" or united:
         return base, base
 
     def make(out: Path, context: Context) -> Model:
         network = open_classifier(base, context, turn.recipe.pooling)
-        if base.task == "text-classification":  # labels of its own become a domain of their own
-            network.config.id2label = {i: f"general/{label}" for i, label in enumerate(base.labels)}
         tokenizer = load_tokenizer(base)
         tokenizer.model_max_length = min(context.max_length, tokenizer.model_max_length)
         return save_network(network, tokenizer, out, provenance("open", [base], context, pooling=turn.recipe.pooling))
@@ -155,8 +160,7 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     sent = [contribute(turn, way, step.arguments, s, base) for s in specialists]
     inputs = {
         "base": base.digest, "contributions": sorted(c.digest for c in sent),
-        "arguments": _plain(way.check(step.arguments)),
-        **turn.settings(probe=way.needs.probe or way.name == "probe"),
+        "arguments": _plain(way.own("absorb", step.arguments)), **turn.settings(probe=True),
     }  # fmt: skip
     return turn.model(name, way.module, inputs, lambda out, c: way.absorb(base, sent, out, c, **step.arguments))
 
@@ -165,7 +169,7 @@ def contribute(turn: Turn, way: Method, arguments: Mapping[str, Any], s: Special
     """One owner's contribution, through the boundary."""
     inputs = {
         "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest,
-        "arguments": _plain(way.check(arguments)), **turn.settings(probe=way.needs.probe),
+        "arguments": _plain(way.own("contribute", arguments)), **turn.settings(probe=way.needs.probe),
     }  # fmt: skip
     name = f"{way.name} contribution {s.domain.name}"
     return turn.contribution(name, way.module, inputs, s.domain, lambda c: way.contribute(s, base, c, **arguments))
@@ -227,6 +231,8 @@ def turn_once(turn: Turn) -> Result:
     if turn.feeding[0].task == "text-classification":
         unborn = [Specialist(incumbent, d, base) for d in turn.feeding]
         incumbent = feed(turn, Step(method="probe"), unborn, incumbent, "incumbent")
+        for guard in (d for d in everything if d.role == "guard"):
+            check_labels_known(incumbent, guard.full_labels)
     specialists = [grow(turn, incumbent, d) for d in turn.feeding]
     candidate = feed(turn, recipe.feedback, specialists, incumbent)
     judged = {"incumbent": outcomes(turn, "incumbent", incumbent, everything)}
@@ -236,15 +242,37 @@ def turn_once(turn: Turn) -> Result:
     }
     for reference in recipe.references:
         if isinstance(reference, Step):
-            model = feed(turn, reference, specialists, incumbent, f"reference {reference.method}")
-            judged[reference.method] = outcomes(turn, reference.method, model, everything)
-        elif turn.feeding[0].task == "text-classification":
+            name = _free_name(reference.method, judged)
+            model = feed(turn, reference, specialists, incumbent, f"reference {name}")
+            judged[name] = outcomes(turn, name, model, everything)
+        else:
             judged["tfidf"] = {d.name: _tfidf(turn, d) for d in turn.feeding}
-    verdict = judge(
-        judged["candidate"], judged["incumbent"], judged["specialists"], turn.domains, recipe.gate.gate(), recipe.seed
-    )
+    against, champion = judged["incumbent"], standing(turn)
+    if champion is not None and champion.digest not in {incumbent.digest, candidate.digest}:
+        against = judged["champion"] = outcomes(turn, "champion", champion, everything)
+    verdict = judge(judged["candidate"], against, judged["specialists"], turn.domains, recipe.gate.gate(), recipe.seed)
     sizes = {s.domain.name: _sizes(turn, s, incumbent) for s in specialists}
     return Result(base, incumbent, candidate, specialists, judged, verdict, sizes)
+
+
+def standing(turn: Turn) -> Model | None:
+    """The workspace's champion, which a candidate must beat too. UsageError where it does not know these domains."""
+    pointer = turn.workspace.champion()
+    if pointer is None:
+        return None
+    champion = open_model(turn.workspace.root / pointer["path"])
+    labels = {label for d in turn.domains.values() for label in d.full_labels}
+    if champion.task != turn.feeding[0].task or not labels <= set(champion.labels):
+        raise UsageError(
+            "other-workspace", f"the champion of {turn.workspace.root} does not know these domains",
+            allowed=sorted({label.partition("/")[0] for label in champion.labels}) or champion.task,
+            got=list(turn.domains), remedy="give this recipe a workspace of its own",
+        )  # fmt: skip
+    return champion
+
+
+def _free_name(name: str, taken: Mapping[str, object]) -> str:
+    return next(n for n in (name, *(f"{name} {i}" for i in range(2, 1000))) if n not in taken)
 
 
 def _tfidf(turn: Turn, d: Domain) -> Contribution:

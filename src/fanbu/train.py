@@ -18,6 +18,7 @@ from fanbu.errors import FanbuError, UsageError
 from fanbu.tensors import load_tensors, save_tensors, write_text
 from fanbu.types import Context, Train
 
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # these need a closure, or sparse gradients
 BatchLoss = Callable[[nn.Module, Sequence[int]], Tensor]
 
 
@@ -104,7 +105,7 @@ class _Run:
         self.total = min(per_epoch * plan.epochs, plan.max_steps or per_epoch * plan.epochs)
         self.history, self.epoch, self.position = History(), 0, 0
         self.best: dict[str, Tensor] = {}
-        self.best_value, self.idle, self.running = -math.inf, 0, 0.0
+        self.best_value, self.idle, self.running, self.slot = -math.inf, 0, 0.0, 0
         self.settled = True  # no gradients wait for the next step: a checkpoint holds none
         self.batches = shuffled_batches(lengths, plan.batch_size, self.seed, 0)
         self.wrapped = accelerator.prepare_model(network)
@@ -172,7 +173,7 @@ class _Run:
     def save(self, folder: Path) -> None:
         """Two generations by turns, the JSON last: whichever is whole and newest counts."""
         folder.mkdir(parents=True, exist_ok=True)
-        slot = self.history.steps % 2
+        slot, self.slot = self.slot, 1 - self.slot
         tensors = {f"network.{k}": v for k, v in _unshared(self.network.state_dict()).items()}
         tensors |= {f"best.{k}": v for k, v in _unshared(self.best).items()}
         for number, state in self.optimizer.state_dict()["state"].items():
@@ -191,6 +192,7 @@ class _Run:
         if not found:
             return
         state, path = max(found, key=lambda item: item[0]["history"]["steps"])
+        self.slot = 1 - int(path.stem)
         tensors = load_tensors(path.with_suffix(".safetensors"))
         self.history = History(**state["history"])
         self.epoch, self.position, self.idle, self.running = (
@@ -227,7 +229,7 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _optimizer(network: nn.Module, head: nn.Module | None, plan: Train) -> torch.optim.Optimizer:
     """Four groups: head or body, decayed or not (biases and norms are not)."""
-    allowed = {n: k for n, k in vars(torch.optim).items() if isinstance(k, type) and n != "Optimizer"}
+    allowed = {n: k for n, k in vars(torch.optim).items() if isinstance(k, type) and n not in _UNFIT}
     kind: Any = allowed.get(plan.optimizer)
     if kind is None:
         raise UsageError(

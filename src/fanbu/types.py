@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fanbu.errors import UsageError
+
 Task = Literal["text-classification", "causal-lm"]
 Kind = Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]
 Precision = Literal["fp32", "bf16"]
@@ -61,6 +63,16 @@ class Train:
     patience: int = 2
     max_steps: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 0, "max_steps": 0}
+        least |= {"lr": 0, "head_lr": 0, "weight_decay": 0, "warmup": 0, "clip": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not (bound <= value < float("inf")):
+                raise UsageError(
+                    "bad-parameter", f"train: {name}", allowed=f"a number from {bound}", got=value, remedy="change it"
+                )
+
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
 
 
@@ -95,7 +107,7 @@ class Needs:
     """What a feedback method needs of specialists and base, and what it sends. The planner matches it to what is there.
 
     ``kind`` is what crosses; ``texts`` and ``labels`` say that rows with them cross; ``probe`` that specialists are
-    asked about shared texts; ``rounds`` that it iterates.
+    asked about shared texts.
     """
 
     kind: Kind
@@ -104,7 +116,6 @@ class Needs:
     probe: bool = False
     texts: bool = False
     labels: bool = False
-    rounds: bool = False
     tasks: tuple[Task, ...] = TASKS
 
 
@@ -114,7 +125,6 @@ class Context:
 
     ``scratch`` is a folder that outlives a kill: a step that is interrupted finds its checkpoints there.
     ``max_length`` is in tokens.
-    ``seconds`` and ``memory_bytes`` bound one step; None means no bound.
     """
 
     seed: int = 0
@@ -125,8 +135,6 @@ class Context:
     probe: ProbeSet = field(default_factory=ProbeSet)
     progress: Progress = silent
     scratch: Path | None = None
-    seconds: float | None = None
-    memory_bytes: int | None = None
     checkpoint_seconds: float = 60.0
 
     def seeded(self, *names: object) -> int:

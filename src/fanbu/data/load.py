@@ -88,7 +88,9 @@ def _records(source: str) -> Iterator[Mapping[str, Any]]:
                 raise ValueError("not a list of objects")
             yield from records
         elif suffix in {".csv", ".tsv"}:
-            yield from csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+            csv.field_size_limit(4 * MAX_TEXT)
+            lines = io.StringIO(_text(path), newline="")
+            yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
         else:
             raise DataError("data-format", f"{path} is in no known format", allowed=FORMATS, remedy="convert it")
     except (ValueError, csv.Error, OSError, EOFError, RecursionError) as error:

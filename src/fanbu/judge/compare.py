@@ -49,6 +49,7 @@ def compare(candidate: Contribution, incumbent: Contribution, mode: str, seed: i
     a, b, w = _column(candidate, mode), _column(incumbent, mode), candidate.tensors["weight"].double().numpy()
     if (
         candidate.domain != incumbent.domain
+        or candidate.meta.get("test") != incumbent.meta.get("test")
         or len(a) != len(b)
         or not np.array_equal(w, incumbent.tensors["weight"].numpy())
     ):

@@ -59,7 +59,8 @@ def _own_and_other(probs: np.ndarray[Any, Any], columns: Sequence[int]) -> np.nd
 
 def _scores(domain: Domain, columns: dict[str, Any], metrics: dict[str, Any]) -> Contribution:
     tensors = {name: torch.tensor(np.asarray(column, dtype=np.float64)) for name, column in columns.items()}
-    return Contribution("scores", domain.name, "evaluate", tensors, meta={"metrics": metrics})
+    meta = {"metrics": metrics, "test": domain.test.digest}
+    return Contribution("scores", domain.name, "evaluate", tensors, meta=meta)
 
 
 def tfidf(domain: Domain, context: Context) -> Contribution:

@@ -69,4 +69,4 @@ def value(network: Any, tokenizer: Any, domain: Domain, context: Context) -> flo
         torch.set_rng_state(state)
     target = torch.tensor(domain.valid.labels)
     loss = float(torch.nn.functional.cross_entropy(logits, target))
-    return float((logits.argmax(1) == target).float().mean()) - 1e-3 * math.tanh(loss)
+    return float((logits.argmax(1) == target).double().mean()) - 1e-6 * math.tanh(loss)

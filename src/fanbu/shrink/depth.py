@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import nn
 
 from fanbu.batches import collate, encode, pad_id
@@ -26,7 +27,8 @@ CHANGES: frozenset[str] = frozenset({"architecture"})
 
 def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
-    layers: int = 4, importance: Literal["influence", "even"] = "influence", train: Train = Train(epochs=4, lr=2e-4),
+    layers: Annotated[int, Ge(1)] = 4, importance: Literal["influence", "even"] = "influence",
+    train: Train = Train(epochs=4, lr=2e-4),
 ) -> Model:  # fmt: skip
     """Keeps ``layers`` of the parent's layers and fine-tunes what is left on the domain.
 

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import nn
 
 from fanbu.domain import Domain
@@ -25,8 +26,9 @@ CHANGES: frozenset[str] = frozenset({"architecture", "tokenizer"})
 
 
 def shrink(
-    parent: Model, domain: Domain, out: Path, context: Context, *, max_tokens: int = 8000, min_count: int = 1
-) -> Model:
+    parent: Model, domain: Domain, out: Path, context: Context, *,
+    max_tokens: Annotated[int, Ge(1)] = 8000, min_count: Annotated[int, Ge(1)] = 1,
+) -> Model:  # fmt: skip
     """Keeps the tokens that the domain's texts use, and single characters to fall back on; nothing is trained.
 
     For texts made of kept tokens the result gives the parent's logits exactly. A word whose tokens were dropped

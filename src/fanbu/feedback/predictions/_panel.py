@@ -39,7 +39,8 @@ def class_panel(specialist: Specialist, base: Model, context: Context) -> tuple[
     right = valid.argmax(1) == target
     base_right = _base_right(specialist, base, context)
     meta = {
-        "labels": list(domain.full_labels), "temperature": temperature, "valid": len(target),
+        "probe": context.probe.digest, "labels": list(domain.full_labels), "temperature": temperature,
+        "valid": len(target),
         "wins": int((right & ~base_right).sum()), "losses": int((~right & base_right).sum()),
     }  # fmt: skip
     return {"rows": torch.tensor(rows, dtype=torch.int32), "probs": probs.half()}, meta
@@ -85,7 +86,7 @@ def token_panel(
     own = token_losses(network, tokenizer, domain.valid.texts, context)
     before = token_losses(load_network(base), other, domain.valid.texts, context)
     meta = {
-        "valid": len(own),
+        "probe": context.probe.digest, "valid": len(own),
         "wins": int((own[:, 0] < before[:, 0]).sum()), "losses": int((own[:, 0] > before[:, 0]).sum()),
         "loss": float(own[:, 0].sum() / own[:, 1].sum()), "base_loss": float(before[:, 0].sum() / before[:, 1].sum()),
     }  # fmt: skip

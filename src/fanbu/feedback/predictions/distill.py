@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from fanbu.batches import encode, pad_id
@@ -26,7 +27,9 @@ LINEAR = False
 SENSITIVITY = None
 
 
-def contribute(specialist: Specialist, base: Model, context: Context, *, top_k: int = 64) -> Contribution:
+def contribute(
+    specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64
+) -> Contribution:
     """What the specialist says on the probe rows of its own domain and on those of nobody's.
 
     A classifier sends calibrated probabilities over its own labels, whatever its architecture and vocabulary; a
@@ -42,7 +45,7 @@ def contribute(specialist: Specialist, base: Model, context: Context, *, top_k: 
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    train: Train = Train(epochs=3, lr=2e-4), top_k: int = 64,
+    train: Train = Train(epochs=3, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64,
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -63,6 +66,12 @@ def absorb(
     """
     if not context.probe.rows:
         raise FitError("no-probe-set", "distill needs a probe set", remedy="name one in the recipe under `probe`")
+    for c in contributions:
+        if c.meta["probe"] != context.probe.digest:
+            raise FitError(
+                "other-probe-set", f"the panel of {c.domain} was made on another probe set",
+                allowed=context.probe.digest[:12], got=str(c.meta["probe"])[:12], remedy="ask its owner again",
+            )  # fmt: skip
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
     teachers = [c for c in contributions if c.meta["wins"] > c.meta["losses"]]
@@ -98,7 +107,7 @@ def union_targets(
     for c in teachers:
         check_labels_known(base, c.meta["labels"])
         columns = [base.labels.index(label) for label in c.meta["labels"]]
-        rows = _probe_rows(c, len(targets))
+        rows = c.tensors["rows"].long()
         mass = targets[rows][:, groups[c.domain]].sum(1, keepdim=True)
         targets[rows[:, None], torch.tensor(columns)[None]] = mass * c.tensors["probs"].float()
     return (targets / targets.sum(1, keepdim=True)).half()
@@ -113,20 +122,10 @@ def token_targets(
     for c in teachers:
         lengths = [int(n) for n in c.tensors["lengths"]]
         parts = zip(c.tensors["indices"].split(lengths), c.tensors["probs"].split(lengths), strict=True)
-        for i, part in zip(_probe_rows(c, len(probe)).tolist(), parts, strict=True):
+        for i, part in zip(c.tensors["rows"].tolist(), parts, strict=True):
             if probe[i].domain == c.domain:
                 taught[i] = part
     rest = [i for i in range(len(probe)) if i not in taught]
     own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
     taught |= dict(zip(rest, own, strict=True))
     return [taught[i] for i in range(len(probe))]
-
-
-def _probe_rows(c: Contribution, count: int) -> Tensor:
-    rows = c.tensors["rows"].long()
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < count):
-        raise FitError(
-            "other-probe-set", f"the panel of {c.domain} was made on another probe set",
-            allowed=f"rows 0 to {count - 1}", got=int(rows.max()), remedy="let its owner answer this probe set",
-        )  # fmt: skip
-    return rows
