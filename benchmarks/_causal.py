@@ -13,7 +13,7 @@ from fanbu.model import Model, open_model, provenance, save_network
 from fanbu.objectives import language
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import load_recipe
+from fanbu.recipe import load_recipe, resolve_machine
 from fanbu.round import Result, Turn, start, turn_once
 from fanbu.train import train
 from fanbu.types import Context, Train
@@ -52,11 +52,16 @@ def large_model(out: Path, context: Context) -> Model:
         num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         pad_token_id=0,
     )  # fmt: skip
-    network = LlamaForCausalLM(config)
+    network = LlamaForCausalLM(config).to(context.device)
     sequences = encode(tokens, texts, LENGTH)
-    plan = Train(epochs=12, batch_size=16, lr=2e-3, patience=0)
+    plan = Train(epochs=10, batch_size=16, lr=2e-3, patience=0)
     train(
-        network, [len(s) for s in sequences], language(sequences, pad_id(tokens), "cpu"), plan, context, "large model"
+        network,
+        [len(s) for s in sequences],
+        language(sequences, pad_id(tokens), context.device),
+        plan,
+        context,
+        "large model",
     )
     return save_network(network, tokens, out, provenance("pretrained", [], context))
 
@@ -81,7 +86,8 @@ def recipe(model: Path, quick: bool, work: Path) -> dict[str, Any]:
 def play(quick: bool, work: Path) -> tuple[Turn, Result]:
     """Trains the large model (once) and runs the round."""
     with progress_bar() as progress:
-        context = Context(max_length=LENGTH, threads=2, progress=progress)
+        device, precision, threads = resolve_machine("auto", "auto", 0)
+        context = Context(device=device, precision=precision, threads=threads, max_length=LENGTH, progress=progress)
         base = Workspace(work / "causal").stage(
             "large model", "fanbu.train", {"setting": 1},
             lambda out, scratch: (large_model(out / "model", context), None)[1], log,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -698,10 +699,8 @@ def test_a_full_disk_in_any_file(tmp_path: Path, opened: Model, monkeypatch: pyt
     for place in ("fanbu.tensors.sync", "fanbu.ledger.sync", "pathlib.Path.mkdir", "pathlib.Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
-            refused(
-                RetryError, "disk-full",
-                lambda: workspace.stage("two", "fanbu.types", {}, lambda out, _: write_text(out / "a", "2")),
-            )  # fmt: skip
+            two = partial(workspace.stage, place, "fanbu.types", {}, lambda out, _: write_text(out / "a", "2"))
+            refused(RetryError, "disk-full", two)
             if place != "fanbu.ledger.sync":
                 patch.setattr("fanbu.model.sync", full)
                 refused(RetryError, "disk-full", lambda: copy_model(opened, tmp_path / "copy"))

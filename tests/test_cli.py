@@ -28,6 +28,7 @@ Command = Callable[..., tuple[int, Any]]
 def fanbu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """``fanbu ...`` in this process: (exit code, stdout; read as JSON with ``--json``)."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("fanbu.recipe.os.sched_getaffinity", lambda _: {0}, raising=False)  # one thread
 
     def call(*arguments: object) -> tuple[int, Any]:
         monkeypatch.setattr(sys, "argv", ["fanbu", *map(str, arguments)])
@@ -177,16 +178,18 @@ def test_broken_checkpoint(copied: tuple[Done, Path], fanbu: Command, tmp_path: 
 
 def test_changed_stage(copied: tuple[Done, Path], fanbu: Command) -> None:
     done, workspace = copied
-    others = stages(workspace)
-    (stage,) = (workspace / "stages" / name for name in others if short({name}) == {"distill"})
-    (stage / "model" / "config.json").write_text("{}")
-    error = error_of(fanbu("run", done.recipe, "--workspace", workspace, "--json"), 5, "stage-changed")
-    assert stage.name in error["remedy"]
-    shutil.rmtree(stage)
+    everything = stages(workspace)
+    for wanted, code in (("shrink-finetune-food", "stage-changed"), ("distill", "file-changed")):
+        (stage,) = (workspace / "stages" / name for name in everything if short({name}) == {wanted})
+        with (stage / "model" / "config.json").open("a") as stream:
+            stream.write("\n")
+        error = error_of(fanbu("run", done.recipe, "--workspace", workspace, "--json"), 5, code)
+        assert stage.name in error["what"]
+        shutil.rmtree(stage)
     code, record = fanbu("run", done.recipe, "--workspace", workspace, "--json")
     assert code == 0
     assert record["champion"]["model"] == done.champion
-    assert stages(workspace) == others
+    assert stages(workspace) == everything
 
 
 def test_full_disk_and_closed_folder(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fanbu
 
 ROOT = Path(__file__).parents[1]
@@ -20,12 +22,8 @@ def test_the_public_list_is_short_and_whole() -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    try:
+    with pytest.raises(AttributeError, match="open_model"):
         fanbu.nonsense  # noqa: B018
-    except AttributeError as error:
-        assert "open_model" in str(error)
-    else:
-        raise AssertionError("no error")
 
 
 def test_importing_and_listing_load_no_torch() -> None:

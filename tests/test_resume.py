@@ -375,7 +375,7 @@ def test_another_margin_judges_again_and_trains_nothing(copied: tuple[Done, Path
     [
         (
             "feedback.train.epochs=1",
-            {"distill", "distill-contribution-food", "distill-contribution-rail"},
+            {"distill", *(f"evaluate-{who}-{d}" for who in ("candidate", "champion") for d in TOPICS)},
         ),
         ("checkpoint_seconds=0", set()),
         ("references=[]", set()),
@@ -388,10 +388,7 @@ def test_a_change_reruns_only_what_depends_on_it(copied: tuple[Done, Path], chan
     before = stages(workspace)
     run(load_recipe(done.recipe, [f"workspace={workspace}", change]))
     new = short(stages(workspace) - before)
-    if change.startswith("feedback"):
-        assert {"distill", "evaluate-candidate-food", "evaluate-candidate-rail"} <= new
-        assert new <= anew | {"evaluate-candidate-food", "evaluate-candidate-rail"}
-    elif anew is not None:
+    if anew is not None:
         assert new == anew
     else:
         untouched = {"open", "probe-texts-food", "probe-contribution-food"}

@@ -96,7 +96,7 @@ def start(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: N
         max_length=recipe.max_length, progress=progress, checkpoint_seconds=recipe.checkpoint_seconds,
     )  # fmt: skip
     turn = Turn(Workspace(Path(recipe.workspace)), recipe, context, domains, log)
-    standing(turn)
+    standing(turn, remade=False)
     steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
     asking = any(method(step.method, "feedback").needs.probe for step in steps)
     if asking or any(d.task == "text-classification" for d in domains.values()):
@@ -255,10 +255,13 @@ def turn_once(turn: Turn) -> Result:
     return Result(base, incumbent, candidate, specialists, judged, verdict, sizes)
 
 
-def standing(turn: Turn) -> Model | None:
-    """The workspace's champion, which a candidate must beat too. UsageError where it does not know these domains."""
+def standing(turn: Turn, *, remade: bool = True) -> Model | None:
+    """The workspace's champion, which a candidate must beat too. UsageError where it does not know these domains.
+
+    None where there is none, and before stages are ``remade`` where its stage was removed: this round may make it.
+    """
     pointer = turn.workspace.champion()
-    if pointer is None:
+    if pointer is None or not (remade or (turn.workspace.root / pointer["path"]).exists()):
         return None
     champion = open_model(turn.workspace.root / pointer["path"])
     labels = {label for d in turn.domains.values() for label in d.full_labels}

@@ -14,6 +14,7 @@ from typing import Any
 from fanbu.errors import DataError, UsageError
 
 MAX_TEXT = 1_000_000
+MAX_FILE = 4 * 2**30
 COLUMNS = {"text": "text", "label": "label", "id": "id"}
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "and .jsonl.gz, .csv.gz, .tsv.gz")
 
@@ -98,7 +99,15 @@ def _records(source: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            raw = stream.read(MAX_FILE + 1)
+    else:
+        raw = path.read_bytes()
+    if len(raw) > MAX_FILE:
+        raise DataError(
+            "file-too-large", f"{path}", allowed=f"{MAX_FILE} bytes of text", remedy="use Parquet, or split it"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -50,10 +50,11 @@ def judge(
     rows = {d: _row(p, domains[d], gate, adjusted[d]) for d, p in pairs.items()}
     mean = average(feeding, gate.confidence)
     failing = [d for d, row in rows.items() if not row["holds"]]
+    say = _points if all(d.metric == "accuracy" for d in domains.values()) else _nats
     checks = [
         {
             "name": "better on average, with confidence", "passed": mean["low"] > 0,
-            "detail": f"mean change {mean['delta']:+.4f}, interval {mean['low']:+.4f} to {mean['high']:+.4f}",
+            "detail": f"mean change {say(mean['delta'])}, interval {say(mean['low'])} to {say(mean['high'])}",
         },
         {
             "name": "no domain worse than its margin", "passed": not failing,
@@ -64,7 +65,8 @@ def judge(
     if gate.mode == "told" and any("untold" in candidate[d].tensors for d in domains):
         untold = {d: _short(compare(candidate[d], incumbent[d], "untold", seed, gate.confidence)) for d in domains}
     return {
-        "accepted": all(c["passed"] for c in checks), "reason": _reason(checks, mean, failing), "mode": gate.mode,
+        "accepted": all(c["passed"] for c in checks), "reason": _reason(checks, say(mean["delta"]), failing),
+        "mode": gate.mode, "level": gate.confidence, "power": 0.8,
         "average": mean, "domains": rows, "untold": untold, "checks": checks,
         "gain_kept": gain_kept(candidate, incumbent, specialists, gate.mode, seed) if specialists else None,
     }  # fmt: skip
@@ -90,12 +92,20 @@ def _short(pair: Paired) -> dict[str, float]:
     return {name: getattr(pair, name) for name in names}
 
 
-def _reason(checks: list[dict[str, Any]], mean: Mapping[str, float], failing: list[str]) -> str:
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f} points"
+
+
+def _nats(change: float) -> str:
+    return f"{change:+.3f} nats a token"
+
+
+def _reason(checks: list[dict[str, Any]], change: str, failing: list[str]) -> str:
     if all(c["passed"] for c in checks):
-        return f"better on average by {mean['delta']:+.4f} with confidence, and no domain worse than its margin"
+        return f"better on average by {change} with confidence, and no domain worse than its margin"
     parts = []
     if not checks[0]["passed"]:
-        parts.append(f"the mean change of {mean['delta']:+.4f} could be chance")
+        parts.append(f"the mean change of {change} could be chance")
     if failing:
         parts.append(f"{', '.join(failing)} may have become worse than the margin")
     return "; ".join(parts)

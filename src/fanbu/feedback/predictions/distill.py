@@ -16,7 +16,7 @@ from fanbu.domain import Specialist
 from fanbu.errors import FitError
 from fanbu.feedback.predictions._panel import class_panel, token_panel
 from fanbu.heads import check_labels_known, domains_of, final_layer
-from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import soft_labelled, soft_language
 from fanbu.predict import class_logits, limit, top_tokens
 from fanbu.train import train as train_network
@@ -51,7 +51,8 @@ def absorb(
 
     q(d | x) is 1 for the domain that a probe row is known to come from, else what the base itself thinks. p_d is the
     specialist's panel where it teaches: it must beat the base on its own domain's validation rows. Everywhere else
-    p_d is the base's own answer (teacher zero), which holds the base where nobody knows better. By the chain rule
+    p_d is the base's own answer (teacher zero), which holds the base where nobody knows better; where nobody teaches
+    at all, the base comes back bit for bit. By the chain rule
     this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns the next-token
     distribution of the row's specialist, or its own before training.
 
@@ -72,9 +73,11 @@ def absorb(
                 "other-probe-set", f"the panel of {c.domain} was made on another probe set",
                 allowed=context.probe.digest[:12], got=str(c.meta["probe"])[:12], remedy="ask its owner again",
             )  # fmt: skip
+    teachers = [c for c in contributions if c.meta["wins"] > c.meta["losses"]]
+    if not teachers:  # training on its own answers could only drift
+        return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    teachers = [c for c in contributions if c.meta["wins"] > c.meta["losses"]]
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
     if base.task == "text-classification":
