@@ -10,7 +10,8 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -319,11 +320,7 @@ def save_model(
     """
     import transformers
 
-    _check_free(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with _whole_or_not_at_all(out) as partial:
         # The library's version is in the manifest; in config.json it would change the bytes for nothing.
         plain = {k: v for k, v in config.items() if k not in {"_name_or_path", "transformers_version"}}
         write_text(partial / "config.json", json.dumps(plain, indent=2, sort_keys=True, default=str))
@@ -338,14 +335,6 @@ def save_model(
         }  # fmt: skip
         write_text(partial / CARD, model_card(manifest))
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, default=str))
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        raise disk_error(error, out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return open_model(out, verify=False)
 
 
@@ -392,8 +381,9 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _check_free(out: Path) -> None:
-    """Refuses to replace a folder that fanbu did not make."""
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder to write into that takes the name ``out`` at the end; a folder that is not fanbu's is not replaced."""
     if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
             "out-exists",
@@ -402,19 +392,11 @@ def _check_free(out: Path) -> None:
             got=out,
             remedy="name another",
         )
-
-
-def copy_model(model: Model, out: Path) -> Model:
-    """The same model, bit for bit, in another folder."""
-    _check_free(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        extra = [name for name in (CARD, MANIFEST) if (model.path / name).exists()]
-        for name in [*model_files(model.path), *extra]:
-            shutil.copyfile(model.path / name, partial / name)
-            sync(partial / name)
+        yield partial
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -423,6 +405,15 @@ def copy_model(model: Model, out: Path) -> Model:
         raise disk_error(error, out) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_model(model: Model, out: Path) -> Model:
+    """The same model, bit for bit, in another folder."""
+    with _whole_or_not_at_all(out) as partial:
+        extra = [name for name in (CARD, MANIFEST) if (model.path / name).exists()]
+        for name in [*model_files(model.path), *extra]:
+            shutil.copyfile(model.path / name, partial / name)
+            sync(partial / name)
     return open_model(out, verify=False)
 
 

@@ -99,20 +99,26 @@ def union_targets(
     base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context
 ) -> Tensor:
     """T [probe rows, union labels] in float16, rows summing to 1."""
-    z = class_logits(network, tokenizer, context.probe.texts, context)
-    targets = z.softmax(1)
-    groups = domains_of(base.labels)
-    for number, row in enumerate(context.probe.rows):
-        if row.domain in groups:  # the domain is known: all mass to its labels
-            columns = groups[row.domain]
-            targets[number] = 0
-            targets[number, columns] = z[number, columns].softmax(0)
+    probe, groups = context.probe.rows, domains_of(base.labels)
+    answers = {c.domain: _rows(c, len(probe)) for c in teachers}
+    taught = {i for d, rows in answers.items() for i in rows.tolist() if probe[i].domain == d}
+    targets = torch.zeros(len(probe), len(base.labels))
+    # the base is asked only where a row's own specialist does not answer for it
+    asked = [i for i in range(len(probe)) if i not in taught]
+    z = class_logits(network, tokenizer, [probe[i].text for i in asked], context)
+    for i, logits in zip(asked, z, strict=True):
+        known = groups.get(probe[i].domain or "")
+        if known:  # the domain is known: all mass to its labels
+            targets[i, known] = logits[known].softmax(0)
+        else:
+            targets[i] = logits.softmax(0)
     for c in teachers:
         check_labels_known(base, c.meta["labels"])
         columns = [base.labels.index(label) for label in c.meta["labels"]]
-        rows = c.tensors["rows"].long()
-        mass = targets[rows][:, groups[c.domain]].sum(1, keepdim=True)
-        targets[rows[:, None], torch.tensor(columns)[None]] = mass * c.tensors["probs"].float()
+        rows = answers[c.domain]
+        own = torch.tensor([probe[i].domain == c.domain for i in rows.tolist()])
+        mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
+        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * c.tensors["probs"].float()
     return (targets / targets.sum(1, keepdim=True)).half()
 
 
@@ -125,10 +131,21 @@ def token_targets(
     for c in teachers:
         lengths = [int(n) for n in c.tensors["lengths"]]
         parts = zip(c.tensors["indices"].split(lengths), c.tensors["probs"].split(lengths), strict=True)
-        for i, part in zip(c.tensors["rows"].tolist(), parts, strict=True):
+        for i, part in zip(_rows(c, len(probe)).tolist(), parts, strict=True):
             if probe[i].domain == c.domain:
                 taught[i] = part
     rest = [i for i in range(len(probe)) if i not in taught]
     own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
     taught |= dict(zip(rest, own, strict=True))
     return [taught[i] for i in range(len(probe))]
+
+
+def _rows(c: Contribution, count: int) -> Tensor:
+    """The probe rows that a panel answers, checked: each at most once, none that is not there."""
+    rows = c.tensors["rows"].long()
+    if len(set(rows.tolist())) < len(rows) or not all(0 <= i < count for i in rows.tolist()):
+        raise FitError(
+            "other-probe-set", f"the panel of {c.domain} answers rows that the probe set does not have, or one twice",
+            allowed=f"each of 0 to {count - 1} at most once", remedy="ask its owner again",
+        )  # fmt: skip
+    return rows
