@@ -13,6 +13,8 @@ from typing import Any
 
 from _common import bar, finish, parser, table, text_domains
 from fanbu.contribution import Contribution
+from fanbu.domain import load_domain
+from fanbu.errors import FanbuError
 from fanbu.judge.compare import compare, gain_kept, holm
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
@@ -138,9 +140,21 @@ def cost_table(rounds: Mapping[str, tuple[Turn, Result]]) -> tuple[str, dict[str
     return table(rows), values
 
 
+def usable(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders that load as domains; the others are named with the reason."""
+    kept = {}
+    for name, folder in folders.items():
+        try:
+            load_domain(name, **{split: str(folder / f"{split}.jsonl") for split in ("train", "valid", "test")})
+            kept[name] = folder
+        except FanbuError as error:
+            print(f"left out: {name}: {error}", flush=True)
+    return kept
+
+
 def classification(quick: bool, data: Path, work: Path, seeds: int) -> int:
     """The bars on text domains."""
-    folders = text_domains(data)
+    folders = usable(text_domains(data))
     if quick:
         folders = dict(list(folders.items())[:6])
     runs = [one_seed(folders, seed, quick, work) for seed in range(seeds)]

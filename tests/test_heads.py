@@ -91,6 +91,26 @@ def test_alignment_finds_the_domain_and_leaves_told_answers_alone() -> None:
     assert torch.equal(align_domains(head, x, truth, ["a"]).take(("b/0", "b/1")).weight_lh, head.weight_lh[3:])
 
 
+def test_a_domain_without_texts_is_not_pushed_away() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 16, generator=generator) * 2
+    x = torch.cat([centres[i] + torch.randn(50, 16, generator=generator) for i in range(3)])
+    heads = []
+    for i, name in enumerate("abc"):
+        weight = torch.randn(2, 16, generator=generator) * 0.1 + centres[i] / 4
+        own = (x[50 * i : 50 * i + 50] @ weight.T).logsumexp(1).mean()
+        heads.append(Head((f"{name}/0", f"{name}/1"), weight, torch.full((2,), -float(own))))
+    head, truth = join(heads), ["a"] * 50 + ["b"] * 50
+
+    def found(h: Head) -> float:
+        rows = domains_of(h.labels)["c"]
+        return float(sum(i in rows for i in (x[100:] @ h.weight_lh.T + h.bias_l).argmax(1).tolist()) / 50)
+
+    aligned = align_domains(head, x[:100], truth, ["a", "b", "c"])
+    assert torch.equal(aligned.take(("c/0", "c/1")).weight_lh, heads[2].weight_lh)
+    assert found(aligned) > 0.8
+
+
 def test_300_domains_in_one_plain_pipeline(opened: Model, context: Context, tmp_path: Path) -> None:
     from transformers import pipeline
 
