@@ -28,13 +28,13 @@ Outcomes = Mapping[str, Contribution]
 
 def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, work: Path) -> dict[str, Any]:
     """The round: specialists of full or small size, fed back by distill; labels do not leave their owners."""
-    epochs = 2 if quick else 4
+    epochs = 2 if quick else 3
     tune = {"epochs": epochs, "lr": 2e-4}
     shrink: list[dict[str, Any]] = [{"method": "finetune", "train": tune}]
     if small:
         shrink = [
             {"method": "vocabulary", "max_tokens": 7000},
-            {"method": "depth", "layers": 4, "train": {**tune, "epochs": epochs + 2}},
+            {"method": "depth", "layers": 4, "train": {**tune, "epochs": 4}},
         ]
     domains = {
         name: {
@@ -47,7 +47,7 @@ def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, wor
     return {
         "fanbu": 1, "name": "round", "model": BASE, "workspace": str(work / "round"), "seed": seed, "max_length": 64,
         "domains": domains, "shrink": shrink,
-        "feedback": {"method": "distill", "train": {"epochs": epochs + 1, "lr": 2e-4}},
+        "feedback": {"method": "distill", "train": {"epochs": 3, "lr": 2e-4}},
         "references": [] if small else ["tfidf", {"method": "average"}], "gate": {"margin": 0.05},
     }  # fmt: skip
 
@@ -62,7 +62,7 @@ def joint(value: dict[str, Any], epochs: int) -> dict[str, Any]:
 def one_seed(folders: Mapping[str, Path], seed: int, quick: bool, work: Path) -> dict[str, tuple[Turn, Result]]:
     """All three rounds of one seed; they share their stages."""
     full = recipe(folders, seed, quick, False, work)
-    rounds = {"full": full, "small": recipe(folders, seed, quick, True, work), "joint": joint(full, 2 if quick else 4)}
+    rounds = {"full": full, "small": recipe(folders, seed, quick, True, work), "joint": joint(full, 2 if quick else 3)}
     done = {}
     with progress_bar() as progress:
         for name, value in rounds.items():

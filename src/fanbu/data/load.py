@@ -144,7 +144,7 @@ def _hub(source: str) -> Iterator[Mapping[str, Any]]:
     if not name:
         raise UsageError("data-name", f"{source} names no split", allowed="datasets:NAME:SPLIT", remedy="add :train")
     config = None
-    if name.count("/") == 2:
+    if name.count("/") == 2 and not Path(name).exists():
         name, _, config = name.rpartition("/")
     try:
         yield from datasets.load_dataset(name, config, split=split)

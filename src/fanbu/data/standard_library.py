@@ -76,10 +76,20 @@ def _bodies(path: Path) -> list[str]:
         return []  # test fixtures with broken syntax on purpose
     lines = source.split("\n")
     texts = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = 1 if ast.get_docstring(node, clean=False) is not None else 0
-            if len(node.body) > first:
-                body = lines[node.body[first].lineno - 1 : node.end_lineno]
-                texts.append(" ".join(" ".join(body).split()))
+    for node in _functions(tree):
+        first = 1 if ast.get_docstring(node, clean=False) is not None else 0
+        if len(node.body) > first:
+            body = lines[node.body[first].lineno - 1 : node.end_lineno]
+            texts.append(" ".join(" ".join(body).split()))
     return texts
+
+
+def _functions(tree: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods; not the ones inside functions, whose text is part of the outer one's already."""
+    found: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(node)
+        else:
+            found += _functions(node)
+    return found
