@@ -199,6 +199,8 @@ def test_causal_models_too(
     two = way.absorb(base, sent[::-1], tmp_path / "two", context, **quick(way))
     assert one.digest == two.digest != base.digest
     assert set(one.tensors) == set(base.tensors)
+    mixed = dataclasses.replace(context, precision="bf16")
+    assert way.absorb(base, sent, tmp_path / "bf16", mixed, **quick(way)).digest != base.digest
 
 
 @by_name(WAYS_DOWN)

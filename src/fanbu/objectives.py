@@ -52,7 +52,7 @@ def soft_language(sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]]
         batch = collate([sequences[i] for i in rows], pad, device)
         keep = batch["attention_mask"][:, 1:].bool()
         indices = torch.cat([targets[i][0] for i in rows]).long().to(device)
-        probs = torch.cat([targets[i][1] for i in rows]).to(device)
+        probs = torch.cat([targets[i][1].float() for i in rows]).to(device)  # autocast does not join float16
         return top_k_divergence(network(**batch).logits[:, :-1][keep], indices, probs)
 
     return loss
