@@ -67,9 +67,9 @@ def made(opened: Model, tmp_path: Path) -> Path:
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    refused(UsageError, "model-not-found", lambda: open_model(tmp_path / "nothing"), "nothing")
-    refused(UsageError, "model-not-found", lambda: open_model("package:no_such_package/model"), "pip install")
-    refused(UsageError, "model-not-found", lambda: open_model("no-such-owner/no-such-model"))
+    assert refused(UsageError, "model-not-found", lambda: open_model(tmp_path / "nothing"), "nothing")
+    assert refused(UsageError, "model-not-found", lambda: open_model("package:no_such_package/model"), "pip install")
+    assert refused(UsageError, "model-not-found", lambda: open_model("no-such-owner/no-such-model"))
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,20 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
 )
 def test_missing_file_of_a_checkpoint(body: Path, name: str, code: str) -> None:
     (body / name).unlink()
-    refused(IntegrityError, code, lambda: open_model(body), name)
+    assert refused(IntegrityError, code, lambda: open_model(body), name)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000], ids=["empty", "list", "cut", "bytes", "deep"])
 def test_broken_config(body: Path, text: str) -> None:
     (body / "config.json").write_bytes(text.encode("latin1"))
-    refused(IntegrityError, "checkpoint-config", lambda: open_model(body), "config.json")
+    assert refused(IntegrityError, "checkpoint-config", lambda: open_model(body), "config.json")
 
 
 @pytest.mark.parametrize("size", [0, 7, 9, 2000, -1])
 def test_truncated_weights(body: Path, size: int) -> None:
     whole = (body / SINGLE).read_bytes()
     (body / SINGLE).write_bytes(whole[:size])
-    refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), SINGLE)
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), SINGLE)
 
 
 def entry(start: Any = 0, end: Any = 4, shape: Any = (1,), dtype: Any = "F32") -> dict[str, Any]:
@@ -129,13 +129,13 @@ HOSTILE: dict[str, Any] = {
 def test_hostile_header(body: Path, header: Any) -> None:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     (body / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(12))
-    refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), SINGLE)
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), SINGLE)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 101 * 2**20, 5000])
 def test_header_that_claims_too_much(body: Path, length: int) -> None:
     (body / SINGLE).write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(100))
-    refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), "claims")
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), "claims")
 
 
 def test_weights_of_a_wrong_shape_or_missing(opened: Model, made: Path) -> None:
@@ -147,7 +147,7 @@ def test_weights_of_a_wrong_shape_or_missing(opened: Model, made: Path) -> None:
     with pytest.raises(IntegrityError, match="remedy"):
         load_network(open_model(made))
     save_file({n: t for n, t in tensors.items() if n != name}, made / SINGLE)
-    refused(IntegrityError, "checkpoint-incomplete", lambda: load_network(open_model(made)), name)
+    assert refused(IntegrityError, "checkpoint-incomplete", lambda: load_network(open_model(made)), name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -158,13 +158,13 @@ def test_weights_that_are_no_numbers(body: Path, made: Path, value: float, conte
         tensors[name][0, 0] = value
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         lazy = Tensors(folder)
-        refused(IntegrityError, "not-finite", lambda lazy=lazy, name=name: lazy[name], name)
-        refused(IntegrityError, "not-finite", lambda folder=folder: load_tensors(folder / SINGLE), name)
+        assert refused(IntegrityError, "not-finite", lambda lazy=lazy, name=name: lazy[name], name)
+        assert refused(IntegrityError, "not-finite", lambda folder=folder: load_tensors(folder / SINGLE), name)
         if folder == body:
-            refused(IntegrityError, "not-finite", use)
+            assert refused(IntegrityError, "not-finite", use)
     (made / "fanbu.json").unlink()
-    refused(IntegrityError, "not-finite", lambda: load_network(open_model(made)))
-    refused(IntegrityError, "not-finite", lambda: save_tensors(tmp_path / "x", {"a": torch.tensor([value])}))
+    assert refused(IntegrityError, "not-finite", lambda: load_network(open_model(made)))
+    assert refused(IntegrityError, "not-finite", lambda: save_tensors(tmp_path / "x", {"a": torch.tensor([value])}))
     assert not (tmp_path / "x").exists()
 
 
@@ -177,7 +177,7 @@ def test_sharded_checkpoint(body: Path) -> None:
     assert set(open_model(body).tensors) == set(whole)
     index = (body / INDEX).read_text()
     hidden = shards[1].rename(body / "elsewhere")
-    refused(IntegrityError, "checkpoint-missing", lambda: open_model(body), shards[1].name)
+    assert refused(IntegrityError, "checkpoint-missing", lambda: open_model(body), shards[1].name)
     hidden.rename(shards[1])
     weight_map = json.loads(index)["weight_map"]
     first = next(iter(weight_map))
@@ -188,11 +188,11 @@ def test_sharded_checkpoint(body: Path) -> None:
         ([], "checkpoint-broken"),
     ):
         (body / INDEX).write_text(json.dumps({"weight_map": changed}))
-        refused(IntegrityError, code, lambda: open_model(body))
+        assert refused(IntegrityError, code, lambda: open_model(body))
     (body / INDEX).write_text("{")
-    refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), INDEX)
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), INDEX)
     (body / INDEX).write_text("[" * 100_000)
-    refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), INDEX)
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_model(body), INDEX)
 
 
 def test_pickled_weights_are_never_opened(body: Path) -> None:
@@ -205,21 +205,21 @@ def test_pickled_weights_are_never_opened(body: Path) -> None:
 def test_checkpoint_that_brings_code(body: Path) -> None:
     config = json.loads((body / "config.json").read_text())
     (body / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
-    refused(IntegrityError, "checkpoint-code", lambda: open_model(body), "auto_map", "evil.Model")
+    assert refused(IntegrityError, "checkpoint-code", lambda: open_model(body), "auto_map", "evil.Model")
 
 
 def test_tokenizer_missing_or_broken(body: Path) -> None:
     (body / "tokenizer.json").write_text("{")
-    refused(IntegrityError, "tokenizer-broken", lambda: load_tokenizer(open_model(body)))
+    assert refused(IntegrityError, "tokenizer-broken", lambda: load_tokenizer(open_model(body)))
     (body / "tokenizer.json").unlink()
-    refused(IntegrityError, "tokenizer-missing", lambda: load_tokenizer(open_model(body)), "tokenizer.json")
+    assert refused(IntegrityError, "tokenizer-missing", lambda: load_tokenizer(open_model(body)), "tokenizer.json")
 
 
 def test_tokenizer_with_more_tokens_than_embedding_rows(body: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(body)
     tokenizer.add_tokens([f"new{i}" for i in range(5)])
     tokenizer.save_pretrained(body)
-    refused(IntegrityError, "tokenizer-mismatch", lambda: load_tokenizer(open_model(body)), str(len(tokenizer)))
+    assert refused(IntegrityError, "tokenizer-mismatch", lambda: load_tokenizer(open_model(body)), str(len(tokenizer)))
 
 
 def test_a_changed_byte_is_found(made: Path) -> None:
@@ -232,15 +232,15 @@ def test_a_changed_byte_is_found(made: Path) -> None:
             changed = bytearray(whole.replace(b'"hidden_act"', b'"hidden_bct"'))
         assert changed != whole
         (made / name).write_bytes(changed)
-        refused(IntegrityError, "file-changed", lambda: open_model(made), name)
+        assert refused(IntegrityError, "file-changed", lambda: open_model(made), name)
         (made / name).write_bytes(whole)
     (made / "tokenizer.json").unlink()
-    refused(IntegrityError, "file-missing", lambda: open_model(made), "tokenizer.json")
+    assert refused(IntegrityError, "file-missing", lambda: open_model(made), "tokenizer.json")
     for text in ("{", "{}", '{"files": 1}'):
         (made / "fanbu.json").write_text(text)
-        refused(IntegrityError, "manifest-broken", lambda: open_model(made), "fanbu.json")
+        assert refused(IntegrityError, "manifest-broken", lambda: open_model(made), "fanbu.json")
     (made / "fanbu.json").write_text('{"files": {"../secret": "0"}}')
-    refused(IntegrityError, "file-missing", lambda: open_model(made))
+    assert refused(IntegrityError, "file-missing", lambda: open_model(made))
 
 
 # Rows
@@ -279,7 +279,7 @@ def test_rows_that_cannot_be_used(
 ) -> None:
     files[split] = write_rows(tmp_path / "bad.jsonl", values)
     told = ("bad.jsonl",) if code in {"column-missing", "text-too-long"} else ("food", split)
-    refused(DataError, code, lambda: load_domain("food", **files), *told)
+    assert refused(DataError, code, lambda: load_domain("food", **files), *told)
 
 
 RAW: dict[str, tuple[str, bytes, str, str]] = {
@@ -305,15 +305,19 @@ RAW: dict[str, tuple[str, bytes, str, str]] = {
 @pytest.mark.parametrize(("name", "raw", "code", "told"), RAW.values(), ids=list(RAW))
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, raw: bytes, code: str, told: str) -> None:
     (tmp_path / name).write_bytes(raw)
-    refused(DataError, code, lambda: load_rows(str(tmp_path / name)), told)
+    assert refused(DataError, code, lambda: load_rows(str(tmp_path / name)), told)
 
 
 def test_missing_files_and_columns(files: dict[str, str], tmp_path: Path) -> None:
     missing = str(tmp_path / "gone.jsonl")
-    refused(DataError, "data-not-found", lambda: load_domain("food", **{**files, "train": missing}), "gone.jsonl")
+    assert refused(
+        DataError, "data-not-found", lambda: load_domain("food", **{**files, "train": missing}), "gone.jsonl"
+    )
     columns = {"text": "body"}
-    refused(DataError, "column-missing", lambda: load_domain("food", **files, columns=columns), "'body'", "row 1")
-    refused(UsageError, "column-map", lambda: load_domain("food", **files, columns={"texts": "text"}), "texts")
+    assert refused(
+        DataError, "column-missing", lambda: load_domain("food", **files, columns=columns), "'body'", "row 1"
+    )
+    assert refused(UsageError, "column-map", lambda: load_domain("food", **files, columns={"texts": "text"}), "texts")
 
 
 def test_quoted_line_breaks_in_csv_survive(tmp_path: Path) -> None:
@@ -350,8 +354,8 @@ def test_overlap_is_found_left_out_and_told(files: dict[str, str], tmp_path: Pat
     ],
 )
 def test_domains_that_cannot_be_meant(files: dict[str, str], changes: dict[str, Any], code: str) -> None:
-    refused(UsageError, code, lambda: load_domain("food", **{**files, **changes}))
-    refused(UsageError, "domain-name", lambda: load_domain("../food", **files))
+    assert refused(UsageError, code, lambda: load_domain("food", **{**files, **changes}))
+    assert refused(UsageError, "domain-name", lambda: load_domain("../food", **files))
 
 
 # Recipes
@@ -418,13 +422,13 @@ def test_unknown_keys_and_what_was_meant(recipe: dict[str, Any], place: str, mea
     ],
 )
 def test_wrong_values_in_a_recipe(recipe: dict[str, Any], place: str, value: Any, told: str) -> None:
-    refused(UsageError, "bad-recipe", lambda: load_recipe(changed(recipe, place, value)), told)
+    assert refused(UsageError, "bad-recipe", lambda: load_recipe(changed(recipe, place, value)), told)
 
 
 def test_missing_keys_in_a_recipe(recipe: dict[str, Any]) -> None:
     for key in ("fanbu", "name", "model", "domains", "feedback"):
         less = {k: v for k, v in recipe.items() if k != key}
-        refused(UsageError, "bad-recipe", lambda less=less: load_recipe(less), key)
+        assert refused(UsageError, "bad-recipe", lambda less=less: load_recipe(less), key)
 
 
 @pytest.mark.parametrize(
@@ -446,10 +450,10 @@ def test_missing_keys_in_a_recipe(recipe: dict[str, Any]) -> None:
 def test_yaml_that_is_no_recipe(tmp_path: Path, text: str, code: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    refused(UsageError, code, lambda: load_recipe(path), "recipe.yaml")
+    assert refused(UsageError, code, lambda: load_recipe(path), "recipe.yaml")
     path.write_bytes(b"name: \xff\n")
-    refused(UsageError, "recipe-broken", lambda: load_recipe(path))
-    refused(UsageError, "recipe-not-found", lambda: load_recipe(tmp_path / "none.yaml"), "none.yaml")
+    assert refused(UsageError, "recipe-broken", lambda: load_recipe(path))
+    assert refused(UsageError, "recipe-not-found", lambda: load_recipe(tmp_path / "none.yaml"), "none.yaml")
 
 
 @pytest.mark.parametrize("change", ["margin", "gate", "name.x=1", "gate.margin=[1"])
@@ -477,25 +481,25 @@ def test_bad_set(recipe: dict[str, Any], change: str) -> None:
     ],
 )
 def test_methods_that_cannot_be_meant(recipe: dict[str, Any], place: str, value: Any, code: str, told: str) -> None:
-    refused(UsageError, code, lambda: load_recipe(changed(recipe, place, value)), told)
+    assert refused(UsageError, code, lambda: load_recipe(changed(recipe, place, value)), told)
 
 
 def before_training(recipe: dict[str, Any], workspace: Path, kind: type[FanbuError], code: str, *told: str) -> None:
     """The recipe reads well, and its round is refused before anything is made."""
     sound = load_recipe({**recipe, "workspace": str(workspace)})
-    refused(kind, code, lambda: run(sound), *told)
+    assert refused(kind, code, lambda: run(sound), *told)
     assert not list(workspace.glob("stages/*"))
     assert not list(workspace.glob("rounds/*"))
 
 
 def test_a_domain_in_two_roles(recipe: dict[str, Any]) -> None:
     twice = {**recipe, "guards": {"food": recipe["domains"]["food"]}}
-    refused(UsageError, "domain-twice", lambda: load_recipe(twice), "food")
+    assert refused(UsageError, "domain-twice", lambda: load_recipe(twice), "food")
 
 
 def test_a_margin_of_no_domain(recipe: dict[str, Any]) -> None:
     margins = {**recipe, "gate": {"margins": {"foood": 0.1}}}
-    refused(UsageError, "unknown-domain", lambda: load_recipe(margins), "foood", "rail")
+    assert refused(UsageError, "unknown-domain", lambda: load_recipe(margins), "foood", "rail")
 
 
 def test_what_a_domain_does_not_share_is_refused_before_training(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -526,7 +530,7 @@ def test_what_does_not_fit_is_refused_before_training(recipe: dict[str, Any], tm
 
 def test_a_model_that_is_not_there_is_refused_before_training(recipe: dict[str, Any], tmp_path: Path) -> None:
     gone = load_recipe({**recipe, "model": str(tmp_path / "gone"), "workspace": str(tmp_path / "ws")})
-    refused(UsageError, "model-not-found", lambda: run(gone))
+    assert refused(UsageError, "model-not-found", lambda: run(gone))
 
 
 # The boundary, and contributions as the centre reads them
@@ -554,16 +558,16 @@ def contribution(**changes: Any) -> Contribution:
 )
 def test_what_the_boundary_refuses_is_not_written(tmp_path: Path, share: Share, changes: dict[str, Any]) -> None:
     out = tmp_path / "sent"
-    refused(BoundaryError, "not-shared", lambda: cross(contribution(**changes), share, out), "food")
+    assert refused(BoundaryError, "not-shared", lambda: cross(contribution(**changes), share, out), "food")
     assert not out.exists()
 
 
 def test_what_is_broken_does_not_cross(tmp_path: Path) -> None:
     out = tmp_path / "sent"
     broken = contribution(tensors={"probs": torch.tensor([1.0, float("nan")])})
-    refused(IntegrityError, "not-finite", lambda: cross(broken, PRESETS["open"], out))
+    assert refused(IntegrityError, "not-finite", lambda: cross(broken, PRESETS["open"], out))
     odd = contribution(rows=[{"id": "1", "password": "x"}])
-    refused(IntegrityError, "contribution-broken", lambda: cross(odd, PRESETS["open"], out), "password")
+    assert refused(IntegrityError, "contribution-broken", lambda: cross(odd, PRESETS["open"], out), "password")
     assert not out.exists()
 
 
@@ -606,34 +610,34 @@ def rewrite(sent: Path, **changes: Any) -> None:
 )
 def test_hostile_header_of_a_contribution(sent: Path, changes: dict[str, Any]) -> None:
     rewrite(sent, **changes)
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "weights"}', "[" * 100_000], ids=len)
 def test_broken_header_of_a_contribution(sent: Path, text: str) -> None:
     (sent / "contribution.json").write_text(text)
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
 
 
 def test_missing_parts_of_a_contribution(sent: Path, tmp_path: Path) -> None:
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(tmp_path / "nothing"))
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(tmp_path / "nothing"))
     (sent / "rows.jsonl").unlink()
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent), "rows.jsonl")
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent), "rows.jsonl")
 
 
 def test_changed_tensors_of_a_contribution(sent: Path) -> None:
     path = sent / "tensors.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent), "tensors.safetensors")
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent), "tensors.safetensors")
     rewrite(sent)  # even if its sender hashes them anew, they are not what was sent
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
     save_file({"probs": torch.tensor([float("nan")])}, path)
     rewrite(sent)
-    refused(IntegrityError, "not-finite", lambda: open_contribution(sent), "probs")
+    assert refused(IntegrityError, "not-finite", lambda: open_contribution(sent), "probs")
     path.write_bytes(whole[:-1])
     rewrite(sent)
-    refused(IntegrityError, "checkpoint-broken", lambda: open_contribution(sent))
+    assert refused(IntegrityError, "checkpoint-broken", lambda: open_contribution(sent))
 
 
 @pytest.mark.parametrize(
@@ -644,18 +648,20 @@ def test_changed_tensors_of_a_contribution(sent: Path) -> None:
 def test_hostile_rows_of_a_contribution(sent: Path, text: str) -> None:
     (sent / "rows.jsonl").write_bytes((text + "\n").encode("utf-8", "surrogateescape"))
     rewrite(sent)
-    refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
+    assert refused(IntegrityError, "contribution-broken", lambda: open_contribution(sent))
 
 
 def test_a_contribution_that_lacks_what_its_method_needs(incumbent: Model, context: Context, tmp_path: Path) -> None:
     empty = contribution(tensors={}, rows=[], meta={})
-    refused(
+    assert refused(
         IntegrityError,
         "contribution-broken",
         lambda: method("distill").absorb(incumbent, [empty], tmp_path / "new", context),
     )
     other = contribution(kind="weights")
-    refused(FitError, "other-kind", lambda: method("distill").absorb(incumbent, [other], tmp_path / "new", context))
+    assert refused(
+        FitError, "other-kind", lambda: method("distill").absorb(incumbent, [other], tmp_path / "new", context)
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -683,7 +689,7 @@ def test_a_full_disk_loses_nothing(
     other = load_recipe(done.recipe, [f"workspace={workspace}", "feedback.train.epochs=1", "references=[]"])
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", failure)
-        refused(RetryError, "disk-full", lambda: run(other), "free some space")
+        assert refused(RetryError, "disk-full", lambda: run(other), "free some space")
     assert stages(workspace) == before
     assert (workspace / "history.jsonl").read_text() == history
     record = run(other)
@@ -700,10 +706,10 @@ def test_a_full_disk_in_any_file(tmp_path: Path, opened: Model, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             two = partial(workspace.stage, place, "fanbu.types", {}, lambda out, _: write_text(out / "a", "2"))
-            refused(RetryError, "disk-full", two)
+            assert refused(RetryError, "disk-full", two)
             if place != "fanbu.ledger.sync":
                 patch.setattr("fanbu.model.sync", full)
-                refused(RetryError, "disk-full", lambda: copy_model(opened, tmp_path / "copy"))
+                assert refused(RetryError, "disk-full", lambda: copy_model(opened, tmp_path / "copy"))
                 assert not (tmp_path / "copy").exists()
     assert workspace.stage("one", "fanbu.types", {}, lambda out, _: None).reused
     assert not workspace.stage("three", "fanbu.types", {}, lambda out, _: write_text(out / "a", "2")).reused
@@ -716,12 +722,12 @@ def test_a_workspace_that_cannot_be_written(tmp_path: Path, number: int, monkeyp
         raise OSError(number, "not here", str(tmp_path))
 
     monkeypatch.setattr("pathlib.Path.mkdir", closed)
-    refused(RetryError, "not-writable", lambda: Workspace(tmp_path / "ws"), str(tmp_path))
+    assert refused(RetryError, "not-writable", lambda: Workspace(tmp_path / "ws"), str(tmp_path))
 
 
 def test_a_workspace_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "ws").write_text("")
-    refused(UsageError, "workspace", lambda: Workspace(tmp_path / "ws"), "ws")
+    assert refused(UsageError, "workspace", lambda: Workspace(tmp_path / "ws"), "ws")
 
 
 def test_a_stage_that_was_changed_afterwards(tmp_path: Path) -> None:
@@ -732,11 +738,11 @@ def test_a_stage_that_was_changed_afterwards(tmp_path: Path) -> None:
 
     made = make()
     (made / "a").write_text("2")
-    refused(IntegrityError, "stage-changed", make, str(made / "a"))
+    assert refused(IntegrityError, "stage-changed", make, str(made / "a"))
     (made / "a").unlink()
-    refused(IntegrityError, "stage-changed", make, str(made / "a"))
+    assert refused(IntegrityError, "stage-changed", make, str(made / "a"))
     (made / "stage.json").write_text("{")
-    refused(IntegrityError, "stage-changed", make, str(made))
+    assert refused(IntegrityError, "stage-changed", make, str(made))
     shutil.rmtree(made)  # what the remedy says
     assert (make() / "a").read_text() == "1"
 
@@ -750,7 +756,7 @@ def test_a_failing_stage_leaves_the_finished_ones(tmp_path: Path) -> None:
         write_text(scratch / "kept", "1")
         raise DataError("no-good", "no good", remedy="none")
 
-    refused(DataError, "no-good", lambda: workspace.stage("two", "fanbu.types", {}, fail))
+    assert refused(DataError, "no-good", lambda: workspace.stage("two", "fanbu.types", {}, fail))
     assert len(stages(workspace.root)) == 1
 
     def again(out: Path, scratch: Path) -> None:

@@ -85,7 +85,7 @@ class Method:
         for name, (kind, default) in known.items():
             value = arguments.get(name, default)
             if is_dataclass(default) and isinstance(value, Mapping):
-                value = {**vars(default), **value}  # type: ignore[arg-type]
+                value = {**vars(default), **value}
             try:
                 # A frozen dataclass such as Train carries its own configuration
                 config = None if is_dataclass(kind) else ConfigDict(strict=True)

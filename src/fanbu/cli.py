@@ -283,7 +283,7 @@ def _context(seed: int | None, device: str | None) -> Any:
                 device=where,
                 precision=precision,
                 threads=threads,
-                progress=progress,  # type: ignore[arg-type]
+                progress=progress,
             )
 
     return opened()

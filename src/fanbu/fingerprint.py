@@ -34,10 +34,10 @@ def code_digest(module: str) -> str:
                 todo.append(imported)
             else:
                 libraries.add(imported.partition(".")[0])
-    if package != "fanbu":  # a plug-in: relative imports and what else lies beside it
-        origin = _source(module)
-        for path in sorted(origin.parent.rglob("*.py")) if origin else []:
-            seen[str(path.name)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    origin = _source(module)
+    if package != "fanbu" and origin is not None:  # a plug-in: relative imports and what else lies beside it
+        for path in sorted(origin.parent.rglob("*.py")):
+            seen[str(path.relative_to(origin.parent))] = hashlib.sha256(path.read_bytes()).hexdigest()
     own = packages_distributions()
     versions = sorted(f"{d}=={version(d)}" for lib in libraries - _SKIPPED for d in set(own.get(lib, ())))
     state = hashlib.sha256(repr(sorted(seen.items())).encode())

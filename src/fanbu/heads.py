@@ -150,10 +150,10 @@ def align_domains(head: Head, features_nh: Tensor, domains: Sequence[str], movab
         optimizer.zero_grad()
         moved = shift * free
         loss = nn.functional.cross_entropy(lse_nd + ones @ moved.T, target) + 1e-4 * moved.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     moved = (shift * free).detach()
     if len(movable) == len(names):
         own = (lse_nd + ones @ moved.T)[torch.arange(len(x)), target]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fanbu.model import Model, load_tokenizer, open_model, provenance, save_netw
 from fanbu.plan import check_plan
 from fanbu.recipe import PublicTexts, Recipe, Step, load_domains
 from fanbu.record import make_record, read_record, write_record
+from fanbu.tensors import write_text
 from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
 
 Log = Callable[[str], None]
@@ -113,19 +116,24 @@ def gather_probe(turn: Turn) -> ProbeSet:
     held_out = {normalised(text) for d in turn.domains.values() for text in d.test.texts}
     for d in turn.feeding:
         if spec.domains and d.share.texts:
-            texts = dict.fromkeys([*d.train.texts, *d.unlabelled.texts])
-            chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], spec.limit, "probe")
-            sent = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
-            offer = Contribution("samples", d.name, "probe texts", rows=sent)
-            inputs = {"domain": d.digest, "limit": spec.limit}
-            got = turn.contribution(f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda _, o=offer: o)  # type: ignore[misc]
-            rows += [ProbeRow(r["id"], r["text"], r["domain"]) for r in got.rows]
+            rows += domain_texts(turn, d, spec.limit)
     for number, public in enumerate(spec.public):
         rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
     kept = [row for row in rows if normalised(row.text) not in held_out]
     if len(kept) < len(rows):
         turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
     return ProbeSet(tuple(kept))
+
+
+def domain_texts(turn: Turn, d: Domain, limit: int | None) -> list[ProbeRow]:
+    """One domain's training and unlabelled texts, each once, through its boundary."""
+    texts = dict.fromkeys([*d.train.texts, *d.unlabelled.texts])
+    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], limit, "probe")
+    rows = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
+    offer = Contribution("samples", d.name, "probe texts", rows=rows)
+    inputs = {"domain": d.digest, "limit": limit}
+    got = turn.contribution(f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda _: offer)
+    return [ProbeRow(r["id"], r["text"], r["domain"]) for r in got.rows]
 
 
 def public_texts(public: PublicTexts) -> list[RawRow]:
@@ -186,14 +194,12 @@ def grow(turn: Turn, incumbent: Model, domain: Domain) -> Specialist:
         }  # fmt: skip
         model = turn.model(
             f"shrink {step.method} {domain.name}", way.module, inputs,
-            lambda out, c, way=way, parent=parent, step=step: way.shrink(parent, domain, out, c, **step.arguments),  # type: ignore[misc]
+            partial(way.shrink, parent, domain, **step.arguments),
         )  # fmt: skip
     return Specialist(model, domain, incumbent)
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from dataclasses import asdict, is_dataclass
-
     return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in arguments.items()}
 
 
@@ -205,7 +211,7 @@ def outcomes(turn: Turn, name: str, model: Model, domains: Sequence[Domain]) -> 
             "fanbu.judge.evaluate",
             {"model": model.digest, "domain": d.digest, **turn.settings()},
             d,
-            lambda c, d=d: evaluate(model, d, c),  # type: ignore[misc]
+            partial(evaluate, model, d),
         )
         for d in domains
     }
@@ -286,9 +292,6 @@ def _tfidf(turn: Turn, d: Domain) -> Contribution:
 
 def _sizes(turn: Turn, s: Specialist, parent: Model) -> dict[str, dict[str, float]]:
     """Size and speed of a specialist and of its parent, measured side by side at the owner."""
-    import json
-
-    from fanbu.tensors import write_text
 
     def produce(out: Path, context: Context) -> None:
         quiet = replace(context, progress=silent)
