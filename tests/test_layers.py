@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "types", "lang"},
     {"tensors", "model"},
     {"data"},
     {"domain", "contribution", "boundary"},
@@ -20,10 +20,10 @@ LAYERS = [
     {"catalogue"},
     {"recipe", "plan"},
     {"transport"},
-    {"record", "round"},
+    {"live", "record", "turn", "round", "generations"},
     {"search"},
-    {"serve", "report", "progress"},
-    {"api", "cli", "__main__"},
+    {"serve", "report", "track", "progress"},
+    {"api", "init", "doctor", "export", "cli", "__main__"},
 ]
 # shrink, feedback and judge know nothing of each other, and neither do the families of feedback
 STRANGERS = ({"shrink"}, {"feedback"}, {"judge"})

@@ -21,6 +21,16 @@ def test_the_public_list_is_short_and_whole() -> None:
         assert getattr(fanbu, name).__doc__
 
 
+def test_the_public_functions_stay_functions_whatever_is_imported() -> None:
+    code = (
+        "import fanbu, fanbu.judge.gate, fanbu.shrink.finetune\n"
+        "from fanbu.judge.gate import Gate\n"
+        "assert all(callable(getattr(fanbu, name)) for name in fanbu.__all__)\n"
+        "assert fanbu.shrink is fanbu.api.shrink and fanbu.judge is fanbu.api.judge"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(AttributeError, match="open_model"):
         fanbu.nonsense  # noqa: B018

@@ -11,80 +11,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from conftest import TOPICS, make_bert, write_domain
+from conftest import TOPICS, Done, finished_round, short, stages
 from fanbu.catalogue import method
 from fanbu.domain import Domain
+from fanbu.generations import run
 from fanbu.model import Model, open_model
 from fanbu.recipe import load_recipe
-from fanbu.round import run, start, turn_once
+from fanbu.round import turn_once
 from fanbu.tensors import Tensors
 from fanbu.train import train
+from fanbu.turn import open_turn
 from fanbu.types import Context, Train
-
-
-def tiny_recipe(folder: Path) -> dict[str, Any]:
-    """A recipe whose gate opens, in ``folder/recipe.yaml`` with its model and data; a round takes seconds."""
-    make_bert(folder / "bert", hidden=16)
-    short = {"epochs": 2, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
-    value = {
-        "fanbu": 1, "name": "tiny", "model": str(folder / "bert"), "workspace": str(folder / "ws"),
-        "device": "cpu", "precision": "fp32", "threads": 1, "max_length": 16,
-        "domains": {name: write_domain(folder / "data", name, train=144) for name in TOPICS},
-        "shrink": [{"method": "finetune", "train": short}],
-        "feedback": {"method": "distill", "train": {**short, "epochs": 3}},
-        "references": [{"method": "average"}], "gate": {"margin": 0.5},
-    }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(value))
-    return value
-
-
-@dataclass(frozen=True)
-class Done:
-    """A round that nothing disturbed. Its workspace is only read: copy it to go on from it."""
-
-    recipe: Path
-    workspace: Path
-    record: dict[str, Any]
-
-    @property
-    def champion(self) -> str:
-        return str(self.record["champion"]["model"])
-
-
-def finished_round(factory: pytest.TempPathFactory) -> Done:
-    """One undisturbed round, run once in a test session."""
-    return _finished_round(factory.getbasetemp() / "round")
-
-
-@cache
-def _finished_round(folder: Path) -> Done:
-    folder.mkdir()
-    tiny_recipe(folder)
-    done = Done(folder / "recipe.yaml", folder / "ws", run(load_recipe(folder / "recipe.yaml")))
-    assert done.record["verdict"]["accepted"], done.record["verdict"]["reason"]
-    assert done.champion == done.record["candidate"]["digest"]
-    return done
-
-
-def stages(workspace: Path) -> set[str]:
-    """The folders of all finished stages."""
-    return {p.name for p in (workspace / "stages").iterdir()}
-
-
-def short(names: set[str]) -> set[str]:
-    """Names of stages without their keys."""
-    return {name.rpartition("-")[0] for name in names}
-
 
 # Training
 
@@ -343,7 +288,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> tuple[Do
 
 def reuse(recipe: Any) -> tuple[list[dict[str, Any]], Any]:
     """What each stage cost and whether it was there, of a turn that promotes nothing."""
-    turn = start(recipe)
+    turn = open_turn(recipe, open_model(recipe.model), None, [])
     return turn.costs, turn_once(turn)
 
 
@@ -362,21 +307,17 @@ def test_a_finished_round_is_only_read(copied: tuple[Done, Path]) -> None:
 
 def test_another_margin_judges_again_and_trains_nothing(copied: tuple[Done, Path]) -> None:
     done, workspace = copied
-    before, history = stages(workspace), (workspace / "history.jsonl").read_text()
-    record = run(load_recipe(done.recipe, [f"workspace={workspace}", "gate.margin=0.4"]))
+    before = stages(workspace)
+    costs, result = reuse(load_recipe(done.recipe, [f"workspace={workspace}", "gate.margin=0.0"]))
     assert stages(workspace) == before
-    assert record["key"] != done.record["key"]
-    assert (workspace / "history.jsonl").read_text().startswith(history)
-    assert record["champion"]["model"] == done.champion
+    assert all(cost["reused"] for cost in costs)
+    assert {row["margin"] for row in result.verdict["domains"].values()} == {0.0}
 
 
 @pytest.mark.parametrize(
     ("change", "anew"),
     [
-        (
-            "feedback.train.epochs=1",
-            {"distill", *(f"evaluate-{who}-{d}" for who in ("candidate", "champion") for d in TOPICS)},
-        ),
+        ("feedback.train.epochs=1", {"distill", *(f"{what}-{d}" for what in ("evaluate", "examples") for d in TOPICS)}),
         ("checkpoint_seconds=0", set()),
         ("references=[]", set()),
         ("references=[tfidf]", {"evaluate-tfidf-food", "evaluate-tfidf-rail"}),
@@ -386,7 +327,7 @@ def test_another_margin_judges_again_and_trains_nothing(copied: tuple[Done, Path
 def test_a_change_reruns_only_what_depends_on_it(copied: tuple[Done, Path], change: str, anew: Any) -> None:
     done, workspace = copied
     before = stages(workspace)
-    run(load_recipe(done.recipe, [f"workspace={workspace}", change]))
+    reuse(load_recipe(done.recipe, [f"workspace={workspace}", change]))
     new = short(stages(workspace) - before)
     if anew is not None:
         assert new == anew

@@ -5,6 +5,8 @@ The public names load on first use, so that ``import fanbu`` stays fast and impo
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,3 +41,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+class _Package(ModuleType):
+    """``fanbu.shrink`` and ``fanbu.judge`` are functions and sub-packages: the public names stay the functions."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):  # an import binds the sub-package here
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

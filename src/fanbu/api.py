@@ -9,12 +9,12 @@ from typing import Any
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.generations import run as run_rounds
 from fanbu.judge.evaluate import evaluate
 from fanbu.judge.gate import Gate
 from fanbu.judge.gate import judge as decide
 from fanbu.model import Model, open_model
 from fanbu.recipe import load_recipe
-from fanbu.round import run as run_round
 from fanbu.types import Context, Progress, silent
 
 __all__ = ["absorb", "contribute", "judge", "load_domain", "open_model", "run", "shrink"]
@@ -58,5 +58,5 @@ def judge(
 def run(
     recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), progress: Progress = silent, log: Any = None
 ) -> dict[str, Any]:
-    """Runs the recipe's round (or what is left of it), promotes or keeps, and returns its record."""
-    return run_round(load_recipe(recipe, changes), progress, log or (lambda text: None))
+    """Runs the recipe's rounds (or what is left of them), promotes or keeps, and returns the last one's record."""
+    return run_rounds(load_recipe(recipe, changes), progress, log or (lambda text: None))

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
-from fanbu.data.split import cap, carve
+from fanbu.data.split import cap, carve, portion
 from fanbu.data.standard_library import function_bodies
 from fanbu.errors import DataError, UsageError
 from fanbu.model import Model
@@ -75,7 +75,19 @@ class Specialist:
     origin: Model | None = None
 
 
-Source = str | float | None
+@dataclass(frozen=True)
+class Arrived:
+    """How much of a domain's rows is there: the first ``portion`` of ``of`` portions of its labelled rows.
+
+    ``more`` says that further rows are expected, so a label may be tested whose training rows have yet to come.
+    """
+
+    portion: int = 1
+    of: int = 1
+    more: bool = False
+
+
+Source = str | float | Sequence[str] | None
 
 
 def load_domain(
@@ -84,7 +96,7 @@ def load_domain(
     train: Source = None,
     valid: Source = 0.1,
     test: Source = None,
-    unlabelled: str | None = None,
+    unlabelled: str | Sequence[str] | None = None,
     python: str | None = None,
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | Mapping[Any, str] | None = None,
@@ -93,18 +105,20 @@ def load_domain(
     share: Share | str = "open",
     limit: Mapping[str, int] | None = None,
     role: Role = "feeds",
+    arrived: Arrived = Arrived(),
 ) -> Domain:
     """Loads and checks one domain.
 
-    Splits are files (or ``datasets:NAME:SPLIT``); ``valid`` and ``test`` may be a number in (0, 1), the share that
-    is carved out of train by hash. ``python`` takes an area of Python's standard library instead of files.
+    Splits are files (or ``datasets:NAME:SPLIT``, or lists of these); ``valid`` and ``test`` may be a number in
+    (0, 1), the share that is carved out of train by hash. ``arrived`` leaves rows out that are yet to come.
+    ``python`` takes an area of Python's standard library instead of files.
     ``labels`` renames raw labels (a list for numbers, a mapping for names). ``limit`` caps the rows of a split.
     Training rows whose text is also in valid or test are left out, and the warning says how many.
     Raises DataError for rows that cannot be used and UsageError for arguments that cannot be meant.
     """
     _check_arguments(name, task, metric, train, python, test)
-    raw = _read(name, train, valid, test, unlabelled, python, columns, task, limit or {}, role)
-    warnings = list(_overlap(name, raw))
+    raw = _read(name, train, valid, test, unlabelled, python, columns, task, limit or {}, role, arrived)
+    warnings = [*_set_aside(name, raw, arrived), *_overlap(name, raw)]
     for split in ("train", "valid", "test"):
         if raw[split] or role == "feeds" or split == "test":
             check_split(name, split, raw[split])
@@ -145,37 +159,59 @@ def _check_arguments(name: str, task: str, metric: str | None, train: Source, py
             allowed="test: a file, or a share of train such as 0.2",
             remedy="name them: without test rows no judge can decide",
         )
-    if python is None and train is None and not isinstance(test, str):
+    if python is None and not train and (test is None or isinstance(test, float)):
         raise UsageError("no-train", f"{name} has no training rows", remedy="name a file under train")
 
 
 def _read(
-    name: str, train: Source, valid: Source, test: Source, unlabelled: str | None, python: str | None,
-    columns: Mapping[str, str] | None, task: Task, limit: Mapping[str, int], role: Role,
+    name: str, train: Source, valid: Source, test: Source, unlabelled: str | Sequence[str] | None, python: str | None,
+    columns: Mapping[str, str] | None, task: Task, limit: Mapping[str, int], role: Role, arrived: Arrived,
 ) -> dict[str, list[RawRow]]:  # fmt: skip
     labelled = task == "text-classification"
     raw: dict[str, list[RawRow]] = {}
     if python is not None:
         raw["train"], test, valid = list(function_bodies(python)), test or 0.2, valid or 0.1
     else:
-        raw["train"] = load_rows(str(train), columns, labelled=labelled) if isinstance(train, str) else []
+        raw["train"] = load_rows(train, columns, labelled=labelled) if _named(train) else []
     # test first, then valid: a smaller valid share never moves a row into or out of test
     for split, source in (("test", test), ("valid", valid)):
-        if isinstance(source, str):
+        if _named(source):
             raw[split] = load_rows(source, columns, labelled=labelled)
         elif source is None or (role == "guard" and split == "valid"):
             raw[split] = []
-        elif 0 < source < 1:
+        elif isinstance(source, float) and 0 < source < 1:
             raw["train"], raw[split] = carve(raw["train"], source, f"{name}/{split}")
         else:
             raise UsageError(
-                "split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source, remedy="fix"
+                "split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source,
+                remedy="name a file, or write a number between 0 and 1"
             )
     raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
     unknown = set(limit) - set(raw)
     if unknown:
         raise UsageError("unknown-split", f"{name}: limit", allowed=sorted(raw), got=unknown, remedy="fix the name")
-    return {split: cap(rows, limit.get(split), f"{name}/{split}") for split, rows in raw.items()}
+    raw = {split: cap(rows, limit.get(split), f"{name}/{split}") for split, rows in raw.items()}
+    # test rows are the same in all rounds, so that champions can be compared over them
+    waiting = ("train", "valid", "unlabelled") if isinstance(valid, float) else ("train", "unlabelled")
+    for split in waiting:
+        raw[split] = portion(raw[split], arrived.portion, arrived.of, f"{name}/arrivals")
+    return raw
+
+
+def _named(source: Source) -> TypeGuard[str | Sequence[str]]:
+    return isinstance(source, (str, list, tuple))
+
+
+def _set_aside(name: str, raw: dict[str, list[RawRow]], arrived: Arrived) -> list[str]:
+    """Where rows are yet to come, leaves those held-out rows for later whose label no training row has."""
+    warnings = []
+    known = {row.label for row in raw["train"]}
+    for split in ("valid", "test") if arrived.more or arrived.portion < arrived.of else ():
+        kept = [row for row in raw[split] if row.label in known]
+        if lost := len(raw[split]) - len(kept):
+            warnings.append(f"{name}: {lost} rows of {split} wait for training rows of their label")
+            raw[split] = kept
+    return warnings
 
 
 def _overlap(name: str, raw: dict[str, list[RawRow]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fanbu.errors import FitError, IntegrityError
+from fanbu.errors import FitError, IntegrityError, UsageError
 from fanbu.model import Model, load_strictly
 from fanbu.types import Context
 
@@ -104,7 +104,7 @@ def join(heads: Sequence[Head]) -> Head:
     for head in heads:
         for domain, numbers in domains_of(head.labels).items():
             if domain in rows:
-                raise FitError(
+                raise UsageError(
                     "domain-twice", f"two heads bring rows for domain {domain!r}", remedy="give each domain one owner"
                 )
             rows[domain] = head.take([head.labels[n] for n in numbers])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STAGE, COST = "stage.json", "cost.json"
-_ENTRY = ("model", "path", "round")
+_ENTRY = ("model", "path", "round", "number", "domains", "left")
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,31 @@ class Workspace:
     def champion(self) -> dict[str, Any] | None:
         """The pointer: model digest, folder (relative to the workspace), round; None before the first promotion.
 
-        History is the one truth; ``champion.json`` is its last word, for other programs to read.
+        ``domains`` are those whose knowledge is in its weights, ``left`` those that have left. History is the one
+        truth; ``champion.json`` is its last word, for other programs to read.
         """
-        stack = self._champions()
-        previous = stack[-2]["model"] if len(stack) > 1 else None
-        return {**stack[-1], "previous": previous} if stack else None
+        stack = self.champions()
+        if not stack or stack[-1]["model"] is None:
+            return None
+        return {**stack[-1], "previous": stack[-2]["model"] if len(stack) > 1 else None}
 
-    def _champions(self) -> list[dict[str, Any]]:
+    def left(self) -> list[str]:
+        """The domains that have left."""
+        stack = self.champions()
+        return list(stack[-1]["left"] or []) if stack else []
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The events that ended a round, in order; the first is round 1."""
+        return [e for e in self.history() if e["event"] in {"promoted", "refused"} and e.get("number")]
+
+    def champions(self) -> list[dict[str, Any]]:
         """The champions that rollback goes back through, replayed from history; the last is the one of now."""
         stack: list[dict[str, Any]] = []
         for event in self.history():
             entry = {k: event.get(k) for k in _ENTRY}
             if event["event"] == "rolled back":
                 stack.pop()
-            elif event["event"] in {"started", "promoted"} and (not stack or stack[-1]["model"] != entry["model"]):
+            elif event["event"] in {"started", "promoted", "left"} and (not stack or _differs(stack[-1], entry)):
                 stack.append(entry)
         return stack
 
@@ -142,45 +153,70 @@ class Workspace:
         lines = path.read_text().split("\n")
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def start(self, model: Path, sha: str) -> None:
-        """Makes a model the first champion, where there is none yet."""
-        with self.lock("champion"):
-            if self.champion() is None:
-                self._point({"model": sha, "path": self.relative(model), "round": None}, "started")
+    def decide(self, entry: Mapping[str, Any], parent: Mapping[str, Any], accepted: bool, **said: Any) -> bool:
+        """Writes a round's decision down, once; promotes where it was accepted. False if it was written before.
 
-    def decide(self, round_key: str, accepted: bool, model: Path, sha: str, reason: str) -> bool:
-        """Writes a round's decision down, once; promotes where it was accepted. False if it was written before."""
+        ``entry`` and ``parent`` name a model each (``model``, ``path``, ``domains``, ``left``), ``entry`` also the
+        ``round`` and its ``number``; ``parent`` becomes the first champion where there is none. ``before``, among
+        what is ``said``, is the champion (its digest, or None) that the round set out from: RetryError where it is no
+        longer the champion, since then the candidate was not compared with the one of now.
+        """
+        before = said.pop("before")
         with self.lock("champion"):
-            if any(e["event"] in {"promoted", "refused"} and e.get("round") == round_key for e in self.history()):
+            if any(e["event"] in {"promoted", "refused"} and e.get("round") == entry["round"] for e in self.history()):
                 self._write_pointer()
                 return False
-            entry = {"model": sha, "path": self.relative(model), "round": round_key}
+            now = self.champion()
+            if now is None:
+                self._point({**dict.fromkeys(_ENTRY), **parent}, "started")
+            elif now["model"] not in {before, parent["model"]}:
+                raise RetryError(
+                    "champion-moved", "another run changed the champion while this round was at work",
+                    got=now["model"][:12], remedy="run again: the round is made anew from the champion of now",
+                )  # fmt: skip
+            whole = {**dict.fromkeys(_ENTRY), **entry}
             if accepted:
-                self._point(entry, "promoted", reason=reason)
+                self._point(whole, "promoted", parent=parent["model"], **said)
             else:
-                self._log({"event": "refused", **entry, "reason": reason})
+                self._log({"event": "refused", **whole, "parent": parent["model"], **said})
         return True
+
+    def leave(self, domain: str, entry: Mapping[str, Any], reason: str, *, forget: bool = False) -> dict[str, Any]:
+        """Makes a model without one domain the champion (``model`` None: none, the next round starts anew).
+
+        ``forget`` says that nothing of the rounds before may be carried on.
+        """
+        with self.lock("champion"):
+            told = {"domain": domain, "reason": reason, "forget": forget, "rounds": len(self.rounds())}
+            self._point({**dict.fromkeys(_ENTRY), **entry}, "left", **told)
+            return self.history()[-1]
+
+    def forgotten(self) -> int:
+        """The last round of which nothing may be carried on, since a domain was forgotten after it; 0 for none."""
+        return max((e["rounds"] for e in self.history() if e["event"] == "left" and e["forget"]), default=0)
 
     def promote(self, sha: str) -> dict[str, Any]:
         """Makes a model of the history the champion, by (a prefix of) its digest. For a person, over the gate."""
         with self.lock("champion"):
-            known = {e["model"]: e for e in self.history()}
+            known = {e["model"]: e for e in self.history() if e["model"]}
             found = [e for m, e in known.items() if m.startswith(sha)] if len(sha) >= 6 else []
             if len(found) != 1:
                 raise UsageError(
                     "unknown-model", "no single model of the history", allowed=[m[:12] for m in known], got=sha,
                     remedy="give at least six characters of one of these",
                 )  # fmt: skip
-            self._point({k: found[0][k] for k in _ENTRY}, "promoted", reason="by hand")
+            entry = {k: found[0].get(k) for k in _ENTRY}
+            self._point({**entry, "number": None}, "promoted", reason="by hand")
             return self.champion() or {}
 
     def rollback(self) -> dict[str, Any]:
         """Swaps the pointer back to the champion before this one; no training is needed."""
         with self.lock("champion"):
-            stack = self._champions()
+            stack = self.champions()
             if len(stack) < 2:
                 raise UsageError("nothing-before", "there is no champion before this one", remedy="see `fanbu history`")
-            self._log({"event": "rolled back", **stack[-2], "from": stack[-1]["model"]})
+            back = {**stack[-2], "number": None}
+            self._log({"event": "rolled back", **back, "from": stack[-1]["model"]})
             self._write_pointer()
             return self.champion() or {}
 
@@ -189,8 +225,11 @@ class Workspace:
         self._write_pointer()
 
     def _write_pointer(self) -> None:
-        if champion := self.champion():
-            write_text(self.root / "champion.json", json.dumps(champion, indent=1))
+        champion, path = self.champion(), self.root / "champion.json"
+        if champion:
+            write_text(path, json.dumps(champion, indent=1))
+        else:
+            path.unlink(missing_ok=True)
 
     def _log(self, event: Mapping[str, Any]) -> None:
         path = self.root / "history.jsonl"
@@ -201,6 +240,10 @@ class Workspace:
     def relative(self, path: Path) -> str:
         """A path as the ledger writes it: relative to the workspace, so that the workspace can be moved."""
         return os.path.relpath(path.resolve(), self.root)
+
+
+def _differs(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return bool(one["model"] != two["model"] or (one["left"] or []) != (two["left"] or []))
 
 
 def _finish(out: Path, name: str, key: str, inputs: Mapping[str, Any], cost: Mapping[str, Any]) -> None:

@@ -37,3 +37,17 @@ def calibration_error(confidence_n: Floats, correct_n: NDArray[np.bool_], bins: 
         for b in np.unique(which)
     ]
     return float(sum(gaps))
+
+
+def reliability(confidence_n: Floats, correct_n: NDArray[np.bool_], bins: int = 10) -> list[list[float]]:
+    """[count, mean confidence, accuracy] of each of ``bins`` equal bins of confidence (a reliability diagram).
+
+    Empty bins are [0, 0, 0]. Reference: DeGroot and Fienberg 1983; Niculescu-Mizil and Caruana 2005.
+    """
+    which = np.minimum((confidence_n * bins).astype(int), bins - 1)
+    found = []
+    for b in range(bins):
+        inside = which == b
+        n = int(inside.sum())
+        found.append([n, float(confidence_n[inside].mean()), float(correct_n[inside].mean())] if n else [0, 0.0, 0.0])
+    return found

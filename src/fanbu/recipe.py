@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,12 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from fanbu.catalogue import method, suggestion
-from fanbu.domain import Domain, load_domain
+from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
 from fanbu.types import PRESETS, Share
 
 MAX_RECIPE = 2**20
+SPLITS = ("train", "valid", "test", "unlabelled")
 
 
 class _Part(BaseModel):
@@ -45,20 +48,78 @@ class ShareSpec(_Part):
         )
 
 
+class Arrival(_Part):
+    """Files of a domain that are there from a round, or from a day, on."""
+
+    round: PositiveInt | None = None
+    date: datetime.date | None = None
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    unlabelled: str | None = None
+
+    @model_validator(mode="after")
+    def _one_moment(self) -> Arrival:
+        if (self.round is None) == (self.date is None):
+            raise ValueError("give either round or date")
+        if not any(getattr(self, split) for split in SPLITS):
+            raise ValueError(f"name a file under one of {', '.join(SPLITS)}")
+        return self
+
+    def is_there(self, number: int, today: datetime.date) -> bool:
+        """Whether its files belong to round ``number``, run on the day ``today``."""
+        return self.round <= number if self.round else bool(self.date and self.date <= today)
+
+
 class DomainSpec(_Part):
-    """One domain: where its rows are, and what may leave its owner."""
+    """One domain: where its rows are, when they arrive, and what may leave its owner."""
 
     task: Literal["text-classification", "causal-lm"] = "text-classification"
-    train: str | None = None
-    valid: str | float = 0.1
-    test: str | float | None = None
-    unlabelled: str | None = None
+    train: str | list[str] | None = None
+    valid: str | list[str] | float = 0.1
+    test: str | list[str] | float | None = None
+    unlabelled: str | list[str] | None = None
+    arrivals: PositiveInt | list[Arrival] = Field(default_factory=list)
+    joins: PositiveInt = 1
+    leaves: PositiveInt | None = None
     python: str | None = None
     columns: dict[str, str] | None = None
     labels: list[str] | dict[str | int, str] | None = None
     limit: dict[Literal["train", "valid", "test", "unlabelled"], PositiveInt] = Field(default_factory=dict)
     metric: str | None = None
     share: Literal["open", "internal", "private"] | ShareSpec = "open"
+
+    @model_validator(mode="after")
+    def _in_time(self) -> DomainSpec:
+        if self.leaves is not None and self.leaves <= self.joins:
+            raise ValueError(f"leaves must come after joins ({self.joins})")
+        for split in ("valid", "test"):
+            if isinstance(getattr(self, split), float) and any(getattr(a, split) for a in self.files):
+                raise ValueError(f"{split} is a share of train, so no {split} file can arrive")
+        return self
+
+    @property
+    def files(self) -> list[Arrival]:
+        """The files that arrive."""
+        return self.arrivals if isinstance(self.arrivals, list) else []
+
+    def takes_part(self, number: int) -> bool:
+        """Whether the domain has joined by round ``number`` and not left."""
+        return self.joins <= number and (self.leaves is None or number < self.leaves)
+
+    def at(self, number: int, today: datetime.date) -> tuple[DomainSpec, Arrived]:
+        """The domain as it is in round ``number``: with the files that have arrived, and how much is yet to come."""
+        here = [a for a in self.files if a.is_there(number, today)]
+        grown = {s: _joined(getattr(self, s), [getattr(a, s) for a in here]) for s in SPLITS}
+        arrived = Arrived(more=len(here) < len(self.files))
+        if isinstance(self.arrivals, int):
+            arrived = Arrived(min(number - self.joins + 1, self.arrivals), self.arrivals)
+        return self.model_copy(update=grown), arrived
+
+
+def _joined(first: Any, more: list[str | None]) -> Any:
+    added = [m for m in more if m is not None]
+    return first if not added else [*([first] if isinstance(first, str) else first or []), *added]
 
 
 class Step(BaseModel):
@@ -110,7 +171,7 @@ class GateSpec(_Part):
 
 
 class Recipe(_Part):
-    """Everything that one round needs. ``references`` are compared and never promoted."""
+    """Everything that the rounds need. ``references`` are compared and never promoted."""
 
     fanbu: Literal[1]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -123,6 +184,7 @@ class Recipe(_Part):
     threads: int = Field(0, ge=0)
     max_length: int = Field(128, ge=4, le=131072)
     checkpoint_seconds: float = Field(60.0, ge=0)
+    rounds: int = Field(1, ge=1, le=1000)
     domains: dict[str, DomainSpec] = Field(min_length=1)
     guards: dict[str, DomainSpec] = Field(default_factory=dict)
     probe: ProbeSpec = ProbeSpec()
@@ -273,14 +335,25 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _absolute(source: Any, folder: Path) -> Any:
+    if isinstance(source, list):
+        return [_absolute(one, folder) for one in source]
     if not isinstance(source, str) or source.startswith("datasets:"):
         return source
-    return os.path.normpath(folder / Path(os.path.expandvars(source)).expanduser())
+    path = os.path.expandvars(source)
+    if left := re.search(r"\$(\w+|\{\w+\})", path):
+        raise UsageError(
+            "variable-unset", f"the path {source} names a variable that is not set", got=left.group(),
+            remedy=f"set it, for example: export {left.group(1).strip('{}')}=/path/to/data",
+        )  # fmt: skip
+    return os.path.normpath(folder / Path(path).expanduser())
 
 
 def _located(spec: DomainSpec, folder: Path) -> DomainSpec:
-    names = ("train", "valid", "test", "unlabelled")
-    return spec.model_copy(update={n: _absolute(getattr(spec, n), folder) for n in names})
+    def here(part: DomainSpec | Arrival) -> dict[str, Any]:
+        return {split: _absolute(getattr(part, split), folder) for split in SPLITS}
+
+    arrivals = [a.model_copy(update=here(a)) for a in spec.files] if spec.files else spec.arrivals
+    return spec.model_copy(update={**here(spec), "arrivals": arrivals})
 
 
 def read_domains(path: Path) -> dict[str, Callable[[], Domain]]:
@@ -338,16 +411,27 @@ def _cpu_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def load_domains(recipe: Recipe) -> dict[str, Domain]:
-    """All domains and guards of a recipe, loaded and checked."""
-    return {
-        name: open_domain(name, spec, "guard" if name in recipe.guards else "feeds")
-        for name, spec in {**recipe.domains, **recipe.guards}.items()
-    }
+def load_domains(recipe: Recipe, number: int = 1, left: Collection[str] = ()) -> dict[str, Domain]:
+    """The domains and guards of a recipe that take part in round ``number``, loaded and checked.
+
+    Those that have ``left`` are left out. Raises UsageError where nobody feeds.
+    """
+    known = {**recipe.domains, **recipe.guards}
+    here = {name: spec for name, spec in known.items() if spec.takes_part(number) and name not in left}
+    if not set(here) & set(recipe.domains):
+        raise UsageError(
+            "no-domains", f"no domain takes part in round {number}", allowed=f"joins <= {number} < leaves",
+            got={n: [s.joins, s.leaves] for n, s in recipe.domains.items()}, remedy="let one join, or run fewer rounds",
+        )  # fmt: skip
+    return {n: open_domain(n, spec, "guard" if n in recipe.guards else "feeds", number) for n, spec in here.items()}
 
 
-def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "feeds") -> Domain:
-    """One domain, loaded and checked."""
-    arguments = {field: getattr(spec, field) for field in DomainSpec.model_fields if field != "share"}
+def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "feeds", number: int = 1) -> Domain:
+    """One domain as it is in round ``number``, loaded and checked."""
+    spec, arrived = spec.at(number, datetime.date.today())
+    arguments = {f: getattr(spec, f) for f in DomainSpec.model_fields if f not in _NOT_OF_ROWS}
     share = PRESETS[spec.share] if isinstance(spec.share, str) else spec.share.share()
-    return load_domain(name, **arguments, share=share, role=role)
+    return load_domain(name, **arguments, share=share, role=role, arrived=arrived)
+
+
+_NOT_OF_ROWS = {"share", "arrivals", "joins", "leaves"}

@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import fanbu
+from fanbu.errors import IntegrityError
+from fanbu.ledger import Workspace
 from fanbu.model import Model
 from fanbu.recipe import Recipe
 from fanbu.tensors import write_text
 
 if TYPE_CHECKING:
     from fanbu.contribution import Contribution
-    from fanbu.round import Result, Turn
+    from fanbu.round import Birth, Result
+    from fanbu.turn import Turn
 
 _NAMES = {
-    "champion": "champion of this workspace",
-    "incumbent": "incumbent (probed base)", "specialists": "specialists, oracle router", "tfidf": "TF-IDF regression",
+    "specialists": "specialists, oracle router", "tfidf": "TF-IDF regression",
     "average": "uniform average of weights", "multitask": "joint training on all rows",
 }  # fmt: skip
 
@@ -34,7 +36,10 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
     recipe = turn.recipe
     score = {d: _told(c) for d, c in result.outcomes["incumbent"].items()}
     return {
-        "fanbu": 1, "version": fanbu.__version__, "name": recipe.name, "round": 1, "key": key, "seed": recipe.seed,
+        "fanbu": 1, "version": fanbu.__version__, "name": recipe.name, "round": turn.number, "key": key,
+        "seed": recipe.seed,
+        "parent": turn.parent.digest if turn.parent else None, "left": turn.workspace.left(),
+        "decision": "promoted" if result.verdict["accepted"] else "refused",
         "task": turn.feeding[0].task, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": recipe.model_dump(mode="json"), "base": {**_model(result.base), "source": recipe.model},
         "incumbent": {**_model(result.incumbent), "method": result.incumbent.manifest.get("method")},
@@ -57,7 +62,7 @@ def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, and which specialists taught nothing."""
     silent = result.candidate.manifest.get("parameters", {}).get("silent") or []
     taught = [
-        f"{d}: its specialist does not beat the large model on validation rows, so it taught nothing" for d in silent
+        f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing" for d in silent
     ]
     return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught
 
@@ -74,18 +79,33 @@ def _told(outcome: Contribution) -> float:
 def _domain(turn: Turn, result: Result, name: str, score: Mapping[str, float]) -> dict[str, Any]:
     d = turn.domains[name]
     rows = {split: len(getattr(d, split)) for split in ("train", "valid", "test", "unlabelled")}
-    specialist = next((s for s in result.specialists if s.domain.name == name), None)
-    sizes = result.sizes.get(name, {})
-    grown = None
-    if specialist is not None:
-        way = " > ".join(step.method for step in turn.recipe.shrink)
-        own = _told(result.outcomes["specialists"][name])
-        grown = {**_model(specialist.model), **sizes["specialist"], "method": way, "score": own}
+    before: Mapping[str, int] = turn.records[-1]["domains"].get(name, {}).get("rows", {}) if turn.records else {}
+    birth, sizes = result.births.get(name), result.sizes.get(name, {})
+    grown = None if birth is None else {**_specialist(turn, result, birth), **sizes["specialist"]}
+    bins = {who: result.outcomes[who][name].meta.get("calibration") for who in ("incumbent", "candidate")}
     return {
+        "joined": not any(name in r["domains"] for r in turn.records),
+        "new_rows": {split: max(0, rows[split] - before.get(split, 0)) for split in ("train", "unlabelled")},
+        "calibration": bins if all(bins.values()) else None, "examples": dict(result.examples[name]),
         "task": d.task, "metric": d.metric, "role": d.role, "rows": rows, "labels": len(d.labels), "digest": d.digest,
         "share": d.share.as_dict(), "warnings": list(d.warnings), "crossed": turn.crossed.get(name, []),
         "specialist": grown, "parent": {**sizes.get("parent", {}), "score": score[name]},
     }  # fmt: skip
+
+
+def _specialist(turn: Turn, result: Result, birth: Birth) -> dict[str, Any]:
+    """A domain's specialist beside its forerunner."""
+    name, before = birth.specialist.domain.name, birth.forerunner
+    found = {
+        **_model(birth.specialist.model), "method": " > ".join(step.method for step in turn.recipe.shrink),
+        "score": _told(result.outcomes["specialists"][name]), "born": birth.how, "forerunner": None,
+        "valid": birth.valid["forerunner" if birth.how == "carried on" else "reborn"],
+        "reborn_valid": birth.valid["reborn"],
+    }  # fmt: skip
+    if before is not None:
+        old = {"digest": before.digest, "path": str(before.path), "score": _told(result.forerunners[name])}
+        found["forerunner"] = {**old, "valid": birth.valid["forerunner"]}
+    return found
 
 
 def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
@@ -94,7 +114,10 @@ def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
     rows = []
     for name, by_domain in result.outcomes.items():
         role = name if name in {"incumbent", "candidate", "specialists"} else "reference"
-        title = f"new: {turn.recipe.feedback.method}" if role == "candidate" else _NAMES.get(name, name)
+        title = {
+            "candidate": f"new: {turn.recipe.feedback.method}",
+            "incumbent": "incumbent (champion)" if turn.parent else "incumbent (probed base)",
+        }.get(name, _NAMES.get(name, name))
         stage = {"candidate": turn.recipe.feedback.method, "incumbent": "incumbent"}.get(name, f"reference {name}")
         domains = {}
         for d, outcome in by_domain.items():
@@ -119,7 +142,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def read_records(workspace: Path) -> list[dict[str, Any]]:
-    """The records of all finished rounds of a workspace, oldest first."""
-    found = [json.loads(p.read_text()) for p in workspace.glob("rounds/*/record.json")]
-    return sorted(found, key=lambda r: str(r["created"]))
+def record_folder(workspace: Path, key: str) -> Path:
+    """Where the round with this key is written down."""
+    return workspace / "rounds" / key[:20]
+
+
+def read_records(workspace: Path, finished: Sequence[Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """The records of all finished rounds of a workspace, oldest first; ``finished`` are the ledger's events of them."""
+    if finished is None:
+        finished = Workspace(workspace).rounds()
+    found = [(event, read_record(record_folder(workspace, str(event["round"])))) for event in finished]
+    for event, record in found:
+        if record is None:
+            raise IntegrityError(
+                "record-missing", f"round {event['number']} is finished and its record is gone",
+                got=record_folder(workspace, str(event["round"])), remedy="bring the folder back from a copy",
+            )  # fmt: skip
+    return [record for _, record in found if record is not None]

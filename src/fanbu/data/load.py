@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,22 @@ class RawRow:
     label: str | None
 
 
-def load_rows(source: str, columns: Mapping[str, str] | None = None, *, labelled: bool = True) -> list[RawRow]:
-    """Reads all rows of a file, or of ``datasets:NAME[/CONFIG]:SPLIT``.
+def load_rows(
+    source: str | Sequence[str], columns: Mapping[str, str] | None = None, *, labelled: bool = True
+) -> list[RawRow]:
+    """Reads all rows of a file, of ``datasets:NAME[/CONFIG]:SPLIT``, or of several of these.
 
     ``columns`` maps ``text``, ``label`` and ``id`` to the names that the file uses; without an id column, the
-    row's number is its id. Raises DataError that names the file and the row.
+    row's number is its id (after the file's number, from the second file on). Raises DataError that names the file
+    and the row.
     """
+    if not isinstance(source, str):
+        parts = enumerate(source)
+        return [row for n, one in parts for row in _load_file(one, columns, labelled, f"{n}/" if n else "")]
+    return _load_file(source, columns, labelled, "")
+
+
+def _load_file(source: str, columns: Mapping[str, str] | None, labelled: bool, before: str) -> list[RawRow]:
     names = {**COLUMNS, **(columns or {})}
     unknown = set(names) - set(COLUMNS)
     if unknown:
@@ -54,7 +64,9 @@ def load_rows(source: str, columns: Mapping[str, str] | None = None, *, labelled
             )
         if labelled and (label is None or label == "" or label != label):
             raise _column(where, names["label"], record)
-        rows.append(RawRow(str(record.get(names["id"], number)), text, None if label is None else str(label)))
+        rows.append(
+            RawRow(str(record.get(names["id"], f"{before}{number}")), text, None if label is None else str(label))
+        )
     return rows
 
 

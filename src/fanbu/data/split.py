@@ -11,20 +11,41 @@ from fanbu.types import digest
 
 
 def carve(rows: Sequence[RawRow], share: float, salt: str) -> tuple[list[RawRow], list[RawRow]]:
-    """(kept, carved): ``share`` of each label's rows is carved out, at least one where a label has two or more.
+    """(kept, carved): about ``share`` of each label's rows is carved out, at least one where a label has two or more.
 
-    Rows are ordered by the hash of their text, so the split depends neither on their order nor on a random state,
-    and equal texts stay on one side.
+    A row is carved where the hash of its text, as a number in [0, 1), is below ``share``. So the split depends neither
+    on the order of rows nor on a random state, equal texts stay on one side, and when rows are added later, no row
+    that was kept is carved: what was trained on in one round is never tested in the next. (A label's second row may
+    be the exception, where its first was alone.)
     """
+    carved = set()
+    for texts in _by_label(rows, salt).values():
+        keys = sorted(texts)
+        below = [key for key in keys if int(key[:13], 16) < share * 16**13]
+        chosen = (below or keys[:1])[: len(keys) - 1]
+        carved |= {row.id for key in chosen for row in texts[key]}
+    return [r for r in rows if r.id not in carved], [r for r in rows if r.id in carved]
+
+
+def portion(rows: Sequence[RawRow], arrived: int, of: int, salt: str) -> list[RawRow]:
+    """The rows of the first ``arrived`` of ``of`` equal portions; each label's rows are spread over all portions.
+
+    By the hash of the text, so that equal texts arrive together; order is kept.
+    """
+    chosen = set()
+    for texts in _by_label(rows, salt).values():
+        keys = sorted(texts)
+        here = [key for number, key in enumerate(keys) if number * of // len(keys) < arrived]
+        chosen |= {row.id for key in here for row in texts[key]}
+    return [row for row in rows if row.id in chosen]
+
+
+def _by_label(rows: Sequence[RawRow], salt: str) -> dict[str | None, dict[str, list[RawRow]]]:
+    """Rows by label and by the hash of their text."""
     groups: dict[str | None, dict[str, list[RawRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row.label][digest([salt, normalised(row.text)])].append(row)
-    carved = set()
-    for texts in groups.values():
-        keys = sorted(texts)
-        count = max(round(share * len(keys)), 1) if len(keys) > 1 else 0
-        carved |= {row.id for key in keys[:count] for row in texts[key]}
-    return [r for r in rows if r.id not in carved], [r for r in rows if r.id in carved]
+    return groups
 
 
 def cap(rows: Sequence[RawRow], limit: int | None, salt: str) -> list[RawRow]:

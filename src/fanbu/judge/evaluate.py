@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain
 from fanbu.heads import check_labels_known
-from fanbu.metrics import classification_metrics
+from fanbu.metrics import classification_metrics, reliability
 from fanbu.model import Model, load_network, load_tokenizer, require_task
 from fanbu.predict import class_logits, token_losses
 from fanbu.types import Context, derived_seed
@@ -20,13 +21,21 @@ NOBODY = -1
 
 
 def evaluate(model: Model, domain: Domain, context: Context) -> Contribution:
-    """One model on one domain's test rows.
+    """One model's outcomes on one domain's test rows: the part of ``examine`` that crosses."""
+    return examine(model, domain, context)[0]
+
+
+def examine(model: Model, domain: Domain, context: Context) -> tuple[Contribution, dict[str, Tensor]]:
+    """One model on one domain's test rows: outcomes that cross, and answers that stay with the owner.
 
     tensors: ``told`` [n] and ``weight`` [n], and ``untold`` [n] where the model knows other domains too; rows are
     in an order of the owner's that is the same for every model, so that models can be paired without texts or
     labels. A classifier's value is 1 for right and 0 for wrong, its weight 1; a causal model's value is minus the
     sum of its losses, its weight the number of tokens. The metric is sum(value) / sum(weight).
-    meta: ``metrics`` told and untold.
+    meta: ``metrics`` told and untold, and ``calibration`` (``metrics.reliability``, told).
+
+    The answers are in the order of the test rows: ``answer`` [n] (number of the domain's label) and ``confidence``
+    [n], told; for a causal model ``loss`` [n], in nats a token.
     """
     require_task(model, domain.task)
     network, tokenizer = load_network(model), load_tokenizer(model)
@@ -34,7 +43,9 @@ def evaluate(model: Model, domain: Domain, context: Context) -> Contribution:
     if domain.task == "causal-lm":
         sums = token_losses(network, tokenizer, domain.test.texts, context).double().numpy()[order]
         loss = float(sums[:, 0].sum() / sums[:, 1].sum())
-        return _scores(domain, {"told": -sums[:, 0], "weight": sums[:, 1]}, {"told": {"loss": loss}})
+        back = np.argsort(order)
+        own = {"loss": torch.tensor((sums[:, 0] / np.maximum(sums[:, 1], 1))[back])}
+        return _scores(domain, {"told": -sums[:, 0], "weight": sums[:, 1]}, {"told": {"loss": loss}}), own
     check_labels_known(model, domain.full_labels)
     logits = class_logits(network, tokenizer, domain.test.texts, context)
     columns = [model.labels.index(label) for label in domain.full_labels]
@@ -48,7 +59,9 @@ def evaluate(model: Model, domain: Domain, context: Context) -> Contribution:
         tensors["untold"] = right
         metrics["untold"] = classification_metrics(_own_and_other(untold, columns), truth)
         metrics["untold"]["accuracy"] = float(right.mean())
-    return _scores(domain, {k: v[order] for k, v in tensors.items()}, metrics)
+    bins = reliability(told.max(1), tensors["told"])
+    own = {"answer": torch.tensor(told.argmax(1)), "confidence": torch.tensor(told.max(1))}
+    return _scores(domain, {k: v[order] for k, v in tensors.items()}, metrics, calibration=bins), own
 
 
 def _own_and_other(probs: np.ndarray[Any, Any], columns: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -57,9 +70,9 @@ def _own_and_other(probs: np.ndarray[Any, Any], columns: Sequence[int]) -> np.nd
     return np.concatenate([probs[:, list(columns)], foreign.max(1, keepdims=True)], 1)
 
 
-def _scores(domain: Domain, columns: dict[str, Any], metrics: dict[str, Any]) -> Contribution:
+def _scores(domain: Domain, columns: dict[str, Any], metrics: dict[str, Any], **more: Any) -> Contribution:
     tensors = {name: torch.tensor(np.asarray(column, dtype=np.float64)) for name, column in columns.items()}
-    meta = {"metrics": metrics, "test": domain.test.digest}
+    meta = {"metrics": metrics, "test": domain.test.digest, **more}
     return Contribution("scores", domain.name, "evaluate", tensors, meta=meta)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import torch
 
 from fanbu.batches import encode, pad_id
 from fanbu.domain import Domain
@@ -13,7 +10,7 @@ from fanbu.errors import DataError
 from fanbu.heads import final_layer, get_head, set_head
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.objectives import labelled, language
-from fanbu.predict import class_logits, limit, token_losses
+from fanbu.predict import limit, validation_value
 from fanbu.probing import fit_probe
 from fanbu.train import train
 from fanbu.types import Context, Train
@@ -51,22 +48,6 @@ def tune(network: Any, tokenizer: Any, domain: Domain, plan: Train, context: Con
         loss, head = language(sequences, pad, context.device), None
     history = train(
         network, [len(s) for s in sequences], loss, plan, context, name, head=head,
-        validate=(lambda n: value(n, tokenizer, domain, context)) if len(domain.valid) else None,
+        validate=(lambda n: validation_value(n, tokenizer, domain, context)) if len(domain.valid) else None,
     )  # fmt: skip
     return {"steps": history.steps, "valid": max(history.values)} if history.values else {"steps": history.steps}
-
-
-def value(network: Any, tokenizer: Any, domain: Domain, context: Context) -> float:
-    """The validation value, higher is better: accuracy (ties broken by the loss), or minus the loss per token."""
-    quiet = Context(seed=context.seed, device=context.device, threads=context.threads, max_length=context.max_length)
-    state = torch.get_rng_state()  # validating must not move the training's random numbers
-    try:
-        if domain.task == "causal-lm":
-            sums = token_losses(network, tokenizer, domain.valid.texts, quiet).sum(0)
-            return -float(sums[0] / sums[1])
-        logits = class_logits(network, tokenizer, domain.valid.texts, quiet)
-    finally:
-        torch.set_rng_state(state)
-    target = torch.tensor(domain.valid.labels)
-    loss = float(torch.nn.functional.cross_entropy(logits, target))
-    return float((logits.argmax(1) == target).double().mean()) - 1e-6 * math.tanh(loss)

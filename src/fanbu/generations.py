@@ -1,0 +1,135 @@
+"""Round after round: the champion is the parent of the next; domains join, grow and leave; a refusal keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fanbu.errors import UsageError
+from fanbu.heads import domains_of, get_head, set_head
+from fanbu.ledger import Workspace
+from fanbu.live import Live
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.recipe import Recipe, load_domains
+from fanbu.record import make_record, read_record, read_records, record_folder, write_record
+from fanbu.round import Result, turn_once
+from fanbu.turn import Log, Turn, made_of, start
+from fanbu.types import Context, Progress, digest, silent
+
+
+def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
+    """Goes on until the workspace has the recipe's number of finished rounds. Returns the record of the last one.
+
+    Everything that is finished already is skipped, so running again after a kill goes on where it stopped. Where all
+    rounds are finished, a recipe or rows that changed since make one more round, whose parent is the champion; where
+    nothing changed, the last record is only read.
+    """
+    workspace = Workspace(Path(recipe.workspace))
+    live = Live(workspace.root, recipe.name, recipe.rounds)
+    try:
+        while True:
+            done = workspace.rounds()
+            if len(done) >= recipe.rounds and not _something_new(recipe, workspace, done):
+                record = read_records(workspace.root, done)[-1]
+                break
+            _leave_by_recipe(recipe, workspace, len(done) + 1)
+            live.round(len(done) + 1)
+            turn = start(recipe, progress, log, live)
+            record = settle(turn, turn_once(turn))
+            log(f"round {turn.number}: {record['decision']}: {record['verdict']['reason']}")
+            if len(done) + 1 >= recipe.rounds:
+                break
+    except BaseException as error:
+        live.end(str(error) or type(error).__name__)
+        raise
+    live.end()
+    folder = record_folder(workspace.root, record["key"])
+    where = {"folder": str(folder), "workspace": str(workspace.root)}
+    return {**record, **where, "champion": workspace.champion()}
+
+
+def _something_new(recipe: Recipe, workspace: Workspace, done: list[dict[str, Any]]) -> bool:
+    """Whether recipe or rows are other than those of the last finished round."""
+    domains = load_domains(recipe, len(done), workspace.left())
+    return made_of(recipe, domains, open_model(recipe.model)) != done[-1]["what"]
+
+
+def settle(turn: Turn, result: Result) -> dict[str, Any]:
+    """Writes a round down and promotes its candidate or keeps the champion. Returns the record."""
+    judged = {name: {d: c.digest for d, c in by_domain.items()} for name, by_domain in result.outcomes.items()}
+    made = [turn.number, turn.what, result.candidate.digest, result.incumbent.digest, judged]
+    key = digest(made)
+    folder = record_folder(turn.workspace.root, key)
+    record = read_record(folder) or make_record(turn, result, key)
+    write_record(record, turn.recipe, folder)
+    before = turn.workspace.champion() or {}
+    knowing = set(before.get("domains") or [])
+    probed = set(domains_of(result.incumbent.labels)) | knowing
+    candidate = _entry(turn, result.candidate, knowing | {d.name for d in turn.feeding})
+    turn.workspace.decide(
+        {**candidate, "round": key, "number": turn.number}, _entry(turn, result.incumbent, probed),
+        result.verdict["accepted"], before=turn.parent and turn.parent.digest,
+        reason=result.verdict["reason"], what=turn.what,
+    )  # fmt: skip
+    return record
+
+
+def _entry(turn: Turn, model: Model, domains: set[str]) -> dict[str, Any]:
+    path = turn.workspace.relative(model.path)
+    return {"model": model.digest, "path": path, "domains": sorted(domains), "left": turn.workspace.left()}
+
+
+def _leave_by_recipe(recipe: Recipe, workspace: Workspace, number: int) -> None:
+    """Domains that the recipe lets leave by this round, and that the champion still knows."""
+    champion = workspace.champion()
+    for name, spec in recipe.domains.items():
+        gone = spec.leaves is not None and number >= spec.leaves
+        if champion and gone and name in (champion["domains"] or []) and name not in workspace.left():
+            leave(workspace.root, name, reason=f"the recipe lets it leave in round {spec.leaves}")
+
+
+def leave(
+    workspace: str | Path, domain: str, *, forget: bool = False, reason: str = "asked by a person"
+) -> dict[str, Any]:  # fmt: skip
+    """A domain leaves: its label rows go, and it takes no part in later rounds. Returns the event.
+
+    What its owner taught stays in the other weights. ``forget`` goes back to the last champion that had learned
+    nothing from it, or to none (the next round then starts from the base): what other domains taught since has to be
+    fed again, and the result is as if the domain had never joined. `fanbu rollback` undoes either.
+    """
+    ledger = Workspace(Path(workspace))
+    stack = ledger.champions()
+    champion = ledger.champion()
+    knowing = (champion or {}).get("domains") or []
+    if champion is None or domain not in knowing or (domain in ledger.left() and not forget):
+        raise UsageError(
+            "unknown-domain", f"the champion of {ledger.root} has learned nothing from this domain",
+            allowed=sorted(set(knowing) - set(ledger.left())), got=domain, remedy="check the name",
+        )  # fmt: skip
+    left = sorted({*ledger.left(), domain})
+    if forget:
+        unaware = [e for e in stack if e["model"] and domain not in (e["domains"] or [])]
+        entry = unaware[-1] if unaware else {"model": None, "path": None, "domains": []}
+        return ledger.leave(domain, {**entry, "number": None, "left": left}, reason, forget=True)
+    model = without_domain(ledger, open_model(ledger.root / champion["path"]), domain)
+    path = ledger.relative(model.path)
+    return ledger.leave(domain, {"model": model.digest, "path": path, "domains": knowing, "left": left}, reason)
+
+
+def without_domain(ledger: Workspace, model: Model, domain: str) -> Model:
+    """The model without one domain's label rows; all else bit for bit. A causal model has none, and stays itself."""
+    kept = [label for label in model.labels if label.partition("/")[0] != domain]
+    if len(kept) == len(model.labels):
+        return model
+    if not kept:
+        raise UsageError(
+            "last-domain", f"{domain} is the only domain that the champion knows", remedy="use --forget to start anew"
+        )
+
+    def produce(out: Path, scratch: Path) -> None:
+        network = load_network(model)
+        set_head(network, get_head(network).take(kept))
+        save_network(network, load_tokenizer(model), out / "model", provenance("leave", [model], Context()))
+
+    done = ledger.stage(f"leave {domain}", "fanbu.heads", {"model": model.digest}, produce)
+    return open_model(done.path / "model", verify=False)

@@ -1,0 +1,233 @@
+"""What one round works with: its stages, its models and contributions, its domains, the probe set, the parent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fanbu.boundary import cross
+from fanbu.catalogue import method
+from fanbu.contribution import Contribution, open_contribution
+from fanbu.data.check import normalised
+from fanbu.data.load import RawRow, load_rows
+from fanbu.data.split import cap
+from fanbu.data.standard_library import function_bodies
+from fanbu.domain import Domain
+from fanbu.errors import UsageError
+from fanbu.fingerprint import code_digest
+from fanbu.ledger import Stage, Workspace
+from fanbu.live import Live
+from fanbu.model import Model, open_model
+from fanbu.plan import check_plan
+from fanbu.recipe import PublicTexts, Recipe, Step, load_domains
+from fanbu.record import read_records
+from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Turn:
+    """What one round works with, and what it has written down so far.
+
+    ``parent`` is the champion that it sets out from (None in the first round), ``records`` are those of the rounds
+    before.
+    """
+
+    workspace: Workspace
+    recipe: Recipe
+    context: Context
+    domains: Mapping[str, Domain]
+    base: Model
+    parent: Model | None
+    records: list[dict[str, Any]]
+    log: Log
+    live: Live | None = None
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """The number of the round; the first is 1."""
+        return len(self.records) + 1
+
+    @property
+    def feeding(self) -> list[Domain]:
+        """The domains that send contributions."""
+        return [d for d in self.domains.values() if d.role == "feeds"]
+
+    @property
+    def what(self) -> str:
+        """What the round is made of: the recipe and the rows. Where it is the same, a round brings nothing new."""
+        return made_of(self.recipe, self.domains, self.base)
+
+    def settings(self, *, probe: bool = False) -> dict[str, Any]:
+        """What of the context can change a result."""
+        c = self.context
+        plain = {"seed": c.seed, "device": c.device, "precision": c.precision, "threads": c.threads}
+        return {**plain, "max_length": c.max_length, **({"probe": c.probe.digest} if probe else {})}
+
+    def stage(
+        self, name: str, module: str, inputs: Mapping[str, Any], produce: Callable[[Path, Context], None],
+        shown: str | None = None,
+    ) -> Stage:  # fmt: skip
+        """One stage of the ledger; its cost is noted. ``shown`` is what it is called here, where it is not its name:
+        stages of the same name and inputs are one stage, whoever asks for them."""
+        shown = shown or name
+        self.log(shown)
+        if self.live:
+            self.live.stage(shown)
+        done = self.workspace.stage(
+            name, module, inputs, lambda out, scratch: produce(out, replace(self.context, scratch=scratch)), self.log
+        )
+        self.costs.append({"stage": shown, **done.cost, "reused": done.reused})
+        if self.live:
+            self.live.stage_done(shown, float(done.cost.get("seconds", 0.0)), done.reused)
+        return done
+
+    def model(self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model]) -> Model:
+        """A stage that makes a model."""
+        done = self.stage(name, module, inputs, lambda out, context: (make(out / "model", context), None)[1])
+        return open_model(done.path / "model", verify=False)  # the ledger has just verified every file
+
+    def contribution(
+        self, name: str, module: str, inputs: Mapping[str, Any], domain: Domain,
+        make: Callable[[Path, Context], Contribution], shown: str | None = None,
+    ) -> tuple[Contribution, Path]:  # fmt: skip
+        """A stage at one owner that makes a contribution; the boundary decides whether it is written.
+
+        ``make`` gets the stage's folder, which is the owner's: what else it writes there does not cross. Returns the
+        contribution and that folder.
+        """
+
+        def produce(out: Path, context: Context) -> None:
+            cross(make(out, context), domain.share, out / "contribution")
+
+        rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
+        done = self.stage(name, module, {**inputs, **rules}, produce, shown)
+        found = open_contribution(done.path / "contribution")
+        sent = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
+        if sent not in self.crossed.setdefault(domain.name, []):
+            self.crossed[domain.name].append(sent)
+        return found, done.path
+
+
+def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
+    """The digest of everything that a person can change between rounds: the base, the rows, what may cross, the ways.
+
+    How many rounds are asked for, when rows arrive, where they lie and what the workspace is called are not part.
+    """
+    plain = recipe.model_dump(mode="json", exclude=_NOT_MADE_OF)
+    rows = {name: [d.digest, d.share.as_dict()] for name, d in domains.items()}
+    return digest({"recipe": plain, "domains": rows, "base": base.digest})
+
+
+_NOT_MADE_OF = {"rounds", "workspace", "name", "model", "domains", "guards", "checkpoint_seconds"}
+
+
+def start(
+    recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None, live: Live | None = None
+) -> Turn:  # fmt: skip
+    """The workspace's next round: what ``open_turn`` gives after its finished rounds, with its champion as parent."""
+    workspace = Workspace(Path(recipe.workspace))
+    records = read_records(workspace.root, workspace.rounds())
+    base = open_model(recipe.model)
+    if records and records[0]["base"]["digest"] != base.digest:
+        first = records[0]["base"]
+        raise UsageError(
+            "other-workspace", f"the rounds of {workspace.root} began from another model than the recipe names",
+            allowed=f"{first['source']} ({first['digest'][:12]})", got=base.digest[:12],
+            remedy="give this recipe a workspace of its own",
+        )  # fmt: skip
+    pointer = workspace.champion()
+    parent = open_model(workspace.root / pointer["path"]) if pointer else None
+    return open_turn(recipe, base, parent, records, progress, log, live)
+
+
+def open_turn(
+    recipe: Recipe, base: Model, parent: Model | None, records: list[dict[str, Any]], progress: Progress = silent,
+    log: Log = lambda text: None, live: Live | None = None,
+) -> Turn:  # fmt: skip
+    """Loads and checks everything that the round after ``records`` needs, before anything is trained."""
+    workspace = Workspace(Path(recipe.workspace))
+    domains = load_domains(recipe, len(records) + 1, workspace.left())
+    check_plan(recipe, domains)
+
+    def show(what: str, done: int, total: int) -> None:
+        progress(what, done, total)
+        if live:
+            live.progress(what, done, total)
+
+    context = Context(
+        seed=recipe.seed, device=recipe.device, precision=recipe.precision, threads=recipe.threads,  # type: ignore[arg-type]
+        max_length=recipe.max_length, progress=show, checkpoint_seconds=recipe.checkpoint_seconds,
+    )  # fmt: skip
+    turn = Turn(workspace, recipe, context, domains, base, parent, records, log, live)
+    turn.warnings += _unnamed(turn)
+    steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
+    asking = any(method(step.method, "feedback").needs.probe for step in steps)
+    if asking or any(d.task == "text-classification" for d in domains.values()):
+        turn.context = replace(context, probe=gather_probe(turn))
+    return turn
+
+
+def _unnamed(turn: Turn) -> list[str]:
+    """Domains that the champion knows and the recipe does not name: nobody looks after them in this round."""
+    known = {label.partition("/")[0] for label in turn.parent.labels if "/" in label} if turn.parent else set()
+    return [
+        f"{d}: the champion knows it, and this round does not: it keeps its label rows and is not judged; "
+        f"`fanbu leave` removes them"
+        for d in sorted(known - set(turn.domains) - {"general"})
+    ]
+
+
+def gather_probe(turn: Turn) -> ProbeSet:
+    """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count.
+
+    A text that is in the test rows of any domain is left out: test data never trains.
+    """
+    spec, rows = turn.recipe.probe, []
+    held_out = {normalised(text) for d in turn.domains.values() for text in d.test.texts}
+    for d in turn.feeding:
+        if spec.domains and d.share.texts:
+            rows += domain_texts(turn, d, spec.limit)
+    for number, public in enumerate(spec.public):
+        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
+    kept = [row for row in rows if normalised(row.text) not in held_out]
+    if len(kept) < len(rows):
+        turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
+    return ProbeSet(tuple(kept))
+
+
+def domain_texts(turn: Turn, d: Domain, limit: int | None) -> list[ProbeRow]:
+    """One domain's training and unlabelled texts, each once, through its boundary."""
+    inputs = {"domain": d.digest, "limit": limit}
+    got, _ = turn.contribution(
+        f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda out, c: probe_texts(d, limit)
+    )
+    return probe_rows(got)
+
+
+def probe_texts(d: Domain, limit: int | None) -> Contribution:
+    """What a domain gives to the probe set: its training and unlabelled texts, each once, at most ``limit``."""
+    texts = dict.fromkeys([*d.train.texts, *d.unlabelled.texts])
+    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], limit, "probe")
+    rows = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
+    return Contribution("samples", d.name, "probe texts", rows=rows)
+
+
+def probe_rows(texts: Contribution) -> list[ProbeRow]:
+    """The probe rows that came from one domain."""
+    return [ProbeRow(r["id"], r["text"], r["domain"]) for r in texts.rows]
+
+
+def public_texts(public: PublicTexts) -> list[RawRow]:
+    """The rows of one public file, or area of the standard library."""
+    if public.python:
+        raw = list(function_bodies(public.python))
+    else:
+        raw = load_rows(str(public.path), public.columns, labelled=False)
+    return cap(raw, public.limit, "public")
