@@ -13,7 +13,7 @@ from fanbu.batches import collate, shuffled_batches, sorted_batches
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import UsageError
-from fanbu.feedback.predictions._panel import fit_temperature
+from fanbu.feedback.predictions._panel import fit_temperature, fit_trust
 from fanbu.feedback.predictions.distill import union_targets
 from fanbu.heads import domains_of
 from fanbu.losses import next_token_loss, soft_cross_entropy, top_k_divergence
@@ -158,10 +158,39 @@ def test_a_specialist_that_is_no_better_teaches_nothing(
 
     way = method("distill")
     sent = [way.contribute(s, incumbent, context) for s in specialists.values()]
-    mute = replace(sent[0], meta={**sent[0].meta, "wins": 3, "losses": 3})
+    mute = replace(sent[0], meta={**sent[0].meta, "trust": 0.0})
     made = way.absorb(incumbent, [mute, sent[1]], tmp_path / "m", context, train={"epochs": 1})
     assert made.manifest["parameters"]["silent"] == [mute.domain]
-    assert made.manifest["parameters"]["teachers"] == [sent[1].domain]
+    assert made.manifest["parameters"]["teachers"] == {sent[1].domain: sent[1].meta["trust"]}
+
+
+def test_trust_is_what_validation_rows_say() -> None:
+    target = torch.tensor([0, 0, 1, 1])
+    good, bad = torch.tensor([[0.9, 0.1]] * 2 + [[0.1, 0.9]] * 2), torch.tensor([[0.4, 0.6]] * 2 + [[0.6, 0.4]] * 2)
+    assert fit_trust(good, bad, target) == 1.0
+    assert fit_trust(bad, good, target) == 0.0
+    assert fit_trust(good, good, target) == 0.0  # nothing new
+    # each is sure and right on one half, and wrong on the other: together they are better than either
+    one = torch.tensor([[0.9, 0.1]] * 2 + [[0.9, 0.1]] * 2)
+    two = torch.tensor([[0.1, 0.9]] * 2 + [[0.1, 0.9]] * 2)
+    assert fit_trust(one, two, target) == 0.5
+
+
+def test_a_panel_mixes_specialist_and_base_by_trust(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context
+) -> None:
+    panel = method("distill").contribute(specialists["food"], incumbent, context)
+    trust, food = panel.meta["trust"], specialists["food"]
+    texts = [context.probe.rows[i].text for i in panel.tensors["rows"].tolist()]
+    expected = torch.zeros(len(texts), 3)
+    for model, share, t in (
+        (food.model, trust, panel.meta["temperature"]), (incumbent, 1 - trust, panel.meta["base_temperature"])
+    ):  # fmt: skip
+        columns = [model.labels.index(label) for label in food.domain.full_labels]
+        z = class_logits(load_network(model), load_tokenizer(model), texts, context)[:, columns]
+        expected += share * (z / t).softmax(1)
+    assert 0 < trust <= 1
+    torch.testing.assert_close(panel.tensors["probs"].float(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_influence_is_zero_for_a_layer_that_does_nothing(

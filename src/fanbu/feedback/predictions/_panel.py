@@ -21,38 +21,45 @@ def asked(context: Context, domain: str) -> list[int]:
 
 
 def class_panel(specialist: Specialist, base: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Calibrated soft labels on the probe rows, and wins and losses against the base on validation rows.
+    """Soft labels on the probe rows: the specialist's and the base's, mixed by what validation rows say of either.
 
-    tensors: ``rows`` [asked] and ``probs`` [asked, labels] in float16. The temperature T of softmax(z / T)
-    minimises the negative log-likelihood of the validation rows (Guo et al. 2017).
+    p = w softmax(z_specialist / T_s) + (1 - w) softmax(z_base / T_b). Each T minimises the negative log-likelihood of
+    the validation rows (Guo et al. 2017), then w in [0, 1] that of the mixture: the ``trust`` in the specialist. A
+    specialist that learned nothing new gets none; one that is no better, but errs elsewhere, gets its share.
+
+    tensors: ``rows`` [asked] and ``probs`` [asked, labels] in float16. meta: both temperatures, ``trust``, and wins and
+    losses against the base on validation rows.
     """
-    domain, model = specialist.domain, specialist.model
-    check_labels_known(model, domain.full_labels)
-    network, tokenizer = load_network(model), load_tokenizer(model)
-    columns = [model.labels.index(label) for label in domain.full_labels]
-    rows = asked(context, domain.name)
-    valid = class_logits(network, tokenizer, domain.valid.texts, context)[:, columns]
-    target = torch.tensor(domain.valid.labels)
-    temperature = fit_temperature(valid, target)
+    domain = specialist.domain
+    rows, target = asked(context, domain.name), torch.tensor(domain.valid.labels)
     texts = [context.probe.rows[i].text for i in rows]
-    probs = (class_logits(network, tokenizer, texts, context)[:, columns] / temperature).softmax(1)
-    right = valid.argmax(1) == target
-    base_right = _base_right(specialist, base, context)
+    valid, probs, temperatures = [], [], []
+    for model in (specialist.model, base):
+        check_labels_known(model, domain.full_labels)
+        network, tokenizer = load_network(model), load_tokenizer(model)
+        columns = [model.labels.index(label) for label in domain.full_labels]
+        z = class_logits(network, tokenizer, [*domain.valid.texts, *texts], context)[:, columns]
+        temperatures.append(fit_temperature(z[: len(target)], target))
+        p = (z / temperatures[-1]).softmax(1)
+        valid.append(p[: len(target)])
+        probs.append(p[len(target) :])
+    trust = fit_trust(valid[0], valid[1], target)
+    right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
-        "probe": context.probe.digest, "labels": list(domain.full_labels), "temperature": temperature,
-        "valid": len(target),
+        "probe": context.probe.digest, "labels": list(domain.full_labels), "trust": trust,
+        "temperature": temperatures[0], "base_temperature": temperatures[1], "valid": len(target),
         "wins": int((right & ~base_right).sum()), "losses": int((~right & base_right).sum()),
     }  # fmt: skip
-    return {"rows": torch.tensor(rows, dtype=torch.int32), "probs": probs.half()}, meta
+    mixed = trust * probs[0] + (1 - trust) * probs[1]
+    return {"rows": torch.tensor(rows, dtype=torch.int32), "probs": mixed.half()}, meta
 
 
-def _base_right(specialist: Specialist, base: Model, context: Context) -> Tensor:
-    domain = specialist.domain
-    check_labels_known(base, domain.full_labels)
-    network, tokenizer = load_network(base), load_tokenizer(base)
-    columns = [base.labels.index(label) for label in domain.full_labels]
-    logits = class_logits(network, tokenizer, domain.valid.texts, context)[:, columns]
-    return logits.argmax(1) == torch.tensor(domain.valid.labels)
+def fit_trust(own_nl: Tensor, base_nl: Tensor, target_n: Tensor) -> float:
+    """The w of 0, 0.05, ..., 1 that minimises the mean of -log(w own[y] + (1 - w) base[y]); the smallest on a tie."""
+    own, base = (p[torch.arange(len(target_n)), target_n].double().clamp_min(1e-12) for p in (own_nl, base_nl))
+    weights = [i / 20 for i in range(21)]
+    losses = [-float((w * own + (1 - w) * base).log().mean()) for w in weights]
+    return next(w for w, loss in zip(weights, losses, strict=True) if loss <= min(losses) + 1e-6)
 
 
 def fit_temperature(logits_nl: Tensor, target_n: Tensor) -> float:
@@ -88,6 +95,7 @@ def token_panel(
     meta = {
         "probe": context.probe.digest, "valid": len(own),
         "wins": int((own[:, 0] < before[:, 0]).sum()), "losses": int((own[:, 0] > before[:, 0]).sum()),
+        "trust": float(own[:, 0].sum() < before[:, 0].sum()),
         "loss": float(own[:, 0].sum() / own[:, 1].sum()), "base_loss": float(before[:, 0].sum() / before[:, 1].sum()),
     }  # fmt: skip
     tensors = {

@@ -32,9 +32,10 @@ def contribute(
 ) -> Contribution:
     """What the specialist says on the probe rows of its own domain and on those of nobody's.
 
-    A classifier sends calibrated probabilities over its own labels, whatever its architecture and vocabulary; a
-    causal model its ``top_k`` likeliest next tokens. With them go its wins and losses against the base on its own
-    validation rows. No text and no label crosses.
+    A classifier sends calibrated probabilities over its own labels, whatever its architecture and vocabulary, mixed
+    with the base's by the trust that validation rows give either (``_panel.class_panel``); a causal model its
+    ``top_k`` likeliest next tokens, trusted where its validation loss is below the base's. No text and no label
+    crosses.
     """
     if specialist.domain.task == "text-classification":
         tensors, meta = class_panel(specialist, base, context)
@@ -50,10 +51,9 @@ def absorb(
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
     q(d | x) is 1 for the domain that a probe row is known to come from, else what the base itself thinks. p_d is the
-    specialist's panel where it teaches: it must beat the base on its own domain's validation rows. Everywhere else
-    p_d is the base's own answer (teacher zero), which holds the base where nobody knows better; where nobody teaches
-    at all, the base comes back bit for bit. By the chain rule
-    this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns the next-token
+    specialist's panel where it is trusted at all. Everywhere else p_d is the base's own answer (teacher zero), which
+    holds the base where nobody knows better; where nobody teaches at all, the base comes back bit for bit. By the
+    chain rule this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns the next-token
     distribution of the row's specialist, or its own before training.
 
     Args:
@@ -73,7 +73,7 @@ def absorb(
                 "other-probe-set", f"the panel of {c.domain} was made on another probe set",
                 allowed=context.probe.digest[:12], got=str(c.meta["probe"])[:12], remedy="ask its owner again",
             )  # fmt: skip
-    teachers = [c for c in contributions if c.meta["wins"] > c.meta["losses"]]
+    teachers = [c for c in contributions if c.meta["trust"] > 0]
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
@@ -89,7 +89,7 @@ def absorb(
         loss = soft_language(sequences, answers, pad, context.device)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
-        "distill", [base], context, train=vars(train), teachers=[c.domain for c in teachers],
+        "distill", [base], context, train=vars(train), teachers={c.domain: c.meta["trust"] for c in teachers},
         silent=[c.domain for c in contributions if c not in teachers], steps=history.steps,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
