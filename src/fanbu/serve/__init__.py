@@ -1,0 +1,1 @@
+"""Small local pages over what the ledger wrote."""
