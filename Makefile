@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint types clean
+.PHONY: setup demo test test-slow lint types docs clean
 
 setup: .venv/ready
 
@@ -27,5 +27,8 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs benchmarks/work
+	rm -rf .venv runs build benchmarks/work
