@@ -1,1 +1,1 @@
-"""The report room: one round's record, turned into one page that works offline."""
+"""The report room: records and history, turned into pages that work offline: one a round, and one of all rounds."""

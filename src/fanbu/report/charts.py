@@ -53,9 +53,11 @@ def ticks(scale: Scale, at_most: int = 6) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _svg(body: Iterable[str], label: str, name: str) -> str:
-    inside = "".join(body)
-    return f'<svg class="{name}" role="img" aria-label="{escape(label)}" focusable="false">{inside}</svg>'
+def svg(body: Iterable[str], label: str, name: str, width: int | None = None) -> str:
+    """A drawing with a name, or without one: then it is hidden from those who listen."""
+    said = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+    wide = "" if width is None else f' width="{width}"'
+    return f'<svg class="{name}"{wide} {said} focusable="false">{"".join(body)}</svg>'
 
 
 def _vertical(x: float, name: str) -> str:
@@ -112,7 +114,7 @@ def forest_row(
     if delta is not None:
         side = 7 + 5 * min(1.0, max(0.0, weight))
         body.append(_box(scale.at(delta), side, side, f"mark {kind}"))
-    return _svg(body, label, "strip")
+    return svg(body, label, "strip")
 
 
 def forest_diamond(scale: Scale, delta: float | None, low: float | None, high: float | None, label: str = "") -> str:
@@ -129,7 +131,7 @@ def forest_diamond(scale: Scale, delta: float | None, low: float | None, high: f
             f'viewBox="0 0 100 18" preserveAspectRatio="none" aria-hidden="true">'
             f'<polygon class="diamond" points="0,9 {top:.1f},0 100,9 {top:.1f},18"/></svg></g>'
         )
-    return _svg(body, label, "strip")
+    return svg(body, label, "strip")
 
 
 def axis(scale: Scale, show: Callable[[float], str], label: str = "") -> str:
@@ -139,11 +141,11 @@ def axis(scale: Scale, show: Callable[[float], str], label: str = "") -> str:
         x = scale.at(tick)
         body.append(f'<line class="base" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="5"/>')
         body.append(f'<text x="{x:.2f}%" y="18" text-anchor="middle">{escape(show(tick))}</text>')
-    return _svg(body, label, "axis")
+    return svg(body, label, "axis")
 
 
 def _shape(kind: str, x: float, title: str) -> str:
-    inside = f"<title>{escape(title)}</title>"
+    inside = f"<title>{escape(title)}</title>" if title else ""
     if kind in ("candidate", "incumbent"):
         return f'<circle class="dot {kind}" cx="{x:.2f}%" cy="50%" r="5.5">{inside}</circle>'
     if kind == "specialists":
@@ -165,7 +167,7 @@ def dots(scale: Scale, marks: Sequence[Mark], show: Callable[[float], str], labe
     order = ("reference", "specialists", "incumbent", "candidate")
     drawn = sorted(marks, key=lambda mark: order.index(mark.kind) if mark.kind in order else 0)
     body += [_shape(mark.kind, scale.at(mark.value), f"{mark.name}: {show(mark.value)}") for mark in drawn]
-    return _svg(body, label, "strip")
+    return svg(body, label, "strip")
 
 
 def bar(share: float | None, kind: str, label: str = "") -> str:
@@ -174,7 +176,7 @@ def bar(share: float | None, kind: str, label: str = "") -> str:
         return ""
     name = kind if kind in ("own", "other", "reused") else "own"
     width = 100 * min(1.0, max(0.0, share))
-    return _svg([f'<rect class="{name}" x="0" y="0" width="{width:.2f}%" height="100%"/>'], label, "bar")
+    return svg([f'<rect class="{name}" x="0" y="0" width="{width:.2f}%" height="100%"/>'], label, "bar")
 
 
 def key(kind: str) -> str:
@@ -186,5 +188,4 @@ def key(kind: str) -> str:
         "average": '<polygon class="diamond" points="1,8 11,2 21,8 11,14"/>',
         "margin": '<rect class="zone" x="0" y="0" width="70%" height="100%"/>' + _vertical(70, "margin"),
     }
-    body = shapes[kind] if kind in shapes else _shape(kind, 50, kind)
-    return f'<svg class="key" aria-hidden="true" focusable="false">{body}</svg>'
+    return svg([shapes[kind] if kind in shapes else _shape(kind, 50, "")], "", "key")

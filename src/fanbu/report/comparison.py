@@ -8,6 +8,7 @@ from typing import Any
 
 from fanbu.report import charts
 from fanbu.report import format as f
+from fanbu.report.words import Say
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Comparison:
 _PLAIN = {"loss", "perplexity", "bits_per_byte"}
 
 
-def comparison(record: Mapping[str, Any]) -> Comparison | None:
+def comparison(record: Mapping[str, Any], t: Say) -> Comparison | None:
     """The comparison of all systems; None where the record has no table."""
     table = f.rows(record, "table")
     columns = _columns(record, table)
@@ -92,7 +93,7 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
         systems=_systems(table, columns, averaged),
         timed=any(f.number(row.get("seconds")) is not None for row in table),
         untold=any(_score(row, c.name, "untold") is not None for row in table for c in columns),
-        panels=_panels(table, columns),
+        panels=_panels(table, columns, t),
         kinds=[kind for kind in ("candidate", "incumbent", "specialists", "reference") if _has(table, kind)],
         metric_names=[f.text(name).replace("_", " ") for name in names],
         metrics=_metrics(table, columns, names),
@@ -111,10 +112,11 @@ def _role(row: Mapping[str, Any]) -> str:
 def _columns(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> list[Column]:
     measured = {str(name) for row in table for name in f.part(row, "domains")}
     ordered = [*f.part(record, "domains"), *f.part(record, "verdict", "domains"), *sorted(measured)]
-    return [_column(record, name) for name in dict.fromkeys(map(str, ordered)) if name in measured]
+    return [column_of(record, name) for name in dict.fromkeys(map(str, ordered)) if name in measured]
 
 
-def _column(record: Mapping[str, Any], name: str) -> Column:
+def column_of(record: Mapping[str, Any], name: str) -> Column:
+    """How one domain of a record is read."""
     judged, known = f.part(record, "verdict", "domains", name), f.part(record, "domains", name)
     metric = judged.get("metric") or known.get("metric") or ("loss" if record.get("task") == "causal-lm" else "score")
     higher = f.higher_is_better(metric, judged.get("higher_is_better"))
@@ -173,20 +175,24 @@ def _is(column: Column, value: float | None, best: float | None) -> bool:
     return value is not None and best is not None and column.unit.score(value) == column.unit.score(best)
 
 
-def _panels(table: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[Panel]:
+def _panels(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], t: Say) -> list[Panel]:
     metrics = dict.fromkeys((column.metric, column.higher) for column in columns)
     return [
-        _panel(table, [c for c in columns if (c.metric, c.higher) == (metric, higher)]) for metric, higher in metrics
+        _panel(table, [c for c in columns if (c.metric, c.higher) == (metric, higher)], t) for metric, higher in metrics
     ]
 
 
-def _panel(table: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Panel:
+def _panel(table: Sequence[Mapping[str, Any]], columns: Sequence[Column], t: Say) -> Panel:
     first = columns[0]
     scale = charts.scale_of([_score(row, c.name, "told") for row in table for c in columns])
     strips = [(f.text(column.name), _strip(table, column, scale)) for column in columns]
-    name = f.text(first.metric).replace("_", " ") + (" in percent" if first.unit == f.POINTS else "")
-    axis = charts.axis(scale, lambda tick: f"{tick * first.unit.scale:.6g}".replace("-", f.MINUS), f"axis: {name}")
-    return Panel(name, "further right is better" if first.higher else "further left is better", strips, axis)
+    metric = f.text(first.metric).replace("_", " ")
+    name = t("{metric} in percent", metric=metric) if first.unit == f.POINTS else metric
+    axis = charts.axis(
+        scale, lambda tick: f"{tick * first.unit.scale:.6g}".replace("-", f.MINUS), t("axis: {name}", name=name)
+    )
+    direction = t("further right is better" if first.higher else "further left is better")
+    return Panel(name, direction, strips, axis)
 
 
 def _strip(table: Sequence[Mapping[str, Any]], column: Column, scale: charts.Scale) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fanbu.report.words import Say
+
 DASH = "–"
 MINUS = "\u2212"
 # Text-direction marks could make a hostile name look like another one.
@@ -88,9 +90,18 @@ class Unit:
         got = number(value)
         return DASH if got is None else signed(got * self.scale, self.digits)
 
-    def interval(self, low: object, high: object) -> str:
+    def named(self, value: object, t: Say) -> str:
+        """A difference with its sign and the unit's name."""
+        return f"{self.change(value)} {t(self.name)}".strip() if number(value) is not None else DASH
+
+    def interval(self, low: object, high: object, t: Say) -> str:
         """A confidence interval of a change."""
-        return DASH if number(low) is None and number(high) is None else f"{self.change(low)} to {self.change(high)}"
+        return DASH if number(low) is None and number(high) is None else between(self.change(low), self.change(high), t)
+
+
+def between(low: str, high: str, t: Say) -> str:
+    """From one printed number to another."""
+    return t("{low} to {high}", low=low, high=high)
 
 
 POINTS = Unit(100.0, 1, "points")

@@ -1,4 +1,7 @@
-"""Writes the report of one round: ``report.html``, one file that works offline, and ``report.json``, the record."""
+"""Writes the reports: of one round (and ``report.json``, its record), and of all rounds of a workspace.
+
+Each page is one file that works offline and runs no script.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,70 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fanbu.report import charts, comparison, run, verdict
+from fanbu.report import charts, comparison, detail, run, verdict, workspace
 from fanbu.report import format as f
+from fanbu.report.words import Say, counted, words
+
+if TYPE_CHECKING:
+    import jinja2
 
 
-def write_report(record: Mapping[str, Any], folder: Path) -> Path:
+def write_report(record: Mapping[str, Any], folder: Path, lang: str = "en") -> Path:
     """Write ``folder/report.html`` and ``folder/report.json``, each atomically, and return the path of the page.
 
     ``record`` is JSON-plain; any optional part of it may be missing. Numbers that are not finite become null, as JSON
-    has no other word for them.
+    has no other word for them. Raises UsageError for a language that there are no labels in.
     """
-    page = render(record)
+    page = render(record, lang)
     plain = json.dumps(_finite(record), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "report.json", plain + "\n")
     return _write(folder / "report.html", page)
 
 
-def render(record: Mapping[str, Any]) -> str:
+def write_workspace_report(
+    records: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    champion: Mapping[str, Any] | None,
+    folder: Path,
+    lang: str = "en",
+) -> Path:
+    """Write ``folder/report.html`` about all rounds, atomically, and return its path.
+
+    ``records`` (oldest first), ``history`` and ``champion`` are what the workspace in ``folder`` holds: the page links
+    to the rounds' own pages in it. Raises UsageError for a language that there are no labels in.
+    """
+    page = render_workspace(records, history, champion, lang)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write(folder / "report.html", page)
+
+
+def render(record: Mapping[str, Any], lang: str = "en") -> str:
     """The page of one record. Everything that comes from the record is escaped."""
+    t = words(lang)
+    return _environment().get_template("page.html.j2").render(t=t, lang=lang, key=charts.key, **sections(record, t))
+
+
+def render_workspace(
+    records: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    champion: Mapping[str, Any] | None,
+    lang: str = "en",
+) -> str:
+    """The page of all rounds. Everything that comes from records and history is escaped."""
+    t = words(lang)
+    parts = workspace.sections(records, history, champion, t)
+    return _environment().get_template("workspace.html.j2").render(t=t, lang=lang, **parts)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     import jinja2
     import markupsafe
 
@@ -43,7 +86,7 @@ def render(record: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = lambda name: markupsafe.Markup(_breakable(str(name)))
-    return environment.get_template("page.html.j2").render(key=charts.key, **sections(record))
+    return environment
 
 
 def _shown(value: object) -> object:
@@ -56,34 +99,37 @@ def _breakable(name: str) -> str:
     return re.sub(r"([_/])", r"\1<wbr>", escape(f.clean(name)))
 
 
-def sections(record: Mapping[str, Any]) -> dict[str, Any]:
+def sections(record: Mapping[str, Any], t: Say) -> dict[str, Any]:
     """What the template shows, section by section: words and inline SVG, no more sums to do."""
     judged = f.part(record, "verdict")
     return {
-        "title": f.text(record.get("name") or "unnamed"),
-        "round": "" if record.get("round") is None else f", round {f.text(record['round'])}",
-        "facts": _facts(record),
+        "title": f.text(record.get("name") or t("unnamed")),
+        "round": "" if record.get("round") is None else t(", round {n}", n=f.text(record["round"])),
+        "facts": _facts(record, t),
         "version": f.text(record.get("version")),
         "mode": f.text(judged.get("mode")),
         "level": _level(judged.get("level") or f.part(record, "recipe", "gate").get("confidence")),
-        "banner": verdict.banner(record),
-        "forest": verdict.forest(record),
-        "untold": verdict.untold_forest(record),
-        "comparison": comparison.comparison(record),
-        "specialists": run.specialists(record),
-        "crossings": run.crossings(record),
+        "banner": verdict.banner(record, t),
+        "forest": verdict.forest(record, t),
+        "untold": verdict.untold_forest(record, t),
+        "examples": detail.examples(record),
+        "calibration": detail.calibration(record, t),
+        "comparison": comparison.comparison(record, t),
+        "arrivals": detail.arrivals(record, t),
+        "specialists": run.specialists(record, t),
+        "crossings": run.crossings(record, t),
         "costs": run.costs(record),
         "warnings": run.warnings(record),
-        "reproduce": run.reproduce(record),
-        "limits": verdict.limits(record),
+        "reproduce": run.reproduce(record, t),
+        "limits": verdict.limits(record, t),
     }
 
 
-def _facts(record: Mapping[str, Any]) -> list[str]:
+def _facts(record: Mapping[str, Any], t: Say) -> list[str]:
     seed, domains = record.get("seed"), len(f.part(record, "domains"))
     told = [f.text(record.get("task")), f.moment(record.get("created"))]
-    told += [f"seed {f.text(seed)}"] if seed is not None else []
-    told += [f"{domains} domain{'s' if domains > 1 else ''}"] if domains else []
+    told += [t("seed {seed}", seed=f.text(seed))] if seed is not None else []
+    told += [counted(t, domains, "{n} domain", "{n} domains")] if domains else []
     return [fact for fact in told if fact != f.DASH]
 
 

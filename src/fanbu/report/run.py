@@ -9,6 +9,7 @@ from typing import Any
 from fanbu.report import charts
 from fanbu.report import format as f
 from fanbu.report.verdict import crossed_bytes
+from fanbu.report.words import Say
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Specialist:
     size: str
     scores: str
     change: str
+    forerunner: str
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ class Reproduce:
     recipe: str
 
 
+BORN = ("born", "reborn", "carried on")
+
+
 def _most(values: Sequence[object]) -> float:
     return max([got for value in values if (got := f.number(value)) is not None], default=0.0)
 
@@ -106,16 +111,16 @@ def _share(value: object, most: float) -> float | None:
     return None if got is None or most <= 0 else got / most
 
 
-def specialists(record: Mapping[str, Any]) -> list[Specialist]:
+def specialists(record: Mapping[str, Any], t: Say) -> list[Specialist]:
     """Every specialist beside its parent; empty where the record has none."""
     domains = f.part(record, "domains")
     known = {str(name): f.part(domains, name) for name in domains if f.part(domains, name, "specialist")}
     both = [f.part(domain, who) for domain in known.values() for who in ("specialist", "parent")]
     most = {what: _most([model.get(what) for model in both]) for what in ("parameters", "latency_ms")}
-    return [_specialist(name, domain, most) for name, domain in known.items()]
+    return [_specialist(name, domain, most, t) for name, domain in known.items()]
 
 
-def _specialist(name: str, domain: Mapping[str, Any], most: Mapping[str, float]) -> Specialist:
+def _specialist(name: str, domain: Mapping[str, Any], most: Mapping[str, float], t: Say) -> Specialist:
     own, other = f.part(domain, "specialist"), f.part(domain, "parent")
     unit = f.unit_of(domain.get("metric"))
     before, after = f.number(other.get("score")), f.number(own.get("score"))
@@ -124,51 +129,70 @@ def _specialist(name: str, domain: Mapping[str, Any], most: Mapping[str, float])
         method=f.text(own.get("method")),
         digest=f.digest(own.get("digest")),
         path=f.text(own.get("path")),
-        parameters=_pair(own, other, "parameters", most, "smaller"),
-        latency=_pair(own, other, "latency_ms", most, "faster"),
-        size=f"{f.size(own.get('bytes'))} (parent {f.size(other.get('bytes'))})",
+        parameters=_pair(own, other, "parameters", most, t),
+        latency=_pair(own, other, "latency_ms", most, t),
+        size=t("{own} (parent {other})", own=f.size(own.get("bytes")), other=f.size(other.get("bytes"))),
         scores=f"{unit.score(before)} → {unit.score(after)}",
-        change=_change(unit, before, after),
+        change="" if before is None or after is None else unit.named(after - before, t),
+        forerunner=_forerunner(own, unit, f.higher_is_better(domain.get("metric")), t),
     )
 
 
-def _change(unit: f.Unit, before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f"{unit.change(after - before)} {unit.name}".strip()
+def born(word: object, t: Say) -> str:
+    """How a specialist came into its round; other words than the three are data."""
+    return t(str(word)) if word in BORN else "" if word is None else f.text(word)
 
 
-def _pair(own: Mapping[str, Any], other: Mapping[str, Any], what: str, most: Mapping[str, float], word: str) -> Pair:
+def validity(value: object, higher: bool) -> float | None:
+    """A specialist's validation value in its metric's own direction (losses are recorded negative)."""
+    got = f.number(value)
+    return got if got is None or higher else -got
+
+
+def _forerunner(own: Mapping[str, Any], unit: f.Unit, higher: bool, t: Say) -> str:
+    """One line about the specialist of the round before; nothing where the record knows none."""
+    before, word = f.part(own, "forerunner"), born(own.get("born"), t)
+    if not before:
+        return word
+    old, new = (validity(row.get("valid"), higher) for row in (before, own))
+    score = t("forerunner {old} → {new}", old=unit.score(before.get("score")), new=unit.score(own.get("score")))
+    checked = t("on validation rows {old} → {new}", old=unit.score(old), new=unit.score(new))
+    return ", ".join(said for said in (word, score, "" if old is None and new is None else checked) if said)
+
+
+def _pair(own: Mapping[str, Any], other: Mapping[str, Any], what: str, most: Mapping[str, float], t: Say) -> Pair:
     show = f.big if what == "parameters" else f.milliseconds
     mine, theirs = own.get(what), other.get(what)
     return Pair(
         own=show(mine),
         other=show(theirs),
-        own_svg=charts.bar(_share(mine, most[what]), "own", f"specialist: {show(mine)}"),
-        other_svg=charts.bar(_share(theirs, most[what]), "other", f"parent: {show(theirs)}"),
-        ratio=_ratio(theirs, mine, word),
+        own_svg=charts.bar(_share(mine, most[what]), "own", t("specialist: {value}", value=show(mine))),
+        other_svg=charts.bar(_share(theirs, most[what]), "other", t("parent: {value}", value=show(theirs))),
+        ratio=_ratio(theirs, mine, "{times}× smaller" if what == "parameters" else "{times}× faster", t),
     )
 
 
-def _ratio(large: object, small: object, word: str) -> str:
+def _ratio(large: object, small: object, words: str, t: Say) -> str:
     above, below = f.number(large), f.number(small)
     if above is None or below is None or below <= 0 or above <= 0 or above < below:
         return ""
-    return "same" if above / below < 1.05 else f"{above / below:.1f}× {word}"
+    return t("same") if above / below < 1.05 else t(words, times=f"{above / below:.1f}")
 
 
-def crossings(record: Mapping[str, Any]) -> list[Crossing]:
+def crossings(record: Mapping[str, Any], t: Say) -> list[Crossing]:
     """What crossed from each domain."""
     domains = f.part(record, "domains")
     most = _most([crossed_bytes(f.part(domains, name)) for name in domains])
-    return [_crossing(str(name), f.part(domains, name), most) for name in domains]
+    return [_crossing(str(name), f.part(domains, name), most, t) for name in domains]
 
 
-def _crossing(name: str, domain: Mapping[str, Any], most: float) -> Crossing:
+def _crossing(name: str, domain: Mapping[str, Any], most: float, t: Say) -> Crossing:
     share, total = f.part(domain, "share"), crossed_bytes(domain)
     what = [
         (f.text(row.get("what")), f.text(row.get("kind")), f.size(row.get("bytes")))
         for row in f.rows(domain, "crossed")
     ]
-    permissions = [(word, f.text(share.get(word))) for word in ("texts", "labels", "private") if word in share]
+    permissions = [(t(word), _allowed(share.get(word), t)) for word in ("texts", "labels", "private") if word in share]
     counted = f.part(domain, "rows")
     return Crossing(
         domain=f.text(name),
@@ -179,6 +203,10 @@ def _crossing(name: str, domain: Mapping[str, Any], most: float) -> Crossing:
         permissions=permissions,
         rows=", ".join(f"{f.count(counted[split])} {f.text(split)}" for split in counted if counted[split]),
     )
+
+
+def _allowed(value: object, t: Say) -> str:
+    return t("yes" if value else "no") if isinstance(value, bool) else f.text(value)
 
 
 def costs(record: Mapping[str, Any], at_most: int = 14) -> Costs | None:
@@ -212,14 +240,16 @@ def warnings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("", said) for said in f.texts(record, "warnings")] + own
 
 
-def reproduce(record: Mapping[str, Any]) -> Reproduce:
+def reproduce(record: Mapping[str, Any], t: Say) -> Reproduce:
     """How to do it again."""
     versions = f.part(record, "versions")
     return Reproduce(
         commands=f.texts(record, "reproduce"),
         seed=f.text(record.get("seed")),
         key=f.digest(record.get("key")),
-        models=[_model(role, f.part(record, role)) for role in ("base", "incumbent", "candidate") if record.get(role)],
+        models=[
+            _model(t(role), f.part(record, role)) for role in ("base", "incumbent", "candidate") if record.get(role)
+        ],
         versions=[(f.text(name), f.text(versions[name])) for name in sorted(versions, key=str)],
         recipe=_yaml(f.part(record, "recipe")),
     )

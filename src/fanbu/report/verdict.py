@@ -9,6 +9,7 @@ from typing import Any
 
 from fanbu.report import charts
 from fanbu.report import format as f
+from fanbu.report.words import Say, counted
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ _WORDS = {True: ("accepted", "Promoted"), False: ("refused", "Kept the old one")
 _TESTED = ("holds", "worse", "improved", "wins", "losses", "n", "smallest_detectable", "p", "p_holm")
 
 
-def banner(record: Mapping[str, Any]) -> Banner:
+def banner(record: Mapping[str, Any], t: Say) -> Banner:
     """The verdict's banner."""
     verdict = f.part(record, "verdict")
     accepted = verdict.get("accepted")
@@ -86,14 +87,14 @@ def banner(record: Mapping[str, Any]) -> Banner:
         Check(f.text(row.get("name")), _passed(row.get("passed")), f.text(row.get("detail")))
         for row in f.rows(verdict, "checks")
     ]
-    return Banner(state, word, f.text(verdict.get("reason")), checks, _facts(record))
+    return Banner(state, t(word), f.text(verdict.get("reason")), checks, _facts(record, t))
 
 
 def _passed(value: object) -> str:
     return {True: "passed", False: "failed"}[value] if isinstance(value, bool) else "not checked"
 
 
-def _facts(record: Mapping[str, Any]) -> list[Fact]:
+def _facts(record: Mapping[str, Any], t: Say) -> list[Fact]:
     verdict = f.part(record, "verdict")
     average, kept, unit = f.part(verdict, "average"), f.part(verdict, "gain_kept"), average_unit(record)
     stages = f.rows(record, "costs")
@@ -102,23 +103,29 @@ def _facts(record: Mapping[str, Any]) -> list[Fact]:
     peaks = [got for row in stages if (got := f.number(row.get("peak_bytes"))) is not None]
     crossed = [got for d in f.part(record, "domains").values() if (got := crossed_bytes(d)) is not None]
     reused = len(stages) - len(fresh)
-    time_note = [f"peak memory {f.size(max(peaks))}"] if peaks else []
-    time_note += [f"{reused} of {len(stages)} stages reused"] if reused else []
-    change = f"{unit.change(average.get('delta'))} {unit.name}".strip() if average else f.DASH
+    time_note = [t("peak memory {size}", size=f.size(max(peaks)))] if peaks else []
+    time_note += [t("{n} of {all} stages reused", n=reused, all=len(stages))] if reused else []
     return [
-        Fact("Average change", change, unit.interval(average.get("low"), average.get("high"))),
-        Fact("Gain kept", f.percent(kept.get("value")), _percents(kept.get("low"), kept.get("high"))),
-        Fact("Time", f.seconds(sum(spent)) if spent else f.DASH, ", ".join(time_note)),
-        Fact("Left its owners", f.size(sum(crossed)) if crossed else f.DASH, _from(len(crossed))),
+        Fact(t("Average change"), unit.named(average.get("delta"), t), unit.interval(*_ends(average), t)),
+        Fact(t("Gain kept"), f.percent(kept.get("value")), percents(*_ends(kept), t)),
+        Fact(t("Time"), f.seconds(sum(spent)) if spent else f.DASH, ", ".join(time_note)),
+        Fact(t("Left its owners"), f.size(sum(crossed)) if crossed else f.DASH, _from(len(crossed), t)),
     ]
 
 
-def _percents(low: object, high: object) -> str:
-    return "" if f.number(low) is None and f.number(high) is None else f"{f.percent(low)} to {f.percent(high)}"
+def _ends(interval: Mapping[str, Any]) -> tuple[object, object]:
+    return interval.get("low"), interval.get("high")
 
 
-def _from(domains: int) -> str:
-    return "" if domains == 0 else f"from {domains} domain{'s' if domains > 1 else ''}"
+def percents(low: object, high: object, t: Say) -> str:
+    """An interval of shares in whole percent; nothing where it is not known."""
+    if f.number(low) is None and f.number(high) is None:
+        return ""
+    return f.between(f.percent(low), f.percent(high), t)
+
+
+def _from(domains: int, t: Say) -> str:
+    return counted(t, domains, "from {n} domain", "from {n} domains") if domains else ""
 
 
 def crossed_bytes(domain: object) -> float | None:
@@ -133,17 +140,20 @@ def average_unit(record: Mapping[str, Any]) -> f.Unit:
     return f.common_unit([f.unit_of(f.part(judged, name).get("metric")) for name in judged])
 
 
-def forest(record: Mapping[str, Any]) -> Forest | None:
+def forest(record: Mapping[str, Any], t: Say) -> Forest | None:
     """The paired changes with the domain told; None where the record has none."""
     verdict = f.part(record, "verdict")
     judged = {str(name): f.part(f.part(verdict, "domains"), name) for name in f.part(verdict, "domains")}
     fed = {name: row for name, row in judged.items() if row.get("role") != "guard"}
     guards = {name: row for name, row in judged.items() if row.get("role") == "guard"}
-    groups = [("Domains that fed back", fed), ("Guards: nobody fed these, and they must not get worse", guards)]
-    return _forest(groups, f.part(verdict, "average"), average_unit(record))
+    groups = [
+        (t("Domains that fed back"), fed),
+        (t("Guards: nobody fed these, and they must not get worse"), guards),
+    ]
+    return _forest(groups, f.part(verdict, "average"), average_unit(record), t)
 
 
-def untold_forest(record: Mapping[str, Any]) -> Forest | None:
+def untold_forest(record: Mapping[str, Any], t: Say) -> Forest | None:
     """The paired changes where the model finds the domain itself."""
     verdict = f.part(record, "verdict")
     untold = f.part(verdict, "untold")
@@ -151,7 +161,7 @@ def untold_forest(record: Mapping[str, Any]) -> Forest | None:
         str(name): {**_only(f.part(verdict, "domains", str(name)), ("metric", "role")), **f.part(untold, name)}
         for name in untold
     }
-    return _forest([("", found)], {}, average_unit(record))
+    return _forest([("", found)], {}, average_unit(record), t)
 
 
 def _only(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -159,17 +169,21 @@ def _only(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _forest(
-    groups: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], average: Mapping[str, Any], unit: f.Unit
+    groups: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], average: Mapping[str, Any], unit: f.Unit, t: Say
 ) -> Forest | None:
     every = [row for _, group in groups for row in group.values()]
     if not every:
         return None
     scale = _scale([*every, average])
     most = max([f.number(row.get("n")) or 0.0 for row in every])
-    drawn = [(title, [_row(name, row, scale, most) for name, row in group.items()]) for title, group in groups if group]
-    axis = charts.axis(scale, lambda tick: _tick(unit, tick), f"axis: change in {unit.name or 'the metric'}")
+    drawn = [
+        (title, [_row(name, row, scale, most, t) for name, row in group.items()]) for title, group in groups if group
+    ]
+    axis = charts.axis(
+        scale, lambda tick: _tick(unit, tick), t("axis: change in {unit}", unit=t(unit.name or "the metric"))
+    )
     tested = any(row.get(what) is not None for row in every for what in _TESTED)
-    middle = _average(average, scale, unit, any(row.get("role") == "guard" for row in every)) if average else None
+    middle = _average(average, scale, unit, any(row.get("role") == "guard" for row in every), t) if average else None
     return Forest(drawn, middle, axis, unit.name, tested, _kinds(every, middle))
 
 
@@ -192,17 +206,17 @@ def _scale(every: Sequence[Mapping[str, Any]]) -> charts.Scale:
     return charts.scale_of([0.0, *ends, *margins])
 
 
-def _row(name: str, row: Mapping[str, Any], scale: charts.Scale, most: float) -> ForestRow:
+def _row(name: str, row: Mapping[str, Any], scale: charts.Scale, most: float, t: Say) -> ForestRow:
     metric = row.get("metric")
     unit = f.unit_of(metric)
     delta, low, high, n = (f.number(row.get(side)) for side in ("delta", "low", "high", "n"))
     margin, floor = f.number(row.get("margin")), f.number(row.get("floor"))
-    change, interval = unit.change(delta), unit.interval(low, high)
-    bound = f", one-sided bound {unit.change(floor)}" if floor is not None else ""
-    bound += f", margin {unit.change(-margin)}" if margin is not None else ""
-    label = f"{f.text(name)}: change {change}, interval {interval}{bound}"
+    change, interval = unit.change(delta), unit.interval(low, high, t)
+    label = t("{name}: change {change}, interval {interval}", name=f.text(name), change=change, interval=interval)
+    label += t(", one-sided bound {bound}", bound=unit.change(floor)) if floor is not None else ""
+    label += t(", margin {margin}", margin=unit.change(-margin)) if margin is not None else ""
     weight = math.sqrt(n / most) if n and most and n > 0 else 0.5
-    sign, outcome = _outcome(row)
+    sign, outcome = _outcome(row, t)
     return ForestRow(
         name=f.text(name),
         metric="" if metric is None else f.text(metric).replace("_", " "),
@@ -210,7 +224,7 @@ def _row(name: str, row: Mapping[str, Any], scale: charts.Scale, most: float) ->
         change=change,
         interval=interval,
         pairs=_pairs(row),
-        rows="" if n is None else f"of {f.count(n)}",
+        rows="" if n is None else t("of {n}", n=f.count(n)),
         detectable=unit.score(row.get("smallest_detectable")),
         p=_p(row),
         outcome=outcome,
@@ -230,52 +244,58 @@ def _p(row: Mapping[str, Any]) -> str:
     return f.p_value(row.get("p_holm")) if f.number(row.get("p_holm")) is not None else f.p_value(row.get("p"))
 
 
-def _outcome(row: Mapping[str, Any]) -> tuple[str, str]:
+def _outcome(row: Mapping[str, Any], t: Say) -> tuple[str, str]:
     """The sign and the word for what the test found in one domain."""
     if row.get("worse") is True:
-        return "▼", "worse, within the margin" if row.get("holds") is True else "worse"
+        return "▼", t("worse, within the margin" if row.get("holds") is True else "worse")
     if row.get("holds") is False:
-        return "✗", "not shown to hold"
+        return "✗", t("not shown to hold")
     if row.get("improved") is True:
-        return "▲", "better"
-    return ("✓", "holds") if row.get("holds") is True else ("", f.DASH)
+        return "▲", t("better")
+    return ("✓", t("holds")) if row.get("holds") is True else ("", f.DASH)
 
 
-def _average(average: Mapping[str, Any], scale: charts.Scale, unit: f.Unit, guarded: bool) -> ForestRow:
+def _average(average: Mapping[str, Any], scale: charts.Scale, unit: f.Unit, guarded: bool, t: Say) -> ForestRow:
     delta, low, high = (f.number(average.get(side)) for side in ("delta", "low", "high"))
-    change, interval = unit.change(delta), unit.interval(low, high)
+    change, interval = unit.change(delta), unit.interval(low, high, t)
     if low is None or high is None:
         sign, outcome = "", f.DASH
     elif low > 0:
-        sign, outcome = "▲", "better"
+        sign, outcome = "▲", t("better")
     else:
-        sign, outcome = ("▼", "worse") if high < 0 else ("", "unclear")
-    label = f"Average: change {change}, interval {interval}"
+        sign, outcome = ("▼", t("worse")) if high < 0 else ("", t("unclear"))
+    name = t("Average")
+    label = t("{name}: change {change}, interval {interval}", name=name, change=change, interval=interval)
     svg = charts.forest_diamond(scale, delta, low, high, label)
     detectable = unit.score(average.get("smallest_detectable"))
-    over = "of those that fed back" if guarded else ""
-    return ForestRow("Average", over, "", change, interval, f.DASH, "", detectable, _p(average), outcome, sign, svg)
+    over = t("of those that fed back") if guarded else ""
+    return ForestRow(name, over, "", change, interval, f.DASH, "", detectable, _p(average), outcome, sign, svg)
 
 
-def limits(record: Mapping[str, Any]) -> list[str]:
+def limits(record: Mapping[str, Any], t: Say) -> list[str]:
     """What the test could not have seen, in sentences."""
     judged = f.part(record, "verdict", "domains")
     domains = {f.text(name): f.part(judged, name) for name in judged}
     seed = "" if record.get("seed") is None else f" ({f.text(record.get('seed'))})"
     return [
-        *_blind_spots(domains),
-        *_narrow_margins(domains),
-        *_saturated(domains),
-        *_unguarded(domains),
-        *_untold(record),
-        f"One training seed{seed}. The intervals cover the choice of test rows, not the luck of training: "
-        "another seed can give another model.",
-        "The test rows come from where the training rows come from. "
-        "What changes in the world after they were collected is not in these numbers.",
+        *_blind_spots(domains, t),
+        *_narrow_margins(domains, t),
+        *_saturated(domains, t),
+        *_unguarded(domains, t),
+        *_untold(record, t),
+        t(
+            "One training seed{seed}. The intervals cover the choice of test rows, not the luck of training: "
+            "another seed can give another model.",
+            seed=seed,
+        ),
+        t(
+            "The test rows come from where the training rows come from. "
+            "What changes in the world after they were collected is not in these numbers."
+        ),
     ]
 
 
-def _blind_spots(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _blind_spots(domains: Mapping[str, Mapping[str, Any]], t: Say) -> list[str]:
     seen = [
         (got, name) for name, row in domains.items() if (got := f.number(row.get("smallest_detectable"))) is not None
     ]
@@ -285,21 +305,22 @@ def _blind_spots(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
         seen.sort()
         (fine, finest), (coarse, coarsest) = seen[0], seen[-1]
         sharp, dull = (
-            _amount(value, domains[name]) + f" in {name}" for value, name in ((fine, finest), (coarse, coarsest))
+            t("{amount} in {name}", amount=_amount(value, domains[name], t), name=name)
+            for value, name in ((fine, finest), (coarse, coarsest))
         )
-        span = f"from {sharp} to {dull}" if len(seen) > 1 else dull
-        said.append(f"Changes smaller than the smallest visible one could have gone unseen: {span}.")
+        span = t("from {low} to {high}", low=sharp, high=dull) if len(seen) > 1 else dull
+        said.append(t("Changes smaller than the smallest visible one could have gone unseen: {span}.", span=span))
     if blind:
-        said.append(f"The power of the test is not known for {_listed(blind)}.")
+        said.append(t("The power of the test is not known for {names}.", names=listed(blind, t)))
     return said
 
 
-def _amount(value: float, row: Mapping[str, Any]) -> str:
+def _amount(value: float, row: Mapping[str, Any], t: Say) -> str:
     unit = f.unit_of(row.get("metric"))
-    return f"{unit.score(value)} {unit.name}".strip()
+    return f"{unit.score(value)} {t(unit.name)}".strip()
 
 
-def _narrow_margins(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _narrow_margins(domains: Mapping[str, Mapping[str, Any]], t: Say) -> list[str]:
     narrow = [
         name
         for name, row in domains.items()
@@ -310,34 +331,39 @@ def _narrow_margins(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not narrow:
         return []
     return [
-        f"The margin is finer than what the rows can resolve in {_listed(narrow)}: "
-        "there, even a model that lost nothing may fail the test. More test rows would help."
+        t(
+            "The margin is finer than what the rows can resolve in {names}: "
+            "there, even a model that lost nothing may fail the test. More test rows would help.",
+            names=listed(narrow, t),
+        )
     ]
 
 
-def _saturated(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _saturated(domains: Mapping[str, Mapping[str, Any]], t: Say) -> list[str]:
     full = [
         name
         for name, row in domains.items()
         if f.unit_of(row.get("metric")) == f.POINTS and (f.number(row.get("incumbent")) or 0) >= 0.97
     ]
-    return [f"The incumbent leaves little to gain in {_listed(full)} (97% or more)."] if full else []
+    said = "The incumbent leaves little to gain in {names} (97% or more)."
+    return [t(said, names=listed(full, t))] if full else []
 
 
-def _unguarded(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _unguarded(domains: Mapping[str, Mapping[str, Any]], t: Say) -> list[str]:
     if any(row.get("role") == "guard" for row in domains.values()):
         return []
-    return ["No guard domain was set: what nobody fed was not measured, so general ability may have changed unseen."]
+    return [t("No guard domain was set: what nobody fed was not measured, so general ability may have changed unseen.")]
 
 
-def _untold(record: Mapping[str, Any]) -> list[str]:
+def _untold(record: Mapping[str, Any], t: Say) -> list[str]:
     verdict = f.part(record, "verdict")
     if f.part(verdict, "untold") or verdict.get("mode") == "untold" or record.get("task") == "causal-lm":
         return []
-    return ["Only told scores were judged: whether the model finds the domain by itself was not tested."]
+    return [t("Only told scores were judged: whether the model finds the domain by itself was not tested.")]
 
 
-def _listed(names: Sequence[str], at_most: int = 6) -> str:
+def listed(names: Sequence[str], t: Say, at_most: int = 6) -> str:
+    """Names in a sentence, the first few of many."""
     shown = list(names[:at_most])
     more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    return ", ".join(shown) + (t(" and {n} more", n=more) if more else "")
