@@ -10,9 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _stand_ins import llama
-
 import fanbu
+from _stand_ins import llama
 from fanbu.data.standard_library import function_bodies
 from fanbu.progress import bar, log
 from fanbu.report.text import summary

@@ -10,9 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _stand_ins import classifier, write_csv
-
 import fanbu
+from _stand_ins import classifier, write_csv
 from fanbu.progress import bar, log
 from fanbu.report.text import summary
 

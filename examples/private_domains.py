@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _stand_ins import ENCODER, write_csv
-
 import fanbu
+from _stand_ins import ENCODER, write_csv
 from fanbu.errors import BoundaryError
 from fanbu.progress import bar, log
 from fanbu.report.text import summary

@@ -1,0 +1,135 @@
+"""The steps of a round by themselves: ``fanbu shrink``, ``fanbu feed``, ``fanbu judge``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fanbu.cli import shared
+from fanbu.cli.shared import Device, Domains, Json, Seed, Set
+from fanbu.errors import UsageError
+
+if TYPE_CHECKING:
+    from fanbu.contribution import Contribution
+    from fanbu.domain import Domain
+    from fanbu.types import Context, ProbeSet
+
+
+def shrink(
+    model: Annotated[str, typer.Argument(help="The large model: directory, package:NAME/folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Where the specialist goes.")],
+    domains: Domains, domain: Annotated[str, typer.Option(help="Which of the domains.")],
+    method_name: Annotated[
+        str, typer.Option("--method", help="A way down.", autocompletion=shared.ways("shrink"))
+    ] = "finetune",
+    change: Set = None, seed: Seed = None, device: Device = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make one specialist from a large model."""
+    from fanbu.catalogue import method
+
+    way = method(method_name, "shrink")
+    arguments = shared.arguments_of(change)
+    way.check(arguments)
+    chosen = shared.domains_of(domains, [domain])[domain]
+    with shared.context_of(seed, device) as context:
+        parent = _opened(model, chosen, out, context)
+        made = way.shrink(parent, chosen, out, context, **arguments)
+    told = {"model": str(made.path), "digest": made.digest, "parameters": made.parameters}
+    shared.print_values({**told, **dict(made.manifest["metrics"])}, as_json)
+
+
+def feed(
+    base: Annotated[str, typer.Argument(help="The large model.")],
+    out: Annotated[Path, typer.Argument(help="Where the new large model goes.")],
+    domains: Domains,
+    specialist: Annotated[list[str], typer.Option(help="DOMAIN=DIRECTORY; repeatable.")],
+    method_name: Annotated[
+        str, typer.Option("--method", help="A way back.", autocompletion=shared.ways("feedback"))
+    ] = "distill",
+    change: Set = None, seed: Seed = None, device: Device = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Feed specialists back into a large model; contributions pass the boundary and are kept beside OUT."""
+    from dataclasses import replace
+
+    from fanbu.boundary import cross
+    from fanbu.catalogue import method
+    from fanbu.domain import Specialist
+    from fanbu.model import open_model
+
+    way, arguments = method(method_name, "feedback"), shared.arguments_of(change)
+    way.check(arguments)
+    folders = dict(_pair(s) for s in specialist)
+    chosen = shared.domains_of(domains, list(folders))
+    with shared.context_of(seed, device) as context:
+        large = open_model(base)
+        sent: list[Contribution] = []
+        probe, texts = _probe(chosen, out) if way.needs.probe or way.name == "probe" else (context.probe, [])
+        context = replace(context, probe=probe)
+        for name, folder in folders.items():
+            own = Specialist(open_model(folder), chosen[name], large)
+            contribution = way.contribute(own, large, context, **arguments)
+            sent.append(cross(contribution, chosen[name].share, out.with_name(f"{out.name}.{name}.contribution")))
+        made = way.absorb(large, sent, out, context, **arguments)
+    crossed = {name: sum(c.bytes for c in [*texts, *sent] if c.domain == name) for name in folders}
+    told = {"model": str(made.path), "digest": made.digest, "crossed": crossed}
+    shared.print_values(told, as_json)
+
+
+def judge(
+    incumbent: Annotated[str, typer.Argument(help="The old large model.")],
+    candidate: Annotated[str, typer.Argument(help="The new one.")],
+    domains: Domains, change: Set = None, seed: Seed = None, device: Device = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Compare two large models on the domains' test rows; exit 0 if the new one is accepted, 3 if not."""
+    from fanbu import api
+    from fanbu.model import open_model
+    from fanbu.recipe import read_gate
+    from fanbu.report.text import verdict_table
+
+    gate = read_gate(shared.arguments_of(change))
+    chosen = shared.domains_of(domains, None)
+    with shared.context_of(seed, device) as context:
+        verdict = api.judge(open_model(candidate), open_model(incumbent), chosen, context, gate)
+    typer.echo(json.dumps(verdict) if as_json else verdict_table(verdict, shared.words()))
+    raise typer.Exit(0 if verdict["accepted"] else 3)
+
+
+def _opened(source: str, domain: Domain, out: Path, context: Context) -> Any:
+    """A bare body is opened as a classifier beside OUT first, and said so."""
+    from fanbu.heads import open_classifier
+    from fanbu.model import load_tokenizer, open_model, provenance, save_network
+    from fanbu.progress import log
+
+    model = open_model(source)
+    if model.task is not None or domain.task != "text-classification":
+        return model
+    log(f"{source} is a bare body: opened as a classifier in {out}.opened")
+    network = open_classifier(model, context)
+    return save_network(
+        network, load_tokenizer(model), out.with_name(f"{out.name}.opened"), provenance("open", [model], context)
+    )
+
+
+def _probe(domains: Mapping[str, Domain], out: Path) -> tuple[ProbeSet, list[Contribution]]:
+    """The texts of the domains that share texts, through their boundaries and without test texts, as in a round."""
+    from fanbu.boundary import cross
+    from fanbu.data.check import normalised
+    from fanbu.turn import probe_rows, probe_texts
+    from fanbu.types import ProbeSet
+
+    sharing = [d for d in domains.values() if d.share.texts]
+    sent = [cross(probe_texts(d, None), d.share, out.with_name(f"{out.name}.{d.name}.texts")) for d in sharing]
+    held_out = {normalised(text) for d in domains.values() for text in d.test.texts}
+    rows = [row for texts in sent for row in probe_rows(texts) if normalised(row.text) not in held_out]
+    return ProbeSet(tuple(rows)), sent
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not equals:
+        raise UsageError("flag", "--specialist", allowed="DOMAIN=DIRECTORY", got=text, remedy="write it like this")
+    return name, folder
