@@ -1,4 +1,4 @@
-"""Your own Hugging Face classifier and your CSV files: two new domains, two rounds.
+"""Your own Hugging Face classifier and your CSV files: two new domains, one round.
 
 Run: python examples/own_classifier.py [--model DIR] [--csv a.csv --csv b.csv --text COLUMN --label COLUMN]
 Without flags it makes a classifier with two labels of its own and two CSV files, on the spot.
@@ -25,14 +25,13 @@ def main() -> None:
     flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fanbu-own-classifier")
     args = flags.parse_args()
     model = args.model or classifier(args.work / "classifier")
-    files = args.csv or [write_csv(args.work / "data", area, 300) for area in ("system", "developer")]
+    files = args.csv or [write_csv(args.work / "data", area, 400) for area in ("system", "developer")]
     recipe = {
         "fanbu": 1, "name": "own-classifier", "model": str(model), "workspace": str(args.work / "workspace"),
-        "max_length": 32, "rounds": 2,
+        "max_length": 32,
         "domains": {
             file.stem: {
                 "train": str(file), "test": 0.3, "valid": 0.1, "columns": {"text": args.text, "label": args.label},
-                "arrivals": 2,  # half of the labelled rows come in the second round
             }
             for file in files
         },

@@ -49,7 +49,7 @@ def _load_file(source: str, columns: Mapping[str, str] | None, labelled: bool, b
     if unknown:
         raise UsageError("column-map", "unknown key in columns", allowed=COLUMNS, got=unknown, remedy="remove it")
     rows = []
-    for number, record in enumerate(_records(source)):
+    for number, record in enumerate(raw_records(source)):
         text, label = record.get(names["text"]), record.get(names["label"])
         where = f"row {number + 1} of {source}"
         if not isinstance(text, str):
@@ -80,7 +80,8 @@ def _column(where: str, column: str, record: Mapping[str, Any]) -> DataError:
     )
 
 
-def _records(source: str) -> Iterator[Mapping[str, Any]]:
+def raw_records(source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file or ``datasets`` name as they are, column by column."""
     if source.startswith("datasets:"):
         yield from _hub(source)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fanbu.data.check import normalised
-from fanbu.data.load import _records as read_records
+from fanbu.data.load import raw_records
 from fanbu.errors import DataError
 from fanbu.init.columns import Ask, Columns, Record, guess, missing
 from fanbu.init.files import Files
@@ -38,7 +38,7 @@ def look(
 
     ``said`` holds the columns that the user named (``text``, ``label``, ``name`` for the id).
     """
-    raw: Splits = {split: list(read_records(str(path))) for split, path in files.splits.items()}
+    raw: Splits = {split: list(raw_records(str(path))) for split, path in files.splits.items()}
     if not raw["train"]:
         path = files.splits["train"]
         raise DataError("empty-split", f"{path} has no rows", got=0, remedy="give a file with rows")
