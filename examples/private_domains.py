@@ -43,20 +43,19 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fanbu-private-domains")
     work = flags.parse_args().work
-    files = [write_csv(work / "data", area, 300) for area in ("system", "developer")]
+    files = [write_csv(work / "data", area, 260) for area in ("system", "developer")]
     for method, share in (("multitask", "internal"), ("distill", "private")):
         try:
             fanbu.run(recipe(work, files, {"method": method}, share))
         except BoundaryError as error:
             print(f"{method} with share: {share} is refused: {error}\n")
-    for feedback in ({"method": "average"}, {"method": "distill", "train": TUNE}):
-        with bar() as progress:
-            record = fanbu.run(recipe(work, files, feedback, "internal"), progress=progress, log=log)
-        print(f"{feedback['method']}: {summary(record)}")
-        for name, domain in record["domains"].items():
-            sent = sorted({f"{c['what']} ({c['kind']})" for c in domain["crossed"]})
-            print(f"{name} let out: {', '.join(sent)}")
-        print()
+    with bar() as progress:
+        value = recipe(work, files, {"method": "distill", "train": TUNE}, "internal")
+        record = fanbu.run({**value, "references": [{"method": "average"}]}, progress=progress, log=log)
+    print(summary(record))
+    for name, domain in record["domains"].items():
+        sent = sorted({f"{c['what']} ({c['kind']})" for c in domain["crossed"]})
+        print(f"{name} let out: {', '.join(sent)}")
 
 
 if __name__ == "__main__":

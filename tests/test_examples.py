@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOLD = {
-    "own_classifier": ["12 labels, of them from your classifier: general/complaint, general/praise"],
+    "own_classifier": ["labels, of them from your classifier: general/complaint, general/praise"],
     "causal": ["numbers", "nats a token"],
     "private_domains": ["multitask with share: internal is refused", "distill with share: private is refused",
                         "average contribution (weights)", "distill contribution (predictions)"],
