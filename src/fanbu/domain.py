@@ -183,8 +183,11 @@ def _read(
             raw["train"], raw[split] = carve(raw["train"], source, f"{name}/{split}")
         else:
             raise UsageError(
-                "split-share", f"{name}: {split}", allowed="a file or 0 < share < 1", got=source,
-                remedy="name a file, or write a number between 0 and 1"
+                "split-share",
+                f"{name}: {split}",
+                allowed="a file or 0 < share < 1",
+                got=source,
+                remedy="name a file, or write a number between 0 and 1",
             )
     raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
     unknown = set(limit) - set(raw)
