@@ -22,6 +22,7 @@ from fanbu.model import open_model
 from fanbu.recipe import DomainSpec, load_domains, load_recipe
 from fanbu.record import read_records
 from fanbu.tensors import Tensors
+from fanbu.turn import open_turn
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def test_a_round_that_was_overtaken_is_made_anew(
         return result
 
     monkeypatch.setattr(generations, "turn_once", slow)
-    with pytest.raises(RetryError, match="changed the champion"):
+    with pytest.raises(RetryError, match="the champion changed"):
         run(load_recipe({**value, "rounds": 4, "seed": 3}))
     monkeypatch.undo()
     assert run(load_recipe({**value, "rounds": 4, "seed": 3}))["round"] == 4
@@ -266,6 +267,109 @@ def test_a_run_that_fails_says_so_in_the_live_file(copy: tuple[dict[str, Any], P
     live = json.loads((workspace / "live.json").read_text())
     assert live["state"] == "failed"
     assert "gone.jsonl" in live["error"]
+
+
+def test_what_happens_while_a_round_is_at_work_is_not_undone(
+    copy: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A domain is forgotten, or another round ends, meanwhile."""
+    value, workspace = copy
+    whole = generations.turn_once
+
+    def forgetting(turn: Any) -> Any:
+        result = whole(turn)
+        leave(workspace, "rail", forget=True)
+        return result
+
+    monkeypatch.setattr(generations, "turn_once", forgetting)
+    with pytest.raises(RetryError):
+        run(load_recipe({**value, "rounds": 4, "seed": 3}))
+    assert Workspace(workspace).left() == ["rail"]
+    Workspace(workspace).rollback()
+
+    def overtaken(turn: Any) -> Any:
+        result = whole(turn)
+        monkeypatch.setattr(generations, "turn_once", whole)
+        refused = {**value, "rounds": 4, "seed": 4, "gate": {"margin": 0.0, "confidence": 0.9999}}
+        assert run(load_recipe(refused))["decision"] == "refused"
+        return result
+
+    monkeypatch.setattr(generations, "turn_once", overtaken)
+    with pytest.raises(RetryError):
+        run(load_recipe({**value, "rounds": 4, "seed": 3}))
+    assert [e["number"] for e in Workspace(workspace).rounds()] == [1, 2, 3, 4]
+
+
+def test_a_leave_that_was_overtaken_is_not_written(
+    copy: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, workspace = copy
+    whole = generations.without_domain
+
+    def slow(*arguments: Any) -> Any:
+        Workspace(workspace).promote(read_records(workspace)[0]["candidate"]["digest"][:12])
+        return whole(*arguments)
+
+    monkeypatch.setattr(generations, "without_domain", slow)
+    with pytest.raises(RetryError, match="while rail was leaving"):
+        leave(workspace, "rail")
+    assert Workspace(workspace).left() == []
+
+
+def test_forgetting_one_does_not_bring_another_back(copy: tuple[dict[str, Any], Path]) -> None:
+    value, workspace = copy
+    leave(workspace, "food")
+    leave(workspace, "rail", forget=True)  # the first champion, which knows food and not rail
+    assert Workspace(workspace).left() == ["food", "rail"]
+    Workspace(workspace).rollback()
+    Workspace(workspace).promote(read_records(workspace)[2]["incumbent"]["digest"][:12])
+    assert Workspace(workspace).left() == ["food"]  # by hand or not: who left stays away
+    record = run(load_recipe({**value, "rounds": 4}))
+    assert all(label.startswith("rail/") for label in open_model(record["incumbent"]["path"]).labels)
+
+
+def test_one_domain_takes_the_place_of_another(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path)
+    value["domains"]["food"]["leaves"] = 2
+    value["domains"]["rail"]["joins"] = 2
+    value |= {"rounds": 2, "gate": {"margin": 0.5, "margins": {"rail": 0.4}}, "references": []}
+    record = run(load_recipe(value))
+    assert list(record["domains"]) == ["rail"]
+    assert all(label.startswith("rail/") for label in open_model(record["candidate"]["path"]).labels)
+
+
+def test_the_order_of_domains_in_the_recipe_changes_no_bit(spiral: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    value, workspace = spiral
+    turned = {**value, "workspace": str(tmp_path / "ws"), "rounds": 2, "references": []}
+    record = run(load_recipe({**turned, "domains": dict(reversed(value["domains"].items()))}))
+    assert record["candidate"]["digest"] == read_records(workspace)[1]["candidate"]["digest"]
+
+
+def test_another_base_is_found_out_before_the_first_decision(tmp_path: Path, bert: Path) -> None:
+    value = tiny_recipe(tmp_path)
+    run(load_recipe(value))
+    history = tmp_path / "ws" / "history.jsonl"
+    history.write_text(history.read_text().split("\n")[0] + "\n")  # killed after the first champion was named
+    with pytest.raises(UsageError, match="another model"):
+        run(load_recipe({**value, "model": str(bert)}))
+
+
+def test_a_pointer_that_a_kill_left_behind_is_mended(copy: tuple[dict[str, Any], Path]) -> None:
+    value, workspace = copy
+    told = (workspace / "champion.json").read_text()
+    (workspace / "champion.json").write_text(json.dumps({"model": "0" * 64}))
+    run(load_recipe(value))
+    assert (workspace / "champion.json").read_text() == told
+
+
+def test_a_history_without_numbers_is_refused(copy: tuple[dict[str, Any], Path]) -> None:
+    value, workspace = copy
+    path = workspace / "history.jsonl"
+    old = [{k: v for k, v in e.items() if k != "number"} for e in Workspace(workspace).history()]
+    path.write_text("".join(json.dumps(e) + "\n" for e in old))
+    with pytest.raises(UsageError, match="did not number") as caught:
+        run(load_recipe(value))
+    assert caught.value.code == "old-workspace"
 
 
 # Examples and calibration
@@ -330,7 +434,7 @@ def test_labels_whose_rows_are_yet_to_come_wait(tmp_path: Path) -> None:
     domain = load_domain("food", train=train, test=test, valid=0.2, arrived=Arrived(more=True))
     assert domain.labels == ("bread", "fruit")
     assert len(domain.test) == 8
-    assert "wait for training rows" in domain.warnings[0]
+    assert "wait for training rows" in domain.warnings[-1]
     with pytest.raises(FanbuError, match="no training row"):
         load_domain("food", train=train, test=test, valid=0.2)
 
@@ -393,3 +497,31 @@ def test_a_round_in_which_nobody_takes_part() -> None:
 def test_the_finished_round_is_round_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     done: Done = finished_round(tmp_path_factory)
     assert (done.record["round"], done.record["parent"], done.record["decision"]) == (1, None, "promoted")
+
+
+def test_no_test_text_is_asked_about_before_its_time(tmp_path: Path) -> None:
+    """Texts of domains that join later, of labels that wait, and of rows that may be tested once they have a label."""
+    value = tiny_recipe(tmp_path)
+    food, rail = value["domains"]["food"], value["domains"]["rail"]
+    later = rows("rail", 36, 2)  # rail's test rows
+    soup = [{"id": f"s{i}", "text": f"soup of the day {i}", "label": "soup"} for i in range(8)]
+    unlabelled = [*later, *soup, {"id": "u", "text": "a text of nobody's", "label": ""}]
+    food["unlabelled"] = write_rows(tmp_path / "unlabelled.jsonl", unlabelled)
+    food["train"] = write_rows(tmp_path / "train.jsonl", [r for r in rows("food", 90, 0) if r["label"] != "soup"])
+    food["test"] = write_rows(tmp_path / "test.jsonl", [*rows("food", 30, 2), *soup])
+    food["arrivals"] = [{"round": 2, "train": write_rows(tmp_path / "more.jsonl", rows("food", 60, 5))}]
+    rail["joins"] = 2
+    recipe = load_recipe(value)
+    texts = set(open_turn(recipe, open_model(recipe.model), None, []).context.probe.texts)
+    assert "a text of nobody's" in texts
+    assert not texts & {r["text"] for r in [*later, *soup]}
+    shared = load_domain("food", train=food["train"], test=0.4, unlabelled=food["unlabelled"])
+    assert 0 < len(shared.unlabelled) < len(unlabelled)
+    labelled = [RawRow(t, t, "x") for t in shared.unlabelled.texts]
+    assert len(carve(labelled, 0.4, "food/test")[1]) == 1  # the one that every label must give
+
+
+def test_a_guard_whose_rows_arrive(tmp_path: Path) -> None:
+    test = write_rows(tmp_path / "t.jsonl", rows("food", 12, 1))
+    guard = load_domain("food", test=test, role="guard", arrived=Arrived(more=True))
+    assert len(guard.test) == 12

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 
 from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
-from fanbu.data.split import cap, carve, portion
+from fanbu.data.split import cap, carve, not_carved, portion
 from fanbu.data.standard_library import function_bodies
 from fanbu.errors import DataError, UsageError
 from fanbu.model import Model
@@ -40,7 +40,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Domain:
-    """One industry's task. ``role`` is ``guard`` for a domain that feeds nothing and only must not get worse."""
+    """One industry's task. ``role`` is ``guard`` for a domain that feeds nothing and only must not get worse;
+    ``waiting`` are texts of held-out rows that are not tested yet, and must not train anything meanwhile."""
 
     name: str
     task: Task
@@ -53,6 +54,7 @@ class Domain:
     share: Share
     role: Role = "feeds"
     warnings: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -118,7 +120,11 @@ def load_domain(
     """
     _check_arguments(name, task, metric, train, python, test)
     raw = _read(name, train, valid, test, unlabelled, python, columns, task, limit or {}, role, arrived)
-    warnings = [*_set_aside(name, raw, arrived), *_overlap(name, raw)]
+    warnings = list(_overlap(name, raw))
+    waiting: list[RawRow] = []
+    if arrived.more and role == "feeds" and task == "text-classification":
+        waiting = _set_aside(raw)
+        warnings += [f"{name}: {len(waiting)} held-out rows wait for training rows of their label"] if waiting else []
     for split in ("train", "valid", "test"):
         if raw[split] or role == "feeds" or split == "test":
             check_split(name, split, raw[split])
@@ -136,6 +142,7 @@ def load_domain(
     return Domain(
         name, task, tuple(names) if index else (), splits["train"], splits["valid"], splits["test"],
         splits["unlabelled"], metric or METRICS[task][0], share, role, tuple(warnings),
+        tuple(row.text for row in waiting),
     )  # fmt: skip
 
 
@@ -190,6 +197,8 @@ def _read(
                 remedy="name a file, or write a number between 0 and 1",
             )
     raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
+    if isinstance(test, float):  # they may get a label later, and be tested then
+        raw["unlabelled"] = not_carved(raw["unlabelled"], test, f"{name}/test")
     unknown = set(limit) - set(raw)
     if unknown:
         raise UsageError("unknown-split", f"{name}: limit", allowed=sorted(raw), got=unknown, remedy="fix the name")
@@ -205,16 +214,13 @@ def _named(source: Source) -> TypeGuard[str | Sequence[str]]:
     return isinstance(source, (str, list, tuple))
 
 
-def _set_aside(name: str, raw: dict[str, list[RawRow]], arrived: Arrived) -> list[str]:
-    """Where rows are yet to come, leaves those held-out rows for later whose label no training row has."""
-    warnings = []
-    known = {row.label for row in raw["train"]}
-    for split in ("valid", "test") if arrived.more or arrived.portion < arrived.of else ():
-        kept = [row for row in raw[split] if row.label in known]
-        if lost := len(raw[split]) - len(kept):
-            warnings.append(f"{name}: {lost} rows of {split} wait for training rows of their label")
-            raw[split] = kept
-    return warnings
+def _set_aside(raw: dict[str, list[RawRow]]) -> list[RawRow]:
+    """Takes the held-out rows away whose label no training row has yet, and returns them."""
+    known, waiting = {row.label for row in raw["train"]}, []
+    for split in ("valid", "test"):
+        waiting += [row for row in raw[split] if row.label not in known]
+        raw[split] = [row for row in raw[split] if row.label in known]
+    return waiting
 
 
 def _overlap(name: str, raw: dict[str, list[RawRow]]) -> list[str]:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fanbu.errors import UsageError
-from fanbu.heads import domains_of, get_head, set_head
+from fanbu.heads import domains_of
 from fanbu.ledger import Workspace
 from fanbu.live import Live
-from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.model import Model, open_model
 from fanbu.recipe import Recipe, load_domains
 from fanbu.record import make_record, read_record, read_records, record_folder, write_record
-from fanbu.round import Result, turn_once
+from fanbu.round import Result, turn_once, without_domain
 from fanbu.turn import Log, Turn, made_of, start
-from fanbu.types import Context, Progress, digest, silent
+from fanbu.types import Progress, digest, silent
 
 
 def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: Non
     nothing changed, the last record is only read.
     """
     workspace = Workspace(Path(recipe.workspace))
+    workspace.mend()
     live = Live(workspace.root, recipe.name, recipe.rounds)
     try:
         while True:
@@ -65,9 +66,10 @@ def settle(turn: Turn, result: Result) -> dict[str, Any]:
     before = turn.workspace.champion() or {}
     knowing = set(before.get("domains") or [])
     probed = set(domains_of(result.incumbent.labels)) | knowing
-    candidate = _entry(turn, result.candidate, knowing | {d.name for d in turn.feeding})
+    candidate = _entry(turn, result.candidate, probed | {d.name for d in turn.feeding})
     turn.workspace.decide(
-        {**candidate, "round": key, "number": turn.number}, _entry(turn, result.incumbent, probed),
+        {**candidate, "round": key, "number": turn.number},
+        {**_entry(turn, result.incumbent, probed), "base": turn.base.digest},
         result.verdict["accepted"], before=turn.parent and turn.parent.digest,
         reason=result.verdict["reason"], what=turn.what,
     )  # fmt: skip
@@ -85,17 +87,19 @@ def _leave_by_recipe(recipe: Recipe, workspace: Workspace, number: int) -> None:
     for name, spec in recipe.domains.items():
         gone = spec.leaves is not None and number >= spec.leaves
         if champion and gone and name in (champion["domains"] or []) and name not in workspace.left():
-            leave(workspace.root, name, reason=f"the recipe lets it leave in round {spec.leaves}")
+            leave(workspace.root, name, alone=True, reason=f"the recipe lets it leave in round {spec.leaves}")
 
 
 def leave(
-    workspace: str | Path, domain: str, *, forget: bool = False, reason: str = "asked by a person"
+    workspace: str | Path, domain: str, *, forget: bool = False, alone: bool = False,
+    reason: str = "asked by a person",
 ) -> dict[str, Any]:  # fmt: skip
     """A domain leaves: its label rows go, and it takes no part in later rounds. Returns the event.
 
     What its owner taught stays in the other weights. ``forget`` goes back to the last champion that had learned
     nothing from it, or to none (the next round then starts from the base): what other domains taught since has to be
-    fed again, and the result is as if the domain had never joined. `fanbu rollback` undoes either.
+    fed again, and the result is as if the domain had never joined. `fanbu rollback` undoes either. ``alone`` lets the
+    only domain leave too: its label rows then stay until another has joined.
     """
     ledger = Workspace(Path(workspace))
     stack = ledger.champions()
@@ -106,30 +110,18 @@ def leave(
             "unknown-domain", f"the champion of {ledger.root} has learned nothing from this domain",
             allowed=sorted(set(knowing) - set(ledger.left())), got=domain, remedy="check the name",
         )  # fmt: skip
-    left = sorted({*ledger.left(), domain})
+    left, before = sorted({*ledger.left(), domain}), champion["model"]
     if forget:
-        unaware = [e for e in stack if e["model"] and domain not in (e["domains"] or [])]
+        unaware = [e for e in stack if e["model"] and e["domains"] is not None and domain not in e["domains"]]
+        first = (unaware[-1]["number"] or 0) if unaware else 0
         entry = unaware[-1] if unaware else {"model": None, "path": None, "domains": []}
-        return ledger.leave(domain, {**entry, "number": None, "left": left}, reason, forget=True)
-    model = without_domain(ledger, open_model(ledger.root / champion["path"]), domain)
-    path = ledger.relative(model.path)
-    return ledger.leave(domain, {"model": model.digest, "path": path, "domains": knowing, "left": left}, reason)
-
-
-def without_domain(ledger: Workspace, model: Model, domain: str) -> Model:
-    """The model without one domain's label rows; all else bit for bit. A causal model has none, and stays itself."""
-    kept = [label for label in model.labels if label.partition("/")[0] != domain]
-    if len(kept) == len(model.labels):
-        return model
-    if not kept:
+        forgotten = range(first + 1, len(ledger.rounds()) + 1)
+        return ledger.leave(domain, before, {**entry, "number": None, "left": left}, reason, forgotten=forgotten)
+    old = open_model(ledger.root / champion["path"])
+    model = without_domain(ledger, old, domain)
+    if model is old and old.labels and not alone:
         raise UsageError(
             "last-domain", f"{domain} is the only domain that the champion knows", remedy="use --forget to start anew"
         )
-
-    def produce(out: Path, scratch: Path) -> None:
-        network = load_network(model)
-        set_head(network, get_head(network).take(kept))
-        save_network(network, load_tokenizer(model), out / "model", provenance("leave", [model], Context()))
-
-    done = ledger.stage(f"leave {domain}", "fanbu.heads", {"model": model.digest}, produce)
-    return open_model(done.path / "model", verify=False)
+    entry = {"model": model.digest, "path": ledger.relative(model.path), "domains": knowing, "left": left}
+    return ledger.leave(domain, before, entry, reason)

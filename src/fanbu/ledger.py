@@ -13,7 +13,7 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +131,14 @@ class Workspace:
         return list(stack[-1]["left"] or []) if stack else []
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The events that ended a round, in order; the first is round 1."""
-        return [e for e in self.history() if e["event"] in {"promoted", "refused"} and e.get("number")]
+        """The events that ended a round, in order; the first is round 1. UsageError for an older kind of history."""
+        ended = [e for e in self.history() if e["event"] in {"promoted", "refused"}]
+        if any("number" not in e for e in ended):
+            raise UsageError(
+                "old-workspace", f"{self.root} was written by a version that did not number its rounds",
+                remedy="give the recipe another workspace; the models of this one stay where they are",
+            )  # fmt: skip
+        return [e for e in ended if e["number"]]
 
     def champions(self) -> list[dict[str, Any]]:
         """The champions that rollback goes back through, replayed from history; the last is the one of now."""
@@ -166,14 +172,14 @@ class Workspace:
             if any(e["event"] in {"promoted", "refused"} and e.get("round") == entry["round"] for e in self.history()):
                 self._write_pointer()
                 return False
-            now = self.champion()
+            now = (self.champion() or {}).get("model")
+            if now not in {before, parent["model"]} or entry["number"] != len(self.rounds()) + 1:
+                raise RetryError(
+                    "champion-moved", "the champion changed, or another round ended, while this round was at work",
+                    got=now and now[:12], remedy="run again: the round is made anew from the champion of now",
+                )  # fmt: skip
             if now is None:
                 self._point({**dict.fromkeys(_ENTRY), **parent}, "started")
-            elif now["model"] not in {before, parent["model"]}:
-                raise RetryError(
-                    "champion-moved", "another run changed the champion while this round was at work",
-                    got=now["model"][:12], remedy="run again: the round is made anew from the champion of now",
-                )  # fmt: skip
             whole = {**dict.fromkeys(_ENTRY), **entry}
             if accepted:
                 self._point(whole, "promoted", parent=parent["model"], **said)
@@ -181,19 +187,33 @@ class Workspace:
                 self._log({"event": "refused", **whole, "parent": parent["model"], **said})
         return True
 
-    def leave(self, domain: str, entry: Mapping[str, Any], reason: str, *, forget: bool = False) -> dict[str, Any]:
+    def leave(
+        self, domain: str, before: str, entry: Mapping[str, Any], reason: str, *, forgotten: Sequence[int] = ()
+    ) -> dict[str, Any]:  # fmt: skip
         """Makes a model without one domain the champion (``model`` None: none, the next round starts anew).
 
-        ``forget`` says that nothing of the rounds before may be carried on.
+        ``before`` is the champion that it was made from: RetryError where it is no longer the champion. ``forgotten``
+        are the rounds of which nothing may be carried on.
         """
         with self.lock("champion"):
-            told = {"domain": domain, "reason": reason, "forget": forget, "rounds": len(self.rounds())}
+            now = (self.champion() or {}).get("model")
+            if now != before:
+                raise RetryError(
+                    "champion-moved", f"the champion changed while {domain} was leaving", allowed=before[:12],
+                    got=now and now[:12], remedy="let it leave again",
+                )  # fmt: skip
+            told = {"domain": domain, "reason": reason, "forgotten": list(forgotten)}
             self._point({**dict.fromkeys(_ENTRY), **entry}, "left", **told)
             return self.history()[-1]
 
-    def forgotten(self) -> int:
-        """The last round of which nothing may be carried on, since a domain was forgotten after it; 0 for none."""
-        return max((e["rounds"] for e in self.history() if e["event"] == "left" and e["forget"]), default=0)
+    def forgotten(self) -> set[int]:
+        """The rounds of which nothing may be carried on, since a domain was forgotten after them."""
+        return {number for e in self.history() if e["event"] == "left" for number in e["forgotten"]}
+
+    def mend(self) -> None:
+        """Writes ``champion.json`` again: a kill may have come between history and it."""
+        with self.lock("champion"):
+            self._write_pointer()
 
     def promote(self, sha: str) -> dict[str, Any]:
         """Makes a model of the history the champion, by (a prefix of) its digest. For a person, over the gate."""
@@ -206,7 +226,8 @@ class Workspace:
                     remedy="give at least six characters of one of these",
                 )  # fmt: skip
             entry = {k: found[0].get(k) for k in _ENTRY}
-            self._point({**entry, "number": None}, "promoted", reason="by hand")
+            # who left stays away; only a rollback brings a domain back
+            self._point({**entry, "number": None, "left": self.left()}, "promoted", reason="by hand")
             return self.champion() or {}
 
     def rollback(self) -> dict[str, Any]:

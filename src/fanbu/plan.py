@@ -21,9 +21,6 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise reason
         if reason:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
-    unknown = set(recipe.gate.margins) - set(domains)
-    if unknown:
-        raise UsageError("unknown-domain", "gate: margins", allowed=list(domains), got=unknown, remedy="fix the name")
     if "tfidf" in recipe.references and tasks == {"causal-lm"}:
         raise UsageError("no-tfidf", "references: tfidf is for classification", remedy="leave it out")
     for d in domains.values():

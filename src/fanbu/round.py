@@ -12,10 +12,11 @@ from typing import Any
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.heads import check_labels_known, open_classifier
+from fanbu.heads import check_labels_known, get_head, open_classifier, set_head
 from fanbu.judge.evaluate import examine, measure, tfidf
 from fanbu.judge.examples import examples
 from fanbu.judge.gate import judge
+from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import validation_value
 from fanbu.recipe import Step
@@ -51,9 +52,26 @@ def raise_incumbent(turn: Turn) -> Model:
     if fresh:
         unborn = [Specialist(parent, d, turn.base) for d in fresh]
         parent = feed(turn, Step(method="probe"), unborn, parent, "incumbent")
+    for name in turn.workspace.left():
+        parent = without_domain(turn.workspace, parent, name)
     for guard in (d for d in turn.domains.values() if d.role == "guard"):
         check_labels_known(parent, guard.full_labels)
     return parent
+
+
+def without_domain(ledger: Workspace, model: Model, domain: str) -> Model:
+    """The model without one domain's label rows; all else bit for bit. One that has no other rows stays itself."""
+    kept = [label for label in model.labels if label.partition("/")[0] != domain]
+    if len(kept) in {0, len(model.labels)}:
+        return model
+
+    def produce(out: Path, scratch: Path) -> None:
+        network = load_network(model)
+        set_head(network, get_head(network).take(kept))
+        save_network(network, load_tokenizer(model), out / "model", provenance("leave", [model], Context()))
+
+    done = ledger.stage(f"leave {domain}", "fanbu.heads", {"model": model.digest}, produce)
+    return open_model(done.path / "model", verify=False)
 
 
 def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
@@ -128,7 +146,8 @@ def forerunner(turn: Turn, domain: Domain) -> Model | None:
     """The domain's specialist of the last round that had one; None where it was made in another way, or for other
     labels, or is no longer there."""
     ways = [step.model_dump(mode="json") for step in turn.recipe.shrink]
-    for record in reversed(turn.records[turn.workspace.forgotten() :]):
+    forgotten = turn.workspace.forgotten()
+    for record in (r for r in reversed(turn.records) if r["round"] not in forgotten):
         grown = record["domains"].get(domain.name, {}).get("specialist")
         if grown:
             folder = turn.workspace.root / "stages" / Path(grown["path"]).parts[-2] / "model"
@@ -140,15 +159,15 @@ def forerunner(turn: Turn, domain: Domain) -> Model | None:
 
 
 def validated(turn: Turn, model: Model, domain: Domain) -> float:
-    """A specialist's validation value, measured at its owner; it does not cross."""
+    """A specialist's validation value, measured at its owner; one number crosses."""
 
-    def produce(out: Path, context: Context) -> None:
+    def make(out: Path, context: Context) -> Contribution:
         value = validation_value(load_network(model).to(context.device), load_tokenizer(model), domain, context)
-        write_text(out / "value.json", json.dumps(value))
+        return Contribution("scores", domain.name, "validate", meta={"value": value})
 
     inputs = {"model": model.digest, "domain": domain.digest, **turn.settings()}
-    done = turn.stage(f"validate {domain.name}", "fanbu.predict", inputs, produce)
-    return float(json.loads((done.path / "value.json").read_text()))
+    sent, _ = turn.contribution(f"validate {domain.name}", "fanbu.predict", inputs, domain, make)
+    return float(sent.meta["value"])
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +259,9 @@ def turn_once(turn: Turn) -> Result:
             judged[name] = outcomes(turn, name, model, everything)[0]
         else:
             judged["tfidf"] = {d.name: _tfidf(turn, d) for d in turn.feeding}
-    verdict = judge(new, old, own, turn.domains, recipe.gate.gate(), recipe.seed)
+    gate = recipe.gate.gate()
+    gate = replace(gate, margins={d: m for d, m in gate.margins.items() if d in turn.domains})
+    verdict = judge(new, old, own, turn.domains, gate, recipe.seed)
     sizes = {s.domain.name: _sizes(turn, s, incumbent) for s in specialists}
     rows = {d.name: shown(turn, d, old_answers[d.name], new_answers[d.name]) for d in everything}
     return Result(turn.base, incumbent, candidate, births, judged, before, rows, verdict, sizes)

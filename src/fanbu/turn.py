@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap
 from fanbu.data.standard_library import function_bodies
 from fanbu.domain import Domain
-from fanbu.errors import UsageError
+from fanbu.errors import DataError, UsageError
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Stage, Workspace
 from fanbu.live import Live
 from fanbu.model import Model, open_model
 from fanbu.plan import check_plan
-from fanbu.recipe import PublicTexts, Recipe, Step, load_domains
+from fanbu.recipe import PublicTexts, Recipe, Step, load_domains, open_domain
 from fanbu.record import read_records
 from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
 
@@ -56,8 +57,8 @@ class Turn:
 
     @property
     def feeding(self) -> list[Domain]:
-        """The domains that send contributions."""
-        return [d for d in self.domains.values() if d.role == "feeds"]
+        """The domains that send contributions, by name: the order of a recipe changes no bit."""
+        return [self.domains[name] for name in sorted(self.domains) if self.domains[name].role == "feeds"]
 
     @property
     def what(self) -> str:
@@ -118,14 +119,20 @@ class Turn:
 def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     """The digest of everything that a person can change between rounds: the base, the rows, what may cross, the ways.
 
-    How many rounds are asked for, when rows arrive, where they lie and what the workspace is called are not part.
+    How many rounds are asked for, when rows arrive, where they lie, what the workspace is called and what machine it
+    runs on are not part.
     """
     plain = recipe.model_dump(mode="json", exclude=_NOT_MADE_OF)
     rows = {name: [d.digest, d.share.as_dict()] for name, d in domains.items()}
-    return digest({"recipe": plain, "domains": rows, "base": base.digest})
+    probe = {"domains": recipe.probe.domains, "limit": recipe.probe.limit}
+    public = [[row.text for row in public_texts(p)] for p in recipe.probe.public]
+    return digest({"recipe": plain, "domains": rows, "base": base.digest, "probe": probe, "public": digest(public)})
 
 
-_NOT_MADE_OF = {"rounds", "workspace", "name", "model", "domains", "guards", "checkpoint_seconds"}
+_NOT_MADE_OF = {
+    "rounds", "workspace", "name", "model", "domains", "guards", "probe", "checkpoint_seconds", "device", "precision",
+    "threads",
+}  # fmt: skip
 
 
 def start(
@@ -135,15 +142,16 @@ def start(
     workspace = Workspace(Path(recipe.workspace))
     records = read_records(workspace.root, workspace.rounds())
     base = open_model(recipe.model)
-    if records and records[0]["base"]["digest"] != base.digest:
-        first = records[0]["base"]
+    first = next((e["base"] for e in workspace.history() if e.get("base")), base.digest)
+    if first != base.digest:
         raise UsageError(
             "other-workspace", f"the rounds of {workspace.root} began from another model than the recipe names",
-            allowed=f"{first['source']} ({first['digest'][:12]})", got=base.digest[:12],
-            remedy="give this recipe a workspace of its own",
+            allowed=first[:12], got=base.digest[:12], remedy="give this recipe a workspace of its own",
         )  # fmt: skip
     pointer = workspace.champion()
-    parent = open_model(workspace.root / pointer["path"]) if pointer else None
+    parent = None
+    if pointer:  # the base may lie outside a workspace that was moved
+        parent = base if pointer["model"] == base.digest else open_model(workspace.root / pointer["path"])
     return open_turn(recipe, base, parent, records, progress, log, live)
 
 
@@ -187,10 +195,12 @@ def _unnamed(turn: Turn) -> list[str]:
 def gather_probe(turn: Turn) -> ProbeSet:
     """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count.
 
-    A text that is in the test rows of any domain is left out: test data never trains.
+    A text that is in the test rows of any domain is left out, also of one that has yet to join, and of rows that wait
+    for their label: test data never trains.
     """
     spec, rows = turn.recipe.probe, []
-    held_out = {normalised(text) for d in turn.domains.values() for text in d.test.texts}
+    later = joining_later(turn.recipe, turn.number, turn.workspace.left())
+    held_out = {normalised(text) for d in [*turn.domains.values(), *later] for text in [*d.test.texts, *d.waiting]}
     for d in turn.feeding:
         if spec.domains and d.share.texts:
             rows += domain_texts(turn, d, spec.limit)
@@ -200,6 +210,16 @@ def gather_probe(turn: Turn) -> ProbeSet:
     if len(kept) < len(rows):
         turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
     return ProbeSet(tuple(kept))
+
+
+def joining_later(recipe: Recipe, number: int, left: Collection[str]) -> list[Domain]:
+    """The domains that join after round ``number``, as they will be then; without those whose files are yet to come."""
+    found = []
+    for name, spec in {**recipe.domains, **recipe.guards}.items():
+        if spec.joins > number and name not in left:
+            with contextlib.suppress(DataError):
+                found.append(open_domain(name, spec, "guard" if name in recipe.guards else "feeds", spec.joins))
+    return found
 
 
 def domain_texts(turn: Turn, d: Domain, limit: int | None) -> list[ProbeRow]:

@@ -14,17 +14,30 @@ def carve(rows: Sequence[RawRow], share: float, salt: str) -> tuple[list[RawRow]
     """(kept, carved): about ``share`` of each label's rows is carved out, at least one where a label has two or more.
 
     A row is carved where the hash of its text, as a number in [0, 1), is below ``share``. So the split depends neither
-    on the order of rows nor on a random state, equal texts stay on one side, and when rows are added later, no row
-    that was kept is carved: what was trained on in one round is never tested in the next. (A label's second row may
-    be the exception, where its first was alone.)
+    on the order of rows nor on a random state, equal texts stay on one side, and when rows are added later, a row
+    that was kept is not carved: what was trained on in one round is not tested in the next. One row of each label is
+    kept whatever its hash, and one of two or more carved; in labels of a few rows that one may change sides.
     """
     carved = set()
     for texts in _by_label(rows, salt).values():
         keys = sorted(texts)
-        below = [key for key in keys if int(key[:13], 16) < share * 16**13]
+        below = [key for key in keys if _below(key, share)]
         chosen = (below or keys[:1])[: len(keys) - 1]
         carved |= {row.id for key in chosen for row in texts[key]}
     return [r for r in rows if r.id not in carved], [r for r in rows if r.id in carved]
+
+
+def not_carved(rows: Sequence[RawRow], share: float, salt: str) -> list[RawRow]:
+    """The rows that ``carve`` would not carve, if they had a label: for rows that may get one later."""
+    return [row for row in rows if not _below(_hash(row, salt), share)]
+
+
+def _below(key: str, share: float) -> bool:
+    return int(key[:13], 16) < share * 16**13
+
+
+def _hash(row: RawRow, salt: str) -> str:
+    return digest([salt, normalised(row.text)])
 
 
 def portion(rows: Sequence[RawRow], arrived: int, of: int, salt: str) -> list[RawRow]:
@@ -44,7 +57,7 @@ def _by_label(rows: Sequence[RawRow], salt: str) -> dict[str | None, dict[str, l
     """Rows by label and by the hash of their text."""
     groups: dict[str | None, dict[str, list[RawRow]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row.label][digest([salt, normalised(row.text)])].append(row)
+        groups[row.label][_hash(row, salt)].append(row)
     return groups
 
 
