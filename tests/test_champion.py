@@ -14,13 +14,13 @@ from fanbu.ledger import Workspace
 from fanbu.recipe import load_recipe
 
 
-def test_a_weaker_candidate_does_not_replace_the_champion(
+def test_a_candidate_that_is_no_better_does_not_replace_the_champion(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     done = finished_round(tmp_path_factory)
     shutil.copytree(done.workspace, tmp_path / "ws")
-    weaker = [f"workspace={tmp_path / 'ws'}", "feedback.train.epochs=1", "feedback.train.lr=0.00001"]
-    record = run(load_recipe(done.recipe, weaker))
+    same = [f"workspace={tmp_path / 'ws'}", "feedback.train.lr=0.0", "feedback.train.head_lr=0.0"]
+    record = run(load_recipe(done.recipe, same))
     assert not record["verdict"]["accepted"]
     assert record["incumbent"]["digest"] == record["champion"]["model"] == done.champion
 

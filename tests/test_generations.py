@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fanbu.round
 from conftest import TOPICS, Done, finished_round, rows, tiny_recipe, write_rows
 from fanbu import generations
 from fanbu.data.load import RawRow
@@ -25,6 +28,19 @@ from fanbu.tensors import Tensors
 from fanbu.turn import open_turn
 
 
+@contextmanager
+def open_gate() -> Iterator[None]:
+    """Every candidate is accepted: what is tested then does not hang on what tiny models happen to learn."""
+    whole = fanbu.round.judge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fanbu.round.judge", lambda *a: {**whole(*a), "accepted": True, "reason": "the gate is open"})
+        yield
+
+
+# A candidate with the incumbent's weights: its change is zero, so the gate refuses it
+IDLE = {"method": "distill", "train": {"epochs": 1, "lr": 0.0, "head_lr": 0.0}}
+
+
 @pytest.fixture(scope="module")
 def spiral(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """(recipe, workspace) of three rounds: food's rows arrive in three portions, rail joins in round two."""
@@ -33,7 +49,8 @@ def spiral(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     value["rounds"] = 3
     value["domains"]["food"]["arrivals"] = 3
     value["domains"]["rail"]["joins"] = 2
-    run(load_recipe(value))
+    with open_gate():
+        run(load_recipe(value))
     return value, folder / "ws"
 
 
@@ -59,7 +76,6 @@ def test_the_champion_is_the_parent_of_the_next_round(spiral: tuple[dict[str, An
             known = set(open_model(after["incumbent"]["path"]).labels)
             assert {label.partition("/")[0] for label in known} == set(after["domains"])
     assert Workspace(workspace).champion()["model"] == champion  # type: ignore[index]
-    assert any(r["verdict"]["accepted"] for r in records)
 
 
 def test_rows_arrive_and_domains_join(spiral: tuple[dict[str, Any], Path]) -> None:
@@ -127,7 +143,7 @@ def test_a_specialist_is_carried_on_where_the_new_one_is_no_better(
 def test_a_refused_round_keeps_the_champion_and_says_why(copy: tuple[dict[str, Any], Path]) -> None:
     value, workspace = copy
     champion = Workspace(workspace).champion()
-    record = run(load_recipe({**value, "rounds": 4, "gate": {"margin": 0.0, "confidence": 0.9999}}))
+    record = run(load_recipe({**value, "rounds": 4, "feedback": IDLE}))
     assert record["decision"] == "refused"
     assert record["champion"] == champion
     event = Workspace(workspace).history()[-1]
@@ -290,7 +306,7 @@ def test_what_happens_while_a_round_is_at_work_is_not_undone(
     def overtaken(turn: Any) -> Any:
         result = whole(turn)
         monkeypatch.setattr(generations, "turn_once", whole)
-        refused = {**value, "rounds": 4, "seed": 4, "gate": {"margin": 0.0, "confidence": 0.9999}}
+        refused = {**value, "rounds": 4, "feedback": IDLE}
         assert run(load_recipe(refused))["decision"] == "refused"
         return result
 
@@ -341,7 +357,8 @@ def test_one_domain_takes_the_place_of_another(tmp_path: Path) -> None:
 def test_the_order_of_domains_in_the_recipe_changes_no_bit(spiral: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     value, workspace = spiral
     turned = {**value, "workspace": str(tmp_path / "ws"), "rounds": 2, "references": []}
-    record = run(load_recipe({**turned, "domains": dict(reversed(value["domains"].items()))}))
+    with open_gate():
+        record = run(load_recipe({**turned, "domains": dict(reversed(value["domains"].items()))}))
     assert record["candidate"]["digest"] == read_records(workspace)[1]["candidate"]["digest"]
 
 
