@@ -63,6 +63,11 @@ class Domain:
         return digest([self.name, self.task, self.labels, splits, self.metric, self.role])
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Rows by split."""
+        return {split: len(getattr(self, split)) for split in ("train", "valid", "test", "unlabelled")}
+
+    @property
     def full_labels(self) -> tuple[str, ...]:
         """Label names as the union head knows them: ``domain/label``."""
         return tuple(f"{self.name}/{label}" for label in self.labels)

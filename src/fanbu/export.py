@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.ledger import Workspace
@@ -24,7 +23,10 @@ def export(
     if domain is not None and model is not None:
         raise UsageError("flag", "--domain and --model name two models", remedy="give one of them")
     ledger = Workspace(workspace)
-    source = _specialist(ledger, domain) if domain else _by_digest(ledger, model) if model else _champion(ledger)
+    if domain:
+        source = _specialist(ledger, domain)
+    else:
+        source = ledger.root / ledger.find(model)["path"] if model else _champion(ledger)
     chosen = open_model(source)
     _make_room(out, force)
     made = copy_model(chosen, out)
@@ -46,17 +48,6 @@ def _champion(ledger: Workspace) -> Path:
     return ledger.root / champion["path"]
 
 
-def _by_digest(ledger: Workspace, start: str) -> Path:
-    known: dict[str, dict[str, Any]] = {e["model"]: e for e in ledger.history() if e.get("model")}
-    found = [e for digest, e in known.items() if digest.startswith(start)] if len(start) >= 6 else []
-    if len(found) != 1:
-        raise UsageError(
-            "unknown-model", "no single model of the history", allowed=[m[:12] for m in known], got=start,
-            remedy="give at least six characters of one of these",
-        )  # fmt: skip
-    return ledger.root / found[0]["path"]
-
-
 def _specialist(ledger: Workspace, domain: str) -> Path:
     """The specialist of the last round that the domain took part in."""
     grown = {
@@ -70,10 +61,7 @@ def _specialist(ledger: Workspace, domain: str) -> Path:
             "unknown-domain", f"no specialist of this domain in {ledger.root}", allowed=sorted(grown), got=domain,
             remedy="check the name",
         )  # fmt: skip
-    path = ledger.root / grown[domain]["path"]  # an absolute path stays what it is
-    if not path.is_dir() and "stages" in path.parts:  # the workspace was moved since
-        path = ledger.root.joinpath(*path.parts[len(path.parts) - 1 - path.parts[::-1].index("stages") :])
-    return path
+    return ledger.locate(grown[domain]["path"])
 
 
 def _make_room(out: Path, force: bool) -> None:

@@ -58,7 +58,8 @@ def _something_new(recipe: Recipe, workspace: Workspace, done: list[dict[str, An
 def settle(turn: Turn, result: Result) -> dict[str, Any]:
     """Writes a round down and promotes its candidate or keeps the champion. Returns the record."""
     judged = {name: {d: c.digest for d, c in by_domain.items()} for name, by_domain in result.outcomes.items()}
-    made = [turn.number, turn.what, result.candidate.digest, result.incumbent.digest, judged]
+    what = made_of(turn.recipe, turn.domains, turn.base)
+    made = [turn.number, what, result.candidate.digest, result.incumbent.digest, judged]
     key = digest(made)
     folder = record_folder(turn.workspace.root, key)
     record = read_record(folder) or make_record(turn, result, key)
@@ -71,7 +72,7 @@ def settle(turn: Turn, result: Result) -> dict[str, Any]:
         {**candidate, "round": key, "number": turn.number},
         {**_entry(turn, result.incumbent, probed), "base": turn.base.digest},
         result.verdict["accepted"], before=turn.parent and turn.parent.digest,
-        reason=result.verdict["reason"], what=turn.what,
+        reason=result.verdict["reason"], what=what,
     )  # fmt: skip
     return record
 

@@ -215,17 +215,22 @@ class Workspace:
         with self.lock("champion"):
             self._write_pointer()
 
+    def find(self, sha: str) -> dict[str, Any]:
+        """The last event of the one model of the history whose digest starts like this (six characters at least)."""
+        known = {e["model"]: e for e in self.history() if e["model"]}
+        found = [e for m, e in known.items() if m.startswith(sha)] if len(sha) >= 6 else []
+        if len(found) != 1:
+            raise UsageError(
+                "unknown-model", "no single model of the history", allowed=[m[:12] for m in known], got=sha,
+                remedy="give at least six characters of one of these",
+            )  # fmt: skip
+        return found[0]
+
     def promote(self, sha: str) -> dict[str, Any]:
         """Makes a model of the history the champion, by (a prefix of) its digest. For a person, over the gate."""
         with self.lock("champion"):
-            known = {e["model"]: e for e in self.history() if e["model"]}
-            found = [e for m, e in known.items() if m.startswith(sha)] if len(sha) >= 6 else []
-            if len(found) != 1:
-                raise UsageError(
-                    "unknown-model", "no single model of the history", allowed=[m[:12] for m in known], got=sha,
-                    remedy="give at least six characters of one of these",
-                )  # fmt: skip
-            entry = {k: found[0].get(k) for k in _ENTRY}
+            found = self.find(sha)
+            entry = {k: found.get(k) for k in _ENTRY}
             # who left stays away; only a rollback brings a domain back
             self._point({**entry, "number": None, "left": self.left()}, "promoted", reason="by hand")
             return self.champion() or {}
@@ -257,6 +262,10 @@ class Workspace:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         before = path.read_text() if path.exists() else ""
         write_text(path, before + json.dumps({**event, "time": now}) + "\n")
+
+    def locate(self, path: str) -> Path:
+        """Where a model of a stage lies now: a record names where it lay, and the workspace may have been moved."""
+        return self.root.joinpath("stages", *Path(path).parts[-2:])
 
     def relative(self, path: Path) -> str:
         """A path as the ledger writes it: relative to the workspace, so that the workspace can be moved."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -17,7 +17,7 @@ from fanbu.catalogue import method, suggestion
 from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
-from fanbu.types import PRESETS, Share
+from fanbu.types import PRESETS, Context, Precision, Progress, Share, silent
 
 MAX_RECIPE = 2**20
 SPLITS = ("train", "valid", "test", "unlabelled")
@@ -192,6 +192,13 @@ class Recipe(_Part):
     feedback: Step
     references: list[Literal["tfidf"] | Step] = Field(default_factory=list)
     gate: GateSpec = GateSpec()
+
+    def context(self, progress: Progress = silent) -> Context:
+        """What every step gets, without a probe set. The recipe must have been loaded: `auto` is no precision."""
+        return Context(
+            seed=self.seed, device=self.device, precision=cast(Precision, self.precision), threads=self.threads,
+            max_length=self.max_length, progress=progress, checkpoint_seconds=self.checkpoint_seconds,
+        )  # fmt: skip
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:

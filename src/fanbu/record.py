@@ -78,7 +78,7 @@ def _told(outcome: Contribution) -> float:
 
 def _domain(turn: Turn, result: Result, name: str, score: Mapping[str, float]) -> dict[str, Any]:
     d = turn.domains[name]
-    rows = {split: len(getattr(d, split)) for split in ("train", "valid", "test", "unlabelled")}
+    rows = d.counts
     before: Mapping[str, int] = turn.records[-1]["domains"].get(name, {}).get("rows", {}) if turn.records else {}
     birth, sizes = result.births.get(name), result.sizes.get(name, {})
     grown = None if birth is None else {**_specialist(turn, result, birth), **sizes["specialist"]}

@@ -150,7 +150,7 @@ def forerunner(turn: Turn, domain: Domain) -> Model | None:
     for record in (r for r in reversed(turn.records) if r["round"] not in forgotten):
         grown = record["domains"].get(domain.name, {}).get("specialist")
         if grown:
-            folder = turn.workspace.root / "stages" / Path(grown["path"]).parts[-2] / "model"
+            folder = turn.workspace.locate(grown["path"])
             if record["recipe"]["shrink"] != ways or not folder.is_dir():
                 return None
             model = open_model(folder)

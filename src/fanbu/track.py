@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _connected(uri: str) -> Iterator[MlflowClient]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        import alembic  # noqa: F401
+        import_module("alembic")  # MLflow's SQL store needs it and asks for it late
         import sqlalchemy
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException

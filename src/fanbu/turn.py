@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,6 @@ class Turn:
         """The domains that send contributions, by name: the order of a recipe changes no bit."""
         return [self.domains[name] for name in sorted(self.domains) if self.domains[name].role == "feeds"]
 
-    @property
-    def what(self) -> str:
-        """What the round is made of: the recipe and the rows. Where it is the same, a round brings nothing new."""
-        return made_of(self.recipe, self.domains, self.base)
-
     def settings(self, *, probe: bool = False) -> dict[str, Any]:
         """What of the context can change a result."""
         c = self.context
@@ -118,6 +113,7 @@ class Turn:
 
 def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     """The digest of everything that a person can change between rounds: the base, the rows, what may cross, the ways.
+    Where it is the same, a round brings nothing new.
 
     How many rounds are asked for, when rows arrive, where they lie, what the workspace is called and what machine it
     runs on are not part.
@@ -169,10 +165,7 @@ def open_turn(
         if live:
             live.progress(what, done, total)
 
-    context = Context(
-        seed=recipe.seed, device=recipe.device, precision=recipe.precision, threads=recipe.threads,  # type: ignore[arg-type]
-        max_length=recipe.max_length, progress=show, checkpoint_seconds=recipe.checkpoint_seconds,
-    )  # fmt: skip
+    context = recipe.context(show)
     turn = Turn(workspace, recipe, context, domains, base, parent, records, log, live)
     turn.warnings += _unnamed(turn)
     steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
@@ -200,16 +193,21 @@ def gather_probe(turn: Turn) -> ProbeSet:
     """
     spec, rows = turn.recipe.probe, []
     later = joining_later(turn.recipe, turn.number, turn.workspace.left())
-    held_out = {normalised(text) for d in [*turn.domains.values(), *later] for text in [*d.test.texts, *d.waiting]}
     for d in turn.feeding:
         if spec.domains and d.share.texts:
             rows += domain_texts(turn, d, spec.limit)
     for number, public in enumerate(spec.public):
         rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
-    kept = [row for row in rows if normalised(row.text) not in held_out]
+    kept = without_test_texts(rows, [*turn.domains.values(), *later])
     if len(kept) < len(rows):
         turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
     return ProbeSet(tuple(kept))
+
+
+def without_test_texts(rows: Iterable[ProbeRow], domains: Iterable[Domain]) -> list[ProbeRow]:
+    """The rows whose text no domain holds out for its test."""
+    held_out = {normalised(text) for d in domains for text in [*d.test.texts, *d.waiting]}
+    return [row for row in rows if normalised(row.text) not in held_out]
 
 
 def joining_later(recipe: Recipe, number: int, left: Collection[str]) -> list[Domain]:

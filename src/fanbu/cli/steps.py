@@ -117,15 +117,13 @@ def _opened(source: str, domain: Domain, out: Path, context: Context) -> Any:
 def _probe(domains: Mapping[str, Domain], out: Path) -> tuple[ProbeSet, list[Contribution]]:
     """The texts of the domains that share texts, through their boundaries and without test texts, as in a round."""
     from fanbu.boundary import cross
-    from fanbu.data.check import normalised
-    from fanbu.turn import probe_rows, probe_texts
+    from fanbu.turn import probe_rows, probe_texts, without_test_texts
     from fanbu.types import ProbeSet
 
     sharing = [d for d in domains.values() if d.share.texts]
     sent = [cross(probe_texts(d, None), d.share, out.with_name(f"{out.name}.{d.name}.texts")) for d in sharing]
-    held_out = {normalised(text) for d in domains.values() for text in d.test.texts}
-    rows = [row for texts in sent for row in probe_rows(texts) if normalised(row.text) not in held_out]
-    return ProbeSet(tuple(rows)), sent
+    rows = [row for texts in sent for row in probe_rows(texts)]
+    return ProbeSet(tuple(without_test_texts(rows, domains.values()))), sent
 
 
 def _pair(text: str) -> tuple[str, str]:

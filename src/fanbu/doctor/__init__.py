@@ -146,15 +146,10 @@ def _domains(recipe: Recipe, found: Findings, told: dict[str, Any]) -> dict[str,
             loaded[name] = d
             told["domains"][name] = {
                 "role": d.role, "task": d.task, "labels": len(d.labels), "share": d.share.as_dict(),
-                "rows": rows_of(d), "from_round": spec.joins,
+                "rows": d.counts, "from_round": spec.joins,
                 "warnings": warnings_of(d, recipe.gate.margins.get(name, recipe.gate.margin), recipe.gate.confidence),
             }  # fmt: skip
     return loaded
-
-
-def rows_of(d: Domain) -> dict[str, int]:
-    """Rows by split."""
-    return {split: len(getattr(d, split)) for split in ("train", "valid", "test", "unlabelled")}
 
 
 def _methods(recipe: Recipe, domains: Mapping[str, Domain]) -> list[dict[str, Any]]:
@@ -272,7 +267,7 @@ def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
         "name": recipe.name, "workspace": str(root), "model": recipe.model, "rounds": max(recipe.rounds, number),
         "finished": done, "device": recipe.device, "precision": recipe.precision,
         "domains": {
-            n: {"role": d.role, "rows": rows_of(d), "labels": len(d.labels), "crosses": _crosses(recipe, d, ways),
+            n: {"role": d.role, "rows": d.counts, "labels": len(d.labels), "crosses": _crosses(recipe, d, ways),
                 "warnings": list(d.warnings)}
             for n, d in domains.items()
         },

@@ -136,9 +136,7 @@ def measure(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progres
     from fanbu.objectives import labelled, language
     from fanbu.predict import class_logits, limit, token_losses
 
-    context = Context(
-        device=recipe.device, precision=recipe.precision, threads=recipe.threads, max_length=recipe.max_length,  # type: ignore[arg-type]
-    )  # fmt: skip
+    context = recipe.context()
     classes = next(iter(domains.values())).task == "text-classification"
     for _ in range(2):  # the first one imports libraries too
         started = time.monotonic()

@@ -14,6 +14,7 @@ import signal
 import threading
 import webbrowser
 from collections.abc import Iterator
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -90,6 +91,10 @@ class Server(ThreadingHTTPServer):
     def look(self) -> dict[str, str]:
         """The parts of the page, each as JSON."""
         return {part: json.dumps(value, ensure_ascii=True) for part, value in look(self.root, self.lang).items()}
+
+    def moved_on(self, version: int) -> bool:
+        """Whether there is something to tell a page that knows this version."""
+        return self.version != version or self.closing.is_set()
 
     def _follow(self) -> None:
         """A new state whenever a file changed, and every second for the clock and for runs that died."""
@@ -212,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
             sent = state
             yield f"data: {{{','.join(fresh)}}}\n\n" if fresh else ": still here\n\n"
             with server.changed:
-                server.changed.wait_for(lambda seen=version: server.version != seen or server.closing.is_set(), 10)  # type: ignore[misc]
+                server.changed.wait_for(partial(server.moved_on, version), 10)
 
     def _send(
         self, status: HTTPStatus, text: str, kind: str = "text/plain", headers: dict[str, str] | None = None
