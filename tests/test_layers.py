@@ -14,6 +14,7 @@ LAYERS = [
     {"fingerprint", "ledger"},
     {"heads", "losses", "metrics", "batches"},
     {"train", "objectives", "predict", "probing"},
+    {"merging"},
     {"shrink"},
     {"feedback"},
     {"judge"},

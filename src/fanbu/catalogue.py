@@ -123,7 +123,8 @@ class Method:
     def absorb(
         self, base: Model, contributions: Sequence[Contribution], out: Path, context: Context, **arguments: Any
     ) -> Model:
-        """The new large model. Contributions are taken in the order of their digests; none gives the base back."""
+        """The new large model. Contributions are taken in the order of their domains (and digests, where a domain
+        sent several); none gives the base back."""
         from fanbu.model import copy_model
 
         checked = self.own("absorb", arguments)
@@ -135,7 +136,8 @@ class Method:
                 )  # fmt: skip
         if not contributions:
             return copy_model(base, out)
-        ordered = sorted(contributions, key=lambda c: c.digest)
+        several = len({c.domain for c in contributions}) < len(contributions)  # digests of large ones take a while
+        ordered = sorted(contributions, key=lambda c: (c.domain, c.digest if several else ""))
         try:
             made: Model = self.code.absorb(base, ordered, out, context, **checked)
         except KeyError as error:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from fanbu.errors import IntegrityError
 from fanbu.model import read_json
-from fanbu.tensors import check_finite, file_sha256, load_tensors, save_tensors, write_text
+from fanbu.tensors import (
+    Tensors,
+    check_finite,
+    chunks,
+    file_sha256,
+    layout,
+    raw_bytes,
+    read_rows,
+    save_tensors,
+    write_text,
+)
 from fanbu.types import KINDS, Kind, canonical
 
 if TYPE_CHECKING:
@@ -49,12 +59,12 @@ class Contribution:
         for row in self.rows:
             state.update(canonical(row).encode())
         for name in sorted(self.tensors):
-            tensor = self.tensors[name].detach().cpu().contiguous()
-            state.update(canonical([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            # numpy has no bfloat16: the bytes are what counts
-            import torch
-
-            state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            shape, dtype = layout(self.tensors, name)
+            state.update(canonical([name, str(dtype), list(shape)]).encode())
+            for start, stop in chunks(shape):
+                rows = read_rows(self.tensors, name, start, stop)
+                check_finite(name, rows, self.domain)
+                state.update(raw_bytes(rows))
         return state.hexdigest()
 
     def _header(self) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def open_contribution(folder: Path) -> Contribution:
     for name, expected in files.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             raise _refuse(folder, f"{name} is missing or not what its header says", expected)
-    tensors = load_tensors(folder / TENSORS) if TENSORS in files else {}
+    tensors: Mapping[str, Tensor] = Tensors(folder / TENSORS) if TENSORS in files else {}
     rows = _read_rows(folder / ROWS) if ROWS in files else ()
     found = Contribution(
         header["kind"], header["domain"], str(header.get("method")), tensors, rows, header["meta"],
@@ -136,7 +146,8 @@ def _refuse(where: Path, why: str, got: object) -> IntegrityError:
 def check_contribution(contribution: Contribution) -> None:
     """Raises IntegrityError where a contribution holds NaN or Inf, or rows with unknown keys."""
     for name in contribution.tensors:
-        check_finite(name, contribution.tensors[name], contribution.domain)
+        for start, stop in chunks(layout(contribution.tensors, name)[0]):
+            check_finite(name, read_rows(contribution.tensors, name, start, stop), contribution.domain)
     keys = {key for row in contribution.rows for key in row} - _ROW_KEYS
     if keys:
         raise _refuse(Path(contribution.domain), f"a row has other keys than {sorted(_ROW_KEYS)}", keys)

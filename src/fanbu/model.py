@@ -6,16 +6,19 @@ manifest last, then the folder takes its final name, so that its presence means 
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from fanbu.errors import DataError, IntegrityError, UsageError
 from fanbu.tensors import TensorSpec, disk_error, file_sha256, index_tensors, sync, write_tensors, write_text
@@ -312,10 +315,12 @@ def _tied_copies(network: Any) -> list[str]:
 
 
 def save_model(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Any, made: Provenance
-) -> Model:
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | Callable[[Path], None], tokenizer: Any,
+    made: Provenance,
+) -> Model:  # fmt: skip
     """Writes a whole Model to ``out`` in one atomic step and opens it.
 
+    ``tensors`` may be a function that writes the weights into the folder that it is given.
     ``tokenizer`` is a transformers tokenizer, or a folder whose tokenizer files are copied as they are.
     """
     import transformers
@@ -324,7 +329,10 @@ def save_model(
         # The library's version is in the manifest; in config.json it would change the bytes for nothing.
         plain = {k: v for k, v in config.items() if k not in {"_name_or_path", "transformers_version"}}
         write_text(partial / "config.json", json.dumps(plain, indent=2, sort_keys=True, default=str))
-        write_tensors(partial, tensors)
+        if callable(tensors):
+            tensors(partial)
+        else:
+            write_tensors(partial, tensors)
         _save_tokenizer(tokenizer, partial)
         files = {name: file_sha256(partial / name) for name in model_files(partial)}
         manifest = {
@@ -393,7 +401,8 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
             remedy="name another",
         )
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in [partial, *_left_behind(out)]:
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -405,6 +414,12 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
         raise disk_error(error, out) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _left_behind(out: Path) -> list[Path]:
+    """Partial folders of processes that were killed."""
+    found = [(p, p.name.split(".")[-2]) for p in out.parent.glob(f".{glob.escape(out.name)}.*.partial")]
+    return [p for p, number in found if number.isdigit() and not psutil.pid_exists(int(number))]
 
 
 def copy_model(model: Model, out: Path) -> Model:

@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors, read lazily and checked, written in shards; atomic files.
+"""Tensors on disk: safetensors, read lazily and checked, written in shards while they are computed; atomic files.
 
 Headers are hostile until checked: their size, their offsets and their shapes are bounded before a byte is read as
 numbers (format: https://huggingface.co/docs/safetensors). Pickle is never opened.
@@ -10,10 +10,11 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fanbu.errors import IntegrityError, RetryError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_HEADER = 100 * 2**20
@@ -30,15 +32,35 @@ _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_TORCH = {
+    "F64": "float64", "I64": "int64", "U64": "uint64", "F32": "float32", "I32": "int32", "U32": "uint32",
+    "F16": "float16", "BF16": "bfloat16", "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+CHUNK = 2**18  # numbers that are worked on at once: a fixed number, so that results do not depend on the machine
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies: ``file``, its shape and its stored dtype (safetensors' name for it)."""
+    """Where one tensor lies: ``file``, its shape, its stored dtype (safetensors' name for it) and its first byte."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
+
+    @property
+    def rows(self) -> int:
+        """The size of its first dimension; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype as torch knows it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _TORCH[self.dtype])
+        return dtype
 
     @property
     def bytes(self) -> int:
@@ -58,19 +80,19 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             raise _broken(path, f"its header claims {length} bytes of a file of {size}")
         try:
             header = json.loads(stream.read(length))
-            return _check_header(path, header, size - 8 - length)
+            return _check_header(path, header, 8 + length, size - 8 - length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _broken(path, f"its header cannot be read ({error})") from None
 
 
-def _check_header(path: Path, header: dict[str, Any], room: int) -> dict[str, TensorSpec]:
+def _check_header(path: Path, header: dict[str, Any], first: int, room: int) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     spans = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         start, end = entry["data_offsets"]
-        spec = TensorSpec(path, tuple(entry["shape"]), entry["dtype"])
+        spec = TensorSpec(path, tuple(entry["shape"]), entry["dtype"], first + start)
         if any(type(n) is not int for n in (start, end, *spec.shape)):
             raise _broken(path, f"tensor {name!r} has offsets or a shape that are no whole numbers")
         if any(n < 0 for n in spec.shape) or end - start != spec.bytes or not 0 <= start <= end:
@@ -127,19 +149,43 @@ def _missing(folder: Path, names: Iterable[str]) -> IntegrityError:
 
 
 class Tensors(Mapping[str, "Tensor"]):
-    """A checkpoint's tensors, each read when asked for; NaN and Inf are refused as they are read."""
+    """The tensors of a checkpoint folder, or of one safetensors file, each read when asked for.
 
-    def __init__(self, folder: Path, *, prefix: str = "") -> None:
-        self.specs = {prefix + name: spec for name, spec in index_tensors(folder).items()}
-        self._prefix = len(prefix)
+    Files are mapped read-only, so what is read is no memory of this process's own. NaN and Inf are refused as whole
+    tensors are read; who reads ``rows`` looks himself.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.specs = read_header(source) if source.is_file() else index_tensors(source)
+        self._files: dict[Path, mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.specs[name].file, "pt") as shard:
-            tensor: Tensor = shard.get_tensor(name[self._prefix :])
-        check_finite(name, tensor, self.specs[name].file)
+        spec = self.specs[name]
+        tensor = self.rows(name, 0, spec.rows).reshape(spec.shape).clone()
+        check_finite(name, tensor, spec.file)
         return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a tensor in its stored dtype: a view of the file, to be read only."""
+        import torch
+
+        spec = self.specs[name]
+        count = (stop - start) * math.prod(spec.shape[1:])
+        shape = (stop - start, *spec.shape[1:])
+        if not count:
+            return torch.empty(shape, dtype=spec.torch_dtype)
+        width = _BYTES[spec.dtype]
+        offset = spec.start + start * math.prod(spec.shape[1:]) * width
+        raw = torch.frombuffer(self._mapped(spec.file), dtype=torch.uint8, count=count * width, offset=offset)
+        return raw.view(spec.torch_dtype).view(shape)
+
+    def _mapped(self, file: Path) -> mmap.mmap:
+        if file not in self._files:
+            with file.open("rb") as stream, warnings.catch_warnings():
+                self._files[file] = mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                warnings.simplefilter("ignore", UserWarning)  # torch says once that the view is read-only
+                _view(mapped)
+        return self._files[file]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.specs))
@@ -148,9 +194,46 @@ class Tensors(Mapping[str, "Tensor"]):
         return len(self.specs)
 
 
+def _view(mapped: mmap.mmap) -> None:
+    import torch
+
+    torch.frombuffer(mapped, dtype=torch.uint8, count=1)
+
+
+def layout(tensors: Mapping[str, Tensor], name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one tensor; a lazy mapping that has ``layout`` need not make it."""
+    if isinstance(tensors, Tensors):
+        return tensors.specs[name].shape, tensors.specs[name].torch_dtype
+    if hasattr(tensors, "layout"):
+        shape, dtype = tensors.layout(name)
+        return shape, dtype
+    return tuple(tensors[name].shape), tensors[name].dtype
+
+
+def chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Spans of whole rows with about CHUNK numbers each (at least one row)."""
+    rows = shape[0] if shape else 1
+    step = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def read_rows(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    """Some rows of one tensor; only these are made where the mapping is lazy and has ``rows``."""
+    if hasattr(tensors, "rows"):
+        rows: Tensor = tensors.rows(name, start, stop)
+        return rows
+    tensor = tensors[name].detach()
+    return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
+
+
 def check_finite(name: str, tensor: Tensor, where: object) -> None:
     """Raises IntegrityError where a tensor holds NaN or Inf."""
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if not tensor.is_floating_point():
+        return
+    # the sum is one cheap pass; only where it is not finite (which large numbers can do too) each number is looked at
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
         raise IntegrityError(
             "not-finite",
             f"tensor {name!r} holds NaN or Inf",
@@ -160,64 +243,117 @@ def check_finite(name: str, tensor: Tensor, where: object) -> None:
         )
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 4 * 2**30) -> None:
-    """Writes tensors as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``."""
-    shards: list[list[str]] = [[]]
+Layouts = Mapping[str, tuple[tuple[int, ...], "torch.dtype"]]
+Put = Callable[[str, int, "Tensor"], None]
+
+
+@contextmanager
+def shards(folder: Path, layouts: Layouts, shard_bytes: int = 4 * 2**30) -> Iterator[Put]:
+    """``model.safetensors``, or shards with an index above ``shard_bytes``, to be filled in any order by any thread.
+
+    Yields ``put(name, first_row, rows)``. Headers are written first, so nothing is held in memory; all is durable
+    when the context ends. The folder must be one that takes its name only when it is whole.
+    """
+    groups: list[list[str]] = [[]]
     room = shard_bytes
-    sizes = {name: _size(tensors, name) for name in sorted(tensors)}
+    sizes = {name: _bytes_of(*layouts[name]) for name in sorted(layouts)}
     for name, size in sizes.items():
-        if shards[-1] and size > room:
-            shards.append([])
+        if groups[-1] and size > room:
+            groups.append([])
             room = shard_bytes
-        shards[-1].append(name)
+        groups[-1].append(name)
         room -= size
-    many = len(shards) > 1
+    many = len(groups) > 1
+    places: dict[str, Put] = {}
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE
-        save_tensors(folder / file, {n: tensors[n] for n in names})
-        weight_map |= dict.fromkeys(names, file)
+    with ExitStack() as stack:
+        for number, names in enumerate(groups, 1):
+            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if many else SINGLE
+            put = stack.enter_context(_filling(folder / file, {n: layouts[n] for n in names}))
+            places |= dict.fromkeys(names, put)
+            weight_map |= dict.fromkeys(names, file)
+        yield lambda name, first, rows: places[name](name, first, rows)
     if many:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=1, sort_keys=True))
 
 
-def _size(tensors: Mapping[str, Tensor], name: str) -> int:
-    if isinstance(tensors, Tensors):
-        return tensors.specs[name].bytes
-    tensor = tensors[name]
-    return tensor.numel() * tensor.element_size()
+@contextmanager
+def _filling(path: Path, layouts: Layouts) -> Iterator[Put]:
+    """One safetensors file whose tensors are put in row by row; wide numbers first, so that all are aligned."""
+    names = {str(getattr(_torch(), value)): key for key, value in _TORCH.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name in sorted(layouts, key=lambda n: (-layouts[n][1].itemsize, n)):
+        starts[name], size = end, _bytes_of(*layouts[name])
+        shape, dtype = layouts[name]
+        header[name] = {"dtype": names[str(dtype)], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        handle, first = stream.fileno(), 8 + len(text)
+        _write(handle, len(text).to_bytes(8, "little") + text, 0)
+        os.truncate(handle, first + end)
+
+        def put(name: str, row: int, rows: Tensor) -> None:
+            shape, dtype = layouts[name]
+            values = rows.detach().to("cpu", dtype).contiguous()
+            check_finite(name, values, path)
+            offset = first + starts[name] + row * math.prod(shape[1:]) * dtype.itemsize
+            _write(handle, raw_bytes(values), offset)
+
+        yield put
+        os.fsync(handle)
+    sync(path.parent)
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they are stored (numpy knows no bfloat16)."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(plain.view(_torch().uint8).numpy().data) if plain.numel() else memoryview(b"")
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(handle, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 4 * 2**30) -> None:
+    """Writes tensors as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``."""
+    layouts = {name: layout(tensors, name) for name in tensors}
+    with shards(folder, layouts, shard_bytes) as put:
+        _fill(put, tensors, layouts)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, durable when this returns; NaN and Inf are refused before anything is written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """One safetensors file, durable when this returns; with NaN or Inf in it, none."""
+    layouts = {name: layout(tensors, name) for name in tensors}
+    with _durable(path) as temporary, _filling(temporary, layouts) as put:
+        _fill(put, tensors, layouts)
 
-    plain = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        check_finite(name, tensor, path)
-        plain[name] = tensor
-    with _durable(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:  # it tells a full disk by its text alone
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), str(error), str(path)) from error
+
+def _fill(put: Put, tensors: Mapping[str, Tensor], layouts: Layouts) -> None:
+    for name in sorted(layouts):
+        for start, stop in chunks(layouts[name][0]):
+            put(name, start, read_rows(tensors, name, start, stop))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one checked safetensors file."""
-    from safetensors.torch import load_file
-
-    read_header(path)
-    tensors: dict[str, Tensor] = load_file(path)
-    for name, tensor in tensors.items():
-        check_finite(name, tensor, path)
-    return tensors
+    return dict(Tensors(path))
 
 
 def write_text(path: Path, text: str) -> None:

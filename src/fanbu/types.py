@@ -124,7 +124,8 @@ class Context:
     """What a round hands to every step; what is keyword-only in a method is the user's.
 
     ``scratch`` is a folder that outlives a kill: a step that is interrupted finds its checkpoints there.
-    ``max_length`` is in tokens.
+    ``max_length`` is in tokens. ``memory`` bounds what merging holds at once, in bytes; ``dtype`` is what merged
+    tensors are stored in (``float32``, ``float16``, ``bfloat16``; None: as the base stores them).
     """
 
     seed: int = 0
@@ -136,6 +137,8 @@ class Context:
     progress: Progress = silent
     scratch: Path | None = None
     checkpoint_seconds: float = 60.0
+    memory: int = 2**29
+    dtype: str | None = None
 
     def seeded(self, *names: object) -> int:
         """The seed for one purpose of this run."""

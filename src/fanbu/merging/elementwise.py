@@ -1,0 +1,66 @@
+"""Pieces of elementwise methods: trimming by magnitude and electing signs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fanbu.errors import UsageError
+from fanbu.merging.engine import Stack
+from fanbu.merging.select import kth_largest
+
+
+def kept(density: float, numbers: int) -> int:
+    """How many of ``numbers`` a density keeps: floor(density * numbers). UsageError outside 0..1."""
+    if not 0 <= density <= 1:
+        raise UsageError("bad-parameter", "density", allowed="0 to 1", got=density, remedy="change it")
+    return int(density * numbers)
+
+
+def thresholds(work: Sequence[Stack], densities: Sequence[float]) -> list[float]:
+    """For each specialist, the magnitude that its largest ``density`` of numbers reach, over all tensors of ``work``.
+
+    Numbers equal to the threshold are kept, so the answer hangs on no order.
+    """
+    total = sum(math.prod(s.shape) for s in work)
+    counts = [(i, kept(d, total)) for i, d in enumerate(densities)]
+    found = kth_largest(lambda: magnitudes(work), [(i, k) for i, k in counts if k < total], total)
+    values = iter(found)
+    return [next(values) if k < total else 0.0 for _, k in counts]
+
+
+def magnitudes(work: Sequence[Stack]) -> Iterator[Sequence[Tensor]]:
+    """|delta| of each specialist, part by part."""
+    for stack in work:
+        for part in stack.parts():
+            yield [delta.abs_() for delta in part.deltas]
+
+
+def trim(delta: Tensor, threshold: float) -> Tensor:
+    """delta where |delta| >= threshold, else 0; in place."""
+    return delta.masked_fill_(delta.abs() < threshold, 0.0) if threshold > 0 else delta
+
+
+def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool = True) -> Tensor:
+    """The elected merge of TIES: sum over agreeing i of w_i delta_i, divided by the sum of their w_i.
+
+    The sign of a number is that of sum w_i delta_i (0 counts as positive); a specialist agrees where its delta is not
+    0 and has this sign. Without ``normalise`` the sum is not divided.
+
+    Reference: Yadav et al. 2023, "TIES-Merging".
+    """
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    positive = total >= 0
+    merged, share = torch.zeros_like(total), torch.zeros_like(total)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = ((delta > 0) & positive) | ((delta < 0) & ~positive)
+        merged.add_(delta * agrees, alpha=weight)
+        share.add_(agrees, alpha=weight)
+    if normalise:
+        merged.div_(share.masked_fill_(share.abs() < 1e-8, 1.0))
+    return merged

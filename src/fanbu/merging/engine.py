@@ -1,0 +1,265 @@
+"""The streaming engine: reads checkpoints row by row, combines them in float32, writes shards while it computes.
+
+A method is a rule: given a ``Stack`` (one tensor of the base with what each specialist changed in it), it may look at
+all its parts first, and returns the function that combines one part. Only what a rule holds itself is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanbu.contribution import Contribution
+from fanbu.errors import FitError, UsageError
+from fanbu.heads import Head, replace_rows
+from fanbu.merging.dials import Dial, depth_of, level
+from fanbu.merging.sources import Source, source_of
+from fanbu.merging.task_vector import HEAD, head_tensors
+from fanbu.model import Model, Provenance, save_model
+from fanbu.tensors import Tensors, check_finite, chunks, shards
+from fanbu.types import Context
+
+DTYPES = ("float32", "float16", "bfloat16")
+SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start`` to ``stop`` of one tensor, in float32: the base's, and what each specialist changed in them.
+
+    All are copies, which a rule may change in place.
+    """
+
+    start: int
+    stop: int
+    base: Tensor
+    deltas: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor of the base with what the specialists changed in it; they come in the order of their names."""
+
+    name: str
+    shape: tuple[int, ...]
+    domains: tuple[str, ...]
+    layers: int
+    base: Tensors
+    sources: tuple[Source, ...]
+    device: torch.device
+    context: Context
+
+    def parts(self) -> Iterator[Part]:
+        """All rows, some at a time."""
+        for start, stop in chunks(self.shape):
+            yield self.part(start, stop)
+
+    def part(self, start: int, stop: int) -> Part:
+        """Some rows. Raises IntegrityError where one of the inputs holds NaN or Inf."""
+        stored = self.base.rows(self.name, start, stop)
+        base = stored.to(self.device, torch.float32, copy=True)  # a mapped file must not be changed
+        deltas = [source.rows(self.name, start, stop, base) for source in self.sources]
+        for domain, delta in zip(self.domains, deltas, strict=True):
+            if not bool(delta.sum().isfinite()):
+                check_finite(self.name, base, self.base.specs[self.name].file)
+                check_finite(self.name, delta, domain)
+        return Part(start, stop, base, deltas)
+
+    def whole(self) -> Part:
+        """The whole tensor at once, for rules that need it (declare it in ``merge``)."""
+        return self.part(0, self.shape[0] if self.shape else 1)
+
+    def level(self, dial: Dial) -> float:
+        """The value of a dial for this tensor."""
+        return level(dial, self.name, self.layers)
+
+    def levels(self, dial: Dial, by_domain: Mapping[str, Dial]) -> list[float]:
+        """The value for each specialist: its own dial where it has one, else the common one."""
+        return [self.level(by_domain.get(domain, dial)) for domain in self.domains]
+
+    def generator(self, domain: str, start: int) -> torch.Generator:
+        """Random numbers for one specialist and the part that begins at row ``start``, whatever the order."""
+        seed = self.context.seeded(domain, self.name, start)
+        return torch.Generator(device=self.device).manual_seed(seed)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a matrix that multiplies (neither a vector nor a table of embeddings)."""
+        return len(self.shape) == 2 and min(self.shape) > 1 and "embed" not in self.name and "wte" not in self.name
+
+
+Combine = Callable[[Part], Tensor]
+Rule = Callable[[Stack], Combine]
+
+
+def merge(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, rule: Rule, made: Provenance, *,
+    whole: int = 0,
+) -> Model:  # fmt: skip
+    """theta = theta_base + rule's delta, for every tensor of the body; each domain's label rows as they came.
+
+    Args:
+        rule: returns what is added to the base's rows, in float32.
+        whole: how many float32 copies of a whole matrix a rule holds for each specialist; 0 where it holds parts. It
+            decides how many tensors are worked on at once within ``context.memory``.
+
+    Raises:
+        FitError: a contribution's tensors are not the base's.
+        IntegrityError: NaN or Inf in an input.
+    """
+    tensors = Tensors(base.path)
+    heads = head_tensors(base)
+    dtype = stored_dtype(context)
+    layouts = {}
+    for name, spec in tensors.specs.items():
+        kind = spec.torch_dtype
+        layouts[name] = (spec.shape, dtype if dtype and kind.is_floating_point else kind)
+    config = dict(base.config)
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+    head = _heads(base, tensors, heads, contributions)
+    if head:
+        config["id2label"] = {str(i): label for i, label in enumerate(head.labels)}
+        config["label2id"] = {label: i for i, label in enumerate(head.labels)}
+        for name, value in zip(heads, (head.weight_lh, head.bias_l), strict=False):
+            layouts[name] = (tuple(value.shape), layouts[name][1])
+    work = stacks(base, contributions, context)
+
+    def fill(folder: Path) -> None:
+        with shards(folder, layouts, SHARD_BYTES) as put:
+            if head:
+                for name, value in zip(heads, (head.weight_lh, head.bias_l), strict=False):
+                    put(name, 0, value)
+            for name in set(layouts) - {s.name for s in work} - set(heads):
+                put(name, 0, tensors[name])
+            run(work, rule, lambda s, part, delta: put(s.name, part.start, part.base + delta), context, made, whole)
+
+    return save_model(out, config, fill, base.path, made)
+
+
+def stacks(base: Model, contributions: Sequence[Contribution], context: Context) -> list[Stack]:
+    """One Stack for every tensor of numbers of the body, large ones first. Specialists come by name."""
+    tensors = Tensors(base.path)
+    heads = set(head_tensors(base))
+    body = [n for n, s in tensors.specs.items() if n not in heads and s.torch_dtype.is_floating_point]
+    ordered = sorted(contributions, key=lambda c: c.domain)
+    sources = tuple(source_of(c) for c in ordered)
+    for c, source in zip(ordered, sources, strict=True):
+        different = set(body) ^ set(source.names)
+        if different:
+            raise FitError(
+                "other-architecture", f"{c.domain} sent other tensors than the base has",
+                allowed=f"{len(body)} tensors", got=sorted(different)[:6],
+                remedy="leave this specialist out, or use distill",
+            )  # fmt: skip
+    devices = devices_of(context)
+    layers = depth_of(body)
+    body.sort(key=lambda n: (-tensors.specs[n].bytes, n))
+    return [
+        Stack(
+            n, tensors.specs[n].shape, tuple(c.domain for c in ordered), layers, tensors, sources,
+            devices[i % len(devices)], context,
+        )
+        for i, n in enumerate(body)
+    ]  # fmt: skip
+
+
+def run(
+    work: Sequence[Stack], rule: Rule, use: Callable[[Stack, Part, Tensor], None], context: Context, made: Provenance,
+    whole: int = 0,
+) -> None:  # fmt: skip
+    """Applies a rule to all stacks, several at a time, and hands each part's result to ``use``.
+
+    Each tensor is one thread's work, with one thread inside: the number of threads changes no bit.
+    """
+
+    def one(stack: Stack) -> None:
+        combine = rule(stack)
+        for part in stack.parts():
+            use(stack, part, combine(part))
+
+    before, threads = torch.get_num_threads(), context.threads or len(os.sched_getaffinity(0))
+    running: dict[Future[None], int] = {}
+    done = 0
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for stack in work:
+                    need = whole * (len(stack.sources) + 1) * 4 * math.prod(stack.shape) if stack.matrix else 0
+                    while running and (len(running) >= threads or sum(running.values()) + need > context.memory):
+                        done += _finished(running, FIRST_COMPLETED)
+                        context.progress(made.method, done, len(work))
+                    running[pool.submit(one, stack)] = need
+                while running:
+                    done += _finished(running, FIRST_COMPLETED)
+                    context.progress(made.method, done, len(work))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finished(running: dict[Future[None], int], when: str) -> int:
+    ready, _ = wait(running, return_when=when)
+    for future in ready:
+        del running[future]
+        future.result()
+    return len(ready)
+
+
+def devices_of(context: Context) -> list[torch.device]:
+    """Where tensors are combined: all accelerators of ``cuda``, or the one device that is named."""
+    if context.device == "cuda":
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [torch.device(context.device)]
+
+
+def stored_dtype(context: Context) -> torch.dtype | None:
+    """What merged tensors are stored in; None as the base's. UsageError where the name is not known."""
+    if context.dtype is None:
+        return None
+    if context.dtype not in DTYPES:
+        raise UsageError("dtype", "dtype", allowed=DTYPES, got=context.dtype, remedy="take one of these")
+    dtype: torch.dtype = getattr(torch, context.dtype)
+    return dtype
+
+
+def linear(weights: Sequence[float]) -> Combine:
+    """sum over i of w_i delta_i."""
+
+    def combine(part: Part) -> Tensor:
+        total = part.deltas[0] * weights[0]
+        for delta, weight in zip(part.deltas[1:], weights[1:], strict=True):
+            total.add_(delta, alpha=weight)
+        return total
+
+    return combine
+
+
+def _heads(base: Model, tensors: Tensors, names: Sequence[str], contributions: Sequence[Contribution]) -> Head | None:
+    """The base's label rows with those of the contributions in their place; None where the model has no labels."""
+    if not names:
+        return None
+    weight = tensors[names[0]]
+    bias = tensors[names[1]] if len(names) > 1 else torch.zeros(len(base.labels))
+    sent = [_sent_head(c) for c in contributions]
+    return replace_rows(Head(base.labels, weight, bias), [head for head in sent if head])
+
+
+def _sent_head(c: Contribution) -> Head | None:
+    parts: dict[str, Any] = {n.rpartition(".")[2]: c.tensors[n] for n in c.tensors if n.startswith(HEAD)}
+    if not parts:
+        return None
+    labels = tuple(c.meta["labels"])
+    return Head(labels, parts["weight"], parts.get("bias", torch.zeros(len(labels))))

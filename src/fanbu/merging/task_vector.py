@@ -1,0 +1,99 @@
+"""A task vector: what a specialist's weights are beyond the base's, row by row, with its label rows as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fanbu.errors import FitError
+from fanbu.model import Model
+from fanbu.tensors import Tensors
+
+HEADS = ("classifier.out_proj.", "classifier.", "score.")
+HEAD = "head:"
+
+
+class TaskVector(Mapping[str, Tensor]):
+    """delta = theta_specialist - theta_base in float32, each row computed when asked for.
+
+    Head tensors have the prefix ``head:`` and are the specialist's own. Tensors of whole numbers (positions) must be
+    the base's own and are left out. Raises FitError, with names, where tensors are missing, extra or of other shapes.
+
+    Reference: Ilharco et al. 2023, "Editing models with task arithmetic".
+    """
+
+    def __init__(self, model: Model, base: Model) -> None:
+        self.model, self.base = Tensors(model.path), Tensors(base.path)
+        head, old = head_tensors(model), set(head_tensors(base))
+        body, expected = set(self.model) - set(head), set(self.base) - old
+        self._check(model, body, expected)
+        numbers = {n for n in expected if not self.base.specs[n].torch_dtype.is_floating_point}
+        changed = [n for n in numbers if not torch.equal(self.model[n], self.base[n])]
+        if changed:
+            raise _other(model, "its tensors of whole numbers are not the base's", changed)
+        self.body = body - numbers
+        self.names = sorted(self.body | {HEAD + n for n in head})
+
+    def _check(self, model: Model, body: set[str], expected: set[str]) -> None:
+        missing, extra = sorted(expected - body), sorted(body - expected)
+        if missing or extra:
+            why = f"it lacks {_some(missing)} and has {_some(extra)} that the base has not"
+            raise _other(model, why, [*missing, *extra])
+        specs, old = self.model.specs, self.base.specs
+        shapes = [f"{n} {specs[n].shape} for {old[n].shape}" for n in sorted(body) if specs[n].shape != old[n].shape]
+        if shapes:
+            raise _other(model, "tensors have other shapes", shapes)
+        kinds = [
+            n for n in body if specs[n].torch_dtype.is_floating_point != old[n].torch_dtype.is_floating_point
+        ]  # fmt: skip
+        if kinds:
+            raise _other(model, "tensors are whole numbers (quantised?) where the base has real ones", kinds)
+
+    def rows(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        """Rows of one difference; ``base`` are the base's rows in float32, where they are at hand."""
+        if name.startswith(HEAD):
+            return self.model.rows(name.removeprefix(HEAD), start, stop)
+        old = self.base.rows(name, start, stop).float() if base is None else base
+        return self.model.rows(name, start, stop).to(old.device, torch.float32) - old
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        spec = self.model.specs[name.removeprefix(HEAD)]
+        return spec.shape, spec.torch_dtype if name.startswith(HEAD) else torch.float32
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        shape, _ = self.layout(name)
+        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def head_tensors(model: Model) -> list[str]:
+    """Names of the tensors of the final layer of a classifier; none for a causal model."""
+    if model.task != "text-classification":
+        return []
+    for prefix in HEADS:
+        found = [n for n in (prefix + "weight", prefix + "bias") if n in model.tensors]
+        if found:
+            return found
+    return []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
+
+
+def _other(model: Model, why: str, names: list[str]) -> FitError:
+    return FitError(
+        "other-architecture", f"{model.path} is not of the base's architecture: {why}",
+        allowed="the same tensors with the same shapes", got=sorted(names)[:6],
+        remedy="feed this specialist back by predictions (distill), which needs nothing in common",
+    )  # fmt: skip
