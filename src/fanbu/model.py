@@ -315,12 +315,12 @@ def _tied_copies(network: Any) -> list[str]:
 
 
 def save_model(
-    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | Callable[[Path], None], tokenizer: Any,
-    made: Provenance,
+    out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | Callable[[Path], dict[str, str]],
+    tokenizer: Any, made: Provenance,
 ) -> Model:  # fmt: skip
     """Writes a whole Model to ``out`` in one atomic step and opens it.
 
-    ``tensors`` may be a function that writes the weights into the folder that it is given.
+    ``tensors`` may be a function that writes the weights into a folder and returns the sha256 of each file.
     ``tokenizer`` is a transformers tokenizer, or a folder whose tokenizer files are copied as they are.
     """
     import transformers
@@ -329,12 +329,9 @@ def save_model(
         # The library's version is in the manifest; in config.json it would change the bytes for nothing.
         plain = {k: v for k, v in config.items() if k not in {"_name_or_path", "transformers_version"}}
         write_text(partial / "config.json", json.dumps(plain, indent=2, sort_keys=True, default=str))
-        if callable(tensors):
-            tensors(partial)
-        else:
-            write_tensors(partial, tensors)
+        known = tensors(partial) if callable(tensors) else write_tensors(partial, tensors)
         _save_tokenizer(tokenizer, partial)
-        files = {name: file_sha256(partial / name) for name in model_files(partial)}
+        files = {name: known.get(name) or file_sha256(partial / name) for name in model_files(partial)}
         manifest = {
             "format": 1, "method": made.method, "parents": list(made.parents), "parameters": dict(made.parameters),
             "seed": made.seed, "data": dict(made.data), "metrics": dict(made.metrics), "files": files,

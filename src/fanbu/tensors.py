@@ -12,9 +12,11 @@ import json
 import math
 import mmap
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,65 +249,90 @@ Layouts = Mapping[str, tuple[tuple[int, ...], "torch.dtype"]]
 Put = Callable[[str, int, "Tensor"], None]
 
 
-@contextmanager
-def shards(folder: Path, layouts: Layouts, shard_bytes: int = 4 * 2**30) -> Iterator[Put]:
-    """``model.safetensors``, or shards with an index above ``shard_bytes``, to be filled in any order by any thread.
+class Shards:
+    """``model.safetensors``, or shards with an index above ``shard_bytes``, filled in any order by any thread.
 
-    Yields ``put(name, first_row, rows)``. Headers are written first, so nothing is held in memory; all is durable
-    when the context ends. The folder must be one that takes its name only when it is whole.
+    Headers are written first, so nothing is held in memory. Whoever puts the last bytes into a file makes it durable
+    and computes its sha256, which ``digests`` holds by file name after ``close``. The folder must be one that takes
+    its name only when it is whole.
     """
-    groups: list[list[str]] = [[]]
-    room = shard_bytes
-    sizes = {name: _bytes_of(*layouts[name]) for name in sorted(layouts)}
-    for name, size in sizes.items():
-        if groups[-1] and size > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(name)
-        room -= size
-    many = len(groups) > 1
-    places: dict[str, Put] = {}
-    weight_map: dict[str, str] = {}
-    with ExitStack() as stack:
+
+    def __init__(self, folder: Path, layouts: Layouts, shard_bytes: int = 4 * 2**30) -> None:
+        groups: list[list[str]] = [[]]
+        room = shard_bytes
+        self._sizes = {name: _bytes_of(*layouts[name]) for name in sorted(layouts)}
+        for name, size in self._sizes.items():
+            if groups[-1] and size > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(name)
+            room -= size
+        self._folder, self._many = folder, len(groups) > 1
+        self._files: dict[str, _Filling] = {}
         for number, names in enumerate(groups, 1):
-            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if many else SINGLE
-            put = stack.enter_context(_filling(folder / file, {n: layouts[n] for n in names}))
-            places |= dict.fromkeys(names, put)
-            weight_map |= dict.fromkeys(names, file)
-        yield lambda name, first, rows: places[name](name, first, rows)
-    if many:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_text(folder / INDEX, json.dumps(index, indent=1, sort_keys=True))
+            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if self._many else SINGLE
+            self._files |= dict.fromkeys(names, _Filling(folder / file, {n: layouts[n] for n in names}))
+
+    def put(self, name: str, first: int, rows: Tensor) -> None:
+        """Rows of one tensor from row ``first`` on; each row comes once. NaN and Inf are refused."""
+        self._files[name].put(name, first, rows)
+
+    def close(self) -> dict[str, str]:
+        """The sha256 of each file by name, once all rows are there; writes the index."""
+        if self._many:
+            weight_map = {name: file.path.name for name, file in self._files.items()}
+            index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
+            write_text(self._folder / INDEX, json.dumps(index, indent=1, sort_keys=True))
+        return {file.path.name: file.close() for file in self._files.values()}
 
 
-@contextmanager
-def _filling(path: Path, layouts: Layouts) -> Iterator[Put]:
+class _Filling:
     """One safetensors file whose tensors are put in row by row; wide numbers first, so that all are aligned."""
-    names = {str(getattr(_torch(), value)): key for key, value in _TORCH.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for name in sorted(layouts, key=lambda n: (-layouts[n][1].itemsize, n)):
-        starts[name], size = end, _bytes_of(*layouts[name])
-        shape, dtype = layouts[name]
-        header[name] = {"dtype": names[str(dtype)], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        handle, first = stream.fileno(), 8 + len(text)
-        _write(handle, len(text).to_bytes(8, "little") + text, 0)
-        os.truncate(handle, first + end)
 
-        def put(name: str, row: int, rows: Tensor) -> None:
+    def __init__(self, path: Path, layouts: Layouts) -> None:
+        names = {str(getattr(_torch(), value)): key for key, value in _TORCH.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self.path, self._layouts, end = path, layouts, 0
+        self._starts: dict[str, int] = {}
+        for name in sorted(layouts, key=lambda n: (-layouts[n][1].itemsize, n)):
             shape, dtype = layouts[name]
-            values = rows.detach().to("cpu", dtype).contiguous()
-            check_finite(name, values, path)
-            offset = first + starts[name] + row * math.prod(shape[1:]) * dtype.itemsize
-            _write(handle, raw_bytes(values), offset)
+            self._starts[name], size = end, _bytes_of(shape, dtype)
+            header[name] = {"dtype": names[str(dtype)], "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._first, self._left, self._lock = 8 + len(text), end, threading.Lock()
+        self._digest: str | None = None
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        weakref.finalize(self, os.close, self._handle)
+        _write(self._handle, len(text).to_bytes(8, "little") + text, 0)
+        os.truncate(self._handle, self._first + end)
+        if not end:
+            self._finish()
 
-        yield put
-        os.fsync(handle)
-    sync(path.parent)
+    def put(self, name: str, row: int, rows: Tensor) -> None:
+        shape, dtype = self._layouts[name]
+        values = rows.detach().to("cpu", dtype).contiguous()
+        check_finite(name, values, self.path)
+        offset = self._first + self._starts[name] + row * math.prod(shape[1:]) * dtype.itemsize
+        data = raw_bytes(values)
+        _write(self._handle, data, offset)
+        with self._lock:
+            self._left -= len(data)
+            last = self._left == 0
+        if last and len(data):
+            self._finish()
+
+    def _finish(self) -> None:
+        os.fsync(self._handle)
+        self._digest = file_sha256(self.path)
+
+    def close(self) -> str:
+        if self._digest is None:
+            raise IntegrityError(
+                "checkpoint-incomplete", f"{self.path.name} lacks {self._left} bytes", remedy="put every row of it"
+            )
+        return self._digest
 
 
 def _torch() -> Any:
@@ -331,18 +358,24 @@ def _write(handle: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 4 * 2**30) -> None:
-    """Writes tensors as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``."""
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 4 * 2**30) -> dict[str, str]:
+    """Writes tensors as ``model.safetensors``, or as shards with an index where they exceed ``shard_bytes``.
+
+    Returns the sha256 of each file of weights.
+    """
     layouts = {name: layout(tensors, name) for name in tensors}
-    with shards(folder, layouts, shard_bytes) as put:
-        _fill(put, tensors, layouts)
+    made = Shards(folder, layouts, shard_bytes)
+    _fill(made.put, tensors, layouts)
+    return made.close()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, durable when this returns; with NaN or Inf in it, none."""
     layouts = {name: layout(tensors, name) for name in tensors}
-    with _durable(path) as temporary, _filling(temporary, layouts) as put:
-        _fill(put, tensors, layouts)
+    with _durable(path) as temporary:
+        made = _Filling(temporary, layouts)
+        _fill(made.put, tensors, layouts)
+        made.close()
 
 
 def _fill(put: Put, tensors: Mapping[str, Tensor], layouts: Layouts) -> None:

@@ -27,21 +27,26 @@ def thresholds(work: Sequence[Stack], densities: Sequence[float]) -> list[float]
     """
     total = sum(math.prod(s.shape) for s in work)
     counts = [(i, kept(d, total)) for i, d in enumerate(densities)]
-    found = kth_largest(lambda: magnitudes(work), [(i, k) for i, k in counts if k < total], total)
+    found = kth_largest(lambda share: magnitudes(work, share), [(i, k) for i, k in counts if k < total], total)
     values = iter(found)
     return [next(values) if k < total else 0.0 for _, k in counts]
 
 
-def magnitudes(work: Sequence[Stack]) -> Iterator[Sequence[Tensor]]:
-    """|delta| of each specialist, part by part."""
+def magnitudes(work: Sequence[Stack], share: int = 1) -> Iterator[Sequence[Tensor]]:
+    """|delta| of each specialist, part by part (see ``Stack.parts``)."""
     for stack in work:
-        for part in stack.parts():
+        for part in stack.parts(share):
             yield [delta.abs_() for delta in part.deltas]
 
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
-    """delta where |delta| >= threshold, else 0; in place."""
-    return delta.masked_fill_(delta.abs() < threshold, 0.0) if threshold > 0 else delta
+    """delta where |delta| >= threshold, else 0."""
+    if threshold <= 0:
+        return delta
+    if threshold == math.inf:
+        return delta.zero_()
+    below = torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(0.0))
+    return torch.nn.functional.hardshrink(delta, float(below))  # one pass; it drops what is equal to its bound
 
 
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool = True) -> Tensor:
@@ -55,12 +60,13 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool
     total = deltas[0] * weights[0]
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         total.add_(delta, alpha=weight)
-    positive = total >= 0
+    sign = total.sign_().add_(0.5).sign_()  # 0 becomes 1
     merged, share = torch.zeros_like(total), torch.zeros_like(total)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = ((delta > 0) & positive) | ((delta < 0) & ~positive)
-        merged.add_(delta * agrees, alpha=weight)
-        share.add_(agrees, alpha=weight)
+        agreeing = torch.mul(delta, sign).relu_()
+        merged.add_(agreeing, alpha=weight)
+        if normalise:
+            share.add_(agreeing.sign_(), alpha=weight)
     if normalise:
         merged.div_(share.masked_fill_(share.abs() < 1e-8, 1.0))
-    return merged
+    return merged.mul_(sign)

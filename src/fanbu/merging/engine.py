@@ -24,18 +24,17 @@ from fanbu.merging.dials import Dial, depth_of, level
 from fanbu.merging.sources import Source, source_of
 from fanbu.merging.task_vector import HEAD, head_tensors
 from fanbu.model import Model, Provenance, save_model
-from fanbu.tensors import Tensors, check_finite, chunks, shards
+from fanbu.tensors import Shards, Tensors, check_finite, chunks
 from fanbu.types import Context
 
 DTYPES = ("float32", "float16", "bfloat16")
-SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Part:
     """Rows ``start`` to ``stop`` of one tensor, in float32: the base's, and what each specialist changed in them.
 
-    All are copies, which a rule may change in place.
+    All may be changed in place, and all are gone once the next part is asked for.
     """
 
     start: int
@@ -57,25 +56,33 @@ class Stack:
     device: torch.device
     context: Context
 
-    def parts(self) -> Iterator[Part]:
-        """All rows, some at a time."""
-        for start, stop in chunks(self.shape):
-            yield self.part(start, stop)
+    def parts(self, share: int = 1) -> Iterator[Part]:
+        """All rows, some at a time; with ``share`` only one row in so many, a few from everywhere."""
+        spans = [(start, start + -(-(stop - start) // share)) for start, stop in chunks(self.shape)]
+        # the same memory for all parts: fresh pages for each would cost more than the arithmetic
+        room = self._room(max((stop - start for start, stop in spans), default=0))
+        for start, stop in spans:
+            yield self._fill(start, stop, [r[: stop - start] for r in room])
 
-    def part(self, start: int, stop: int) -> Part:
-        """Some rows. Raises IntegrityError where one of the inputs holds NaN or Inf."""
-        stored = self.base.rows(self.name, start, stop)
-        base = stored.to(self.device, torch.float32, copy=True)  # a mapped file must not be changed
-        deltas = [source.rows(self.name, start, stop, base) for source in self.sources]
-        for domain, delta in zip(self.domains, deltas, strict=True):
+    def whole(self) -> Part:
+        """The whole tensor at once, for rules that need it (declare it in ``merge``)."""
+        rows = self.shape[0] if self.shape else 1
+        return self._fill(0, rows, self._room(rows))
+
+    def _room(self, rows: int) -> list[Tensor]:
+        shape = (rows, *self.shape[1:])
+        return [torch.empty(shape, device=self.device) for _ in range(1 + len(self.sources))]
+
+    def _fill(self, start: int, stop: int, room: list[Tensor]) -> Part:
+        """Raises IntegrityError where one of the inputs holds NaN or Inf."""
+        base, *deltas = room
+        base.copy_(self.base.rows(self.name, start, stop))
+        for domain, source, delta in zip(self.domains, self.sources, deltas, strict=True):
+            source.rows(self.name, start, stop, base, delta)
             if not bool(delta.sum().isfinite()):
                 check_finite(self.name, base, self.base.specs[self.name].file)
                 check_finite(self.name, delta, domain)
         return Part(start, stop, base, deltas)
-
-    def whole(self) -> Part:
-        """The whole tensor at once, for rules that need it (declare it in ``merge``)."""
-        return self.part(0, self.shape[0] if self.shape else 1)
 
     def level(self, dial: Dial) -> float:
         """The value of a dial for this tensor."""
@@ -134,20 +141,30 @@ def merge(
             layouts[name] = (tuple(value.shape), layouts[name][1])
     work = stacks(base, contributions, context)
 
-    def fill(folder: Path) -> None:
-        with shards(folder, layouts, SHARD_BYTES) as put:
-            if head:
-                for name, value in zip(heads, (head.weight_lh, head.bias_l), strict=False):
-                    put(name, 0, value)
-            for name in set(layouts) - {s.name for s in work} - set(heads):
-                put(name, 0, tensors[name])
-            run(work, rule, lambda s, part, delta: put(s.name, part.start, part.base + delta), context, made, whole)
+    def fill(folder: Path) -> dict[str, str]:
+        shards = Shards(folder, layouts, shard_bytes(sum(s.bytes for s in tensors.specs.values())))
+        if head:
+            for name, value in zip(heads, (head.weight_lh, head.bias_l), strict=False):
+                shards.put(name, 0, value)
+        for name in set(layouts) - {s.name for s in work} - set(heads):
+            shards.put(name, 0, tensors[name])
+
+        def put(stack: Stack, part: Part, delta: Tensor) -> None:
+            shards.put(stack.name, part.start, part.base.add_(delta))
+
+        run(work, rule, put, context, made, whole)
+        return shards.close()
 
     return save_model(out, config, fill, base.path, made)
 
 
+def shard_bytes(total: int) -> int:
+    """About eight files, each of 512 MiB to 4 GiB: a file is made durable and hashed while the next is computed."""
+    return max(2**29, min(2**32, total // 8))
+
+
 def stacks(base: Model, contributions: Sequence[Contribution], context: Context) -> list[Stack]:
-    """One Stack for every tensor of numbers of the body, large ones first. Specialists come by name."""
+    """One Stack for every tensor of numbers of the body, in the order of the files; specialists come by name."""
     tensors = Tensors(base.path)
     heads = set(head_tensors(base))
     body = [n for n, s in tensors.specs.items() if n not in heads and s.torch_dtype.is_floating_point]
@@ -163,7 +180,7 @@ def stacks(base: Model, contributions: Sequence[Contribution], context: Context)
             )  # fmt: skip
     devices = devices_of(context)
     layers = depth_of(body)
-    body.sort(key=lambda n: (-tensors.specs[n].bytes, n))
+    body.sort()
     return [
         Stack(
             n, tensors.specs[n].shape, tuple(c.domain for c in ordered), layers, tensors, sources,
@@ -239,7 +256,7 @@ def linear(weights: Sequence[float]) -> Combine:
     """sum over i of w_i delta_i."""
 
     def combine(part: Part) -> Tensor:
-        total = part.deltas[0] * weights[0]
+        total = part.deltas[0].mul_(weights[0])
         for delta, weight in zip(part.deltas[1:], weights[1:], strict=True):
             total.add_(delta, alpha=weight)
         return total

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
@@ -22,8 +21,8 @@ class Source(Protocol):
     def names(self) -> Collection[str]:
         """The tensors of the body that it speaks of."""
 
-    def rows(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
-        """Rows of its change in float32, on the device of the base's rows."""
+    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
+        """Puts rows of its change into a float32 tensor on the device of the base's rows."""
 
 
 def source_of(contribution: Contribution) -> Source:
@@ -44,9 +43,9 @@ class Local:
         """The tensors of the body."""
         return self.vector.body
 
-    def rows(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
         """Specialist minus base."""
-        return self.vector.rows(name, start, stop, base)
+        into.copy_(self.vector.model.rows(name, start, stop)).sub_(base)
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,6 @@ class Plain:
         """The tensors of the body."""
         return [n for n in self.tensors if not n.startswith(HEAD)]
 
-    def rows(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
-        """The rows as they are, copied: a rule may change them in place, and a mapped file would crash."""
-        return read_rows(self.tensors, name, start, stop).to(base.device, torch.float32, copy=True)
+    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
+        """The rows as they are."""
+        into.copy_(read_rows(self.tensors, name, start, stop))

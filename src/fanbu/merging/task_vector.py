@@ -51,12 +51,11 @@ class TaskVector(Mapping[str, Tensor]):
         if kinds:
             raise _other(model, "tensors are whole numbers (quantised?) where the base has real ones", kinds)
 
-    def rows(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
-        """Rows of one difference; ``base`` are the base's rows in float32, where they are at hand."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one difference."""
         if name.startswith(HEAD):
             return self.model.rows(name.removeprefix(HEAD), start, stop)
-        old = self.base.rows(name, start, stop).float() if base is None else base
-        return self.model.rows(name, start, stop).to(old.device, torch.float32) - old
+        return self.model.rows(name, start, stop).float() - self.base.rows(name, start, stop).float()
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
