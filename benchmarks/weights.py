@@ -1,0 +1,287 @@
+"""Merging weights on real domains: every way of the weights and statistics families beside joint training and distill.
+
+Specialists are fine-tuned from one base (the probed incumbent of a round). A method's grid is decided on validation
+rows, at the owners; test rows are read once, with the setting chosen. Each merged model is shown with the label rows
+that came with the specialists, and with label rows that owners fitted anew on the merged body (a probe: one matrix of
+labels x hidden a domain crosses).
+
+Run: python benchmarks/weights.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only METHOD ...]. A second run
+resumes: what is in the work folder is not made again, so give a new folder after a change of code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from _common import bar, finish, parser, table, text_domains
+from _outcomes import BASE, Outcomes, mean_over_seeds, score, usable
+from fanbu.catalogue import method
+from fanbu.contribution import open_contribution, write_contribution
+from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.heads import open_classifier
+from fanbu.judge.compare import average, compare, gain_kept
+from fanbu.judge.evaluate import evaluate
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.predict import validation_value
+from fanbu.progress import bar as progress_bar
+from fanbu.progress import log
+from fanbu.recipe import resolve_machine
+from fanbu.types import Context, ProbeRow, ProbeSet
+
+TUNE = {"epochs": 2, "lr": 2e-4}
+ROWS = 2000
+BY_MERGEKIT = ("average", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock", "karcher")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One line of the table: a method, the settings that validation rows decide between, what it needs."""
+
+    method: str
+    grid: Mapping[str, Sequence[Any]]
+    needs: str = "nothing"
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """What it is called in the table."""
+        return self.name or self.method
+
+    def settings(self, quick: bool) -> list[dict[str, Any]]:
+        """All points of the grid; with --quick the middle of each axis."""
+        axes = {k: [v[len(v) // 2]] if quick else v for k, v in self.grid.items()}
+        return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+SCALES = [0.1, 0.2, 0.3, 0.5]
+STRONG = [0.3, 0.5, 0.75, 1.0]
+WAYS = [
+    Way("average", {}),
+    Way("task_arithmetic", {"scale": SCALES}),
+    Way("ties", {"scale": STRONG, "density": [0.2]}),
+    Way("ties", {"scale": STRONG, "density": [0.2], "scope": ["model"]}, name="ties, whole model"),
+    Way("dare", {"scale": SCALES, "density": [0.5]}),
+    Way("della", {"scale": SCALES, "density": [0.5]}),
+    Way("breadcrumbs", {"scale": SCALES}),
+    Way("model_stock", {}),
+    Way("karcher", {}),
+    Way("consensus", {"scale": SCALES}),
+    Way("pcb", {"scale": STRONG}),
+    Way("magmax", {"scale": STRONG}),
+    Way("tsv_m", {"scale": STRONG}),
+    Way("iso_c", {"scale": STRONG}),
+    Way("iso_cts", {"scale": STRONG}),
+    Way("svc", {"scale": STRONG}),
+    Way("wudi", {"scale": STRONG}),
+    Way("opcm", {"scale": STRONG}),
+    Way("fisher", {}, "statistics"),
+    Way("regmean", {}, "statistics"),
+    Way("regmean_pp", {}, "shared texts"),
+    Way("adamerging", {"objective": ["entropy"]}, "shared texts", "adamerging, entropy"),
+    Way("adamerging", {"objective": ["match"]}, "shared texts", "adamerging, match"),
+    Way("distill", {"train": [{"epochs": 3, "lr": 2e-4}]}, "shared texts"),
+    Way("multitask", {"train": [{"epochs": 2, "lr": 2e-4}]}, "all labels", "joint"),
+]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One seed: its domains, its base, its specialists."""
+
+    folder: Path
+    domains: Mapping[str, Domain]
+    context: Context
+    incumbent: Model
+    specialists: Sequence[Specialist]
+
+
+def prepare(folders: Mapping[str, Path], seed: int, work: Path, context: Context) -> Bench:
+    """Base opened and probed, specialists fine-tuned from it; what is there is not made again."""
+    folder = work / "weights" / f"seed-{seed}"
+    domains = {
+        name: load_domain(
+            name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit={"train": ROWS}
+        )
+        for name, path in folders.items()
+    }
+    rows = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in domains.values() for i, t in enumerate(d.train.texts)]
+    context = replace(context, seed=seed, probe=ProbeSet(tuple(rows)))
+    incumbent = _made(folder / "incumbent", lambda out: _incumbent(domains, out, context))
+    grown = []
+    for name, d in domains.items():
+        log(f"specialist {name}")
+        model = _made(
+            folder / f"specialist-{name}",
+            lambda out, d=d: method("finetune").shrink(incumbent, d, out, context, train=TUNE),
+        )
+        grown.append(Specialist(model, d, incumbent))
+    return Bench(folder, domains, context, incumbent, grown)
+
+
+def _incumbent(domains: Mapping[str, Domain], out: Path, context: Context) -> Model:
+    base, probe = open_model(BASE), method("probe")
+    network, tokenizer = open_classifier(base, context), load_tokenizer(base)
+    opened = save_network(network, tokenizer, out.with_name("opened"), provenance("open", [base], context))
+    sent = [probe.contribute(Specialist(opened, d), opened, context) for d in domains.values()]
+    return probe.absorb(opened, sent, out, context)
+
+
+def _made(folder: Path, make: Any) -> Model:
+    if not (folder / "fanbu.json").exists():
+        make(folder)
+    return open_model(folder, verify=False)
+
+
+def judged(bench: Bench, name: str, models: Mapping[str, Model]) -> Outcomes:
+    """Test outcomes, one model a domain; kept in the work folder."""
+    found = {}
+    for domain, model in models.items():
+        place = bench.folder / "outcomes" / name.replace("/", "-") / domain
+        if not (place / "contribution.json").exists():
+            write_contribution(evaluate(model, bench.domains[domain], bench.context), place)
+        found[domain] = open_contribution(place)
+    return found
+
+
+def merged(bench: Bench, way: Way, setting: Mapping[str, Any], out: Path) -> tuple[Model, float]:
+    """One candidate, and the seconds that contributions and absorbing took."""
+    started, code = time.perf_counter(), method(way.method)
+    sent = [code.contribute(s, bench.incumbent, bench.context, **setting) for s in bench.specialists]
+    made = code.absorb(bench.incumbent, sent, out, bench.context, **setting)
+    return made, time.perf_counter() - started
+
+
+def refitted(bench: Bench, model: Model, out: Path) -> Model:
+    """The same body with label rows that each owner fitted on it."""
+    probe = method("probe")
+    sent = [probe.contribute(Specialist(model, d), model, bench.context) for d in bench.domains.values()]
+    return probe.absorb(model, sent, out, bench.context)
+
+
+def validated(bench: Bench, model: Model) -> float:
+    """The mean over domains of the validation accuracy."""
+    network, tokenizer = load_network(model), load_tokenizer(model)
+    values = [validation_value(network, tokenizer, d, bench.context) for d in bench.domains.values()]
+    return sum(values) / len(values)
+
+
+def try_way(bench: Bench, way: Way, quick: bool) -> dict[str, Any]:
+    """The best setting by validation, its seconds; outcomes on test of it and of its refitted form are kept."""
+    note = bench.folder / "outcomes" / f"{way.label}.json"
+    if note.exists():
+        return dict(json.loads(note.read_text()))
+    tries, best = [], None
+    out = bench.folder / "try"
+    settings = way.settings(quick)
+    for number, setting in enumerate(settings):
+        shutil.rmtree(out / str(number), ignore_errors=True)
+        model, seconds = merged(bench, way, setting, out / str(number))
+        value = validated(bench, model) if len(settings) > 1 else 0.0
+        tries.append({"setting": setting, "valid": value, "seconds": seconds})
+        log(f"{way.label} {setting}: valid {100 * value:.2f}, {seconds:.0f} s")
+        if best is None or value > best[0]:
+            best = (value, model, setting)
+    assert best is not None
+    models = {way.label: best[1], f"{way.label} + heads": refitted(bench, best[1], out / "refitted")}
+    for name, model in models.items():
+        judged(bench, name, dict.fromkeys(bench.domains, model))
+    shutil.rmtree(out)
+    found = {"setting": best[2], "tries": tries}
+    note.write_text(json.dumps(found))
+    return found
+
+
+def one_seed(bench: Bench, ways: Sequence[Way], quick: bool) -> tuple[dict[str, Outcomes], dict[str, Any]]:
+    """Outcomes by name, and what was tried."""
+    found = {
+        "probed base": judged(bench, "probed base", dict.fromkeys(bench.domains, bench.incumbent)),
+        "specialists": judged(bench, "specialists", {s.domain.name: s.model for s in bench.specialists}),
+    }
+    tried = {}
+    for way in ways:
+        tried[way.label] = try_way(bench, way, quick)
+        for name in (way.label, f"{way.label} + heads"):
+            found[name] = judged(bench, name, dict.fromkeys(bench.domains, bench.incumbent))
+    return found, tried
+
+
+def mean(outcome: Outcomes, mode: str) -> float:
+    """Accuracy, averaged over domains."""
+    values = [score(c, mode) for c in outcome.values()]
+    return sum(v for v in values if v is not None) / len(values)
+
+
+def difference(one: Outcomes, other: Outcomes) -> dict[str, float]:
+    """Mean over domains of the paired difference of told accuracy, with its interval."""
+    return average([compare(one[d], other[d], "told", 0) for d in other])
+
+
+def rows_of(found: Mapping[str, Outcomes], ways: Sequence[Way], tried: Mapping[str, Any]) -> list[list[str]]:
+    """The table: told, untold, gain kept of the specialists', difference to the average of weights."""
+    needs = {w.label: w.needs for w in ways} | {f"{w.label} + heads": f"{w.needs}, refit" for w in ways}
+    base, full = found["probed base"], found["specialists"]
+    rows = [["way", "needs", "told", "untold", "gain kept", "beside average", "seconds"]]
+    for name, outcome in found.items():
+        kept = gain_kept(outcome, base, full, "told", 0)
+        against = difference(outcome, found["average"])
+        seconds = tried.get(name.removesuffix(" + heads"), {}).get("tries", [{}])[0].get("seconds")
+        untold = "-" if name == "specialists" else f"{100 * mean(outcome, 'untold'):.1f}"
+        rows.append([
+            name, needs.get(name, "-"), f"{100 * mean(outcome, 'told'):.1f}", untold,
+            "-" if kept is None else f"{kept['value']:.2f} ({kept['low']:.2f} to {kept['high']:.2f})",
+            f"{100 * against['delta']:+.1f} ({100 * against['low']:+.1f} to {100 * against['high']:+.1f})",
+            "-" if seconds is None else f"{seconds:.0f}",
+        ])  # fmt: skip
+    return rows
+
+
+def best_of(found: Mapping[str, Outcomes], names: Sequence[str]) -> str:
+    """The name with the highest told accuracy."""
+    return max((n for n in names if n in found), key=lambda n: mean(found[n], "told"))
+
+
+def main() -> int:
+    flags = parser(__doc__ or "")
+    flags.add_argument("--seeds", type=int, default=None, help="default: 3, with --quick 1")
+    flags.add_argument("--only", nargs="*", help="methods by their names in the table")
+    args = flags.parse_args()
+    folders = dict(list(usable(text_domains(args.data)).items())[: 4 if args.quick else 8])
+    ways = [w for w in WAYS if not args.only or w.label in {"average", *args.only}]
+    device, precision, threads = resolve_machine("auto", "auto", 0)
+    runs, tried = [], {}
+    with progress_bar() as progress:
+        for seed in range(args.seeds or (1 if args.quick else 3)):
+            plain = Context(device=device, precision=precision, threads=threads, max_length=64, progress=progress)
+            bench = prepare(folders, seed, args.work, plain)
+            outcomes, tried = one_seed(bench, ways, args.quick)
+            runs.append(outcomes)
+    found = mean_over_seeds(runs)
+    rows = rows_of(found, ways, tried)
+    print(table(rows), flush=True)
+    free = best_of(found, [w.label for w in ways if w.needs == "nothing"])
+    fed = best_of(found, [w.label for w in ways if w.needs == "statistics"] or [free])
+    peer = best_of(found, [w.label for w in ways if w.method in BY_MERGEKIT and w.label != "ties, whole model"])
+    bars = []
+    for what, name in (("best without data", free), ("best with statistics", fed)):
+        for against in ("average", peer):
+            d = difference(found[name], found[against])
+            got = f"{name} {100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+            bars.append(bar(f"{what} beside {against}", got, "interval above 0", d["low"] > 0))
+    values = {
+        "accuracy": {n: {d: {m: score(c, m) for m in ("told", "untold")} for d, c in o.items()} for n, o in found.items()},
+        "tried": tried, "seeds": len(runs), "domains": list(folders),
+    }  # fmt: skip
+    text = table(rows) + f"\n\n{len(runs)} seed(s); domains: {', '.join(folders)}; at most {ROWS} training rows each"
+    return finish("weights-quick" if args.quick else "weights", text, values, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
