@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fanbu.api import absorb, contribute, judge, load_domain, open_model, run, shrink
+    from fanbu.api import absorb, contribute, judge, load_domain, merge, open_model, run, shrink, unmerge
     from fanbu.errors import FanbuError
     from fanbu.types import Context, Train
 
@@ -23,9 +23,11 @@ __all__ = [
     "contribute",
     "judge",
     "load_domain",
+    "merge",
     "open_model",
     "run",
     "shrink",
+    "unmerge",
 ]
 
 _HOME = {"Context": "fanbu.types", "Train": "fanbu.types", "FanbuError": "fanbu.errors"}

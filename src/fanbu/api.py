@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fanbu.catalogue import method
-from fanbu.contribution import Contribution
+from fanbu.catalogue import Method, method
+from fanbu.contribution import Contribution, open_contribution, write_contribution
 from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.errors import FitError, IntegrityError, UsageError
 from fanbu.generations import run as run_rounds
 from fanbu.judge.evaluate import evaluate
 from fanbu.judge.gate import Gate
@@ -17,7 +19,7 @@ from fanbu.model import Model, open_model
 from fanbu.recipe import load_recipe
 from fanbu.types import Context, Progress, silent
 
-__all__ = ["absorb", "contribute", "judge", "load_domain", "open_model", "run", "shrink"]
+__all__ = ["absorb", "contribute", "judge", "load_domain", "merge", "open_model", "run", "shrink", "unmerge"]
 
 
 def shrink(
@@ -41,6 +43,81 @@ def absorb(
 ) -> Model:  # fmt: skip
     """The new large model."""
     return method(method_name, "feedback").absorb(base, contributions, Path(out), context or Context(), **arguments)
+
+
+def merge(
+    base: Model, specialists: Mapping[str, str | Path], out: str | Path, context: Context | None = None, *,
+    method_name: str = "task_arithmetic", keep: bool = False, **arguments: Any,
+) -> Model:  # fmt: skip
+    """Merges checkpoints, or adapters, that are all yours into ``base``: no domains, no boundary, no data.
+
+    ``specialists`` are directories by name. With ``keep`` what each of them sends is written beside ``out``, so that
+    ``unmerge`` can take one away again (``store="int8"`` keeps it small). Raises FitError for a method that needs
+    texts, labels or statistics: those come from domains.
+    """
+    from fanbu.merging.adapter import weights_contribution
+
+    way, place, context = method(method_name, "feedback"), Path(out), context or Context()
+    way.check(arguments)
+    needs = way.needs
+    if needs.kind != "weights" or needs.probe or needs.texts or needs.labels:
+        raise FitError(
+            "needs-domains", f"{way.name} needs more than weights", allowed=_data_free(), got=way.name,
+            remedy="name the domains (--domains), or take a method that needs no data",
+        )  # fmt: skip
+    sent = [weights_contribution(Path(folder), base, name, **way.own("contribute", arguments))
+            for name, folder in specialists.items()]  # fmt: skip
+    if keep:
+        sent = [open_contribution(_keep(c, place)) for c in sent]
+    return way.absorb(base, sent, place, context, **arguments)
+
+
+def _data_free() -> list[str]:
+    from fanbu.catalogue import methods
+
+    ways: list[Method] = [m for m in methods().values() if m.family == "weights"]
+    return [m.name for m in ways if not (m.needs.probe or m.needs.texts or m.needs.labels)]
+
+
+def _keep(contribution: Contribution, out: Path) -> Path:
+    folder = kept_beside(out, contribution.domain)
+    write_contribution(contribution, folder)
+    return folder
+
+
+def kept_beside(out: Path, domain: str) -> Path:
+    """Where a domain's contribution to the model ``out`` is kept."""
+    return out.with_name(f"{out.name}.{domain}.contribution")
+
+
+def unmerge(
+    base: Model, merged: Model, domains: Sequence[str], out: str | Path, context: Context | None = None
+) -> Model:  # fmt: skip
+    """The merged model as if ``domains`` had never joined: absorbs what the others sent once more, with the same
+    method, parameters, seed and dtype. Exact for every method, since nothing is subtracted.
+
+    Raises UsageError for another base or an unknown domain, IntegrityError where a contribution is no longer there.
+    """
+    made, names = merged.manifest, list(merged.manifest.get("parameters", {}).get("domains", []))
+    unknown = sorted(set(domains) - set(names))
+    if unknown or base.digest not in made.get("parents", []):
+        raise UsageError(
+            "unmerge", f"{merged.path} was not made of {', '.join(unknown) or base.path}",
+            allowed=names or "a model that `fanbu feed` made", got=unknown or base.digest[:12],
+            remedy="name the base and the domains that it was made of",
+        )  # fmt: skip
+    places = {name: kept_beside(merged.path, name) for name in names if name not in domains}
+    missing = [str(p) for p in places.values() if not p.is_dir()]
+    if missing:
+        raise IntegrityError(
+            "contribution-missing", f"contributions to {merged.path} are no longer beside it", got=missing,
+            remedy="merge again with --keep, or put them back",
+        )  # fmt: skip
+    way = method(str(made["method"]), "feedback")
+    own = {k: v for k, v in made["parameters"].items() if k in way.own("absorb", {})}
+    dtype = next((str(s.torch_dtype) for s in merged.tensors.values() if s.torch_dtype.is_floating_point), "")
+    context = replace(context or Context(), seed=int(made["seed"]), dtype=dtype.removeprefix("torch.") or None)
+    return way.absorb(base, [open_contribution(p) for p in places.values()], Path(out), context, **own)
 
 
 def judge(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from fanbu.cli import models, rounds, start, steps, ways
+from fanbu.cli import feed, models, rounds, start, steps, ways
 from fanbu.cli.language import language, localised
 from fanbu.errors import FanbuError, UsageError
 
@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Specialists are born from a large model, and what they learn goes back into it, judged before it counts.",
 )
 for command in (
-    start.init, start.doctor, rounds.run, rounds.report, rounds.watch, rounds.track, steps.shrink, steps.feed,
+    start.init, start.doctor, rounds.run, rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed,
     steps.judge, models.history, models.promote, models.rollback, models.leave, models.export,
 ):  # fmt: skip
     app.command()(command)

@@ -1,9 +1,8 @@
-"""The steps of a round by themselves: ``fanbu shrink``, ``fanbu feed``, ``fanbu judge``."""
+"""Two steps of a round by themselves: ``fanbu shrink`` and ``fanbu judge``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +10,10 @@ import typer
 
 from fanbu.cli import shared
 from fanbu.cli.shared import Device, Domains, Json, Seed, Set
-from fanbu.errors import UsageError
 
 if TYPE_CHECKING:
-    from fanbu.contribution import Contribution
     from fanbu.domain import Domain
-    from fanbu.types import Context, ProbeSet
+    from fanbu.types import Context
 
 
 def shrink(
@@ -40,43 +37,6 @@ def shrink(
         made = way.shrink(parent, chosen, out, context, **arguments)
     told = {"model": str(made.path), "digest": made.digest, "parameters": made.parameters}
     shared.print_values({**told, **dict(made.manifest["metrics"])}, as_json)
-
-
-def feed(
-    base: Annotated[str, typer.Argument(help="The large model.")],
-    out: Annotated[Path, typer.Argument(help="Where the new large model goes.")],
-    domains: Domains,
-    specialist: Annotated[list[str], typer.Option(help="DOMAIN=DIRECTORY; repeatable.")],
-    method_name: Annotated[
-        str, typer.Option("--method", help="A way back.", autocompletion=shared.ways("feedback"))
-    ] = "distill",
-    change: Set = None, seed: Seed = None, device: Device = None, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Feed specialists back into a large model; contributions pass the boundary and are kept beside OUT."""
-    from dataclasses import replace
-
-    from fanbu.boundary import cross
-    from fanbu.catalogue import method
-    from fanbu.domain import Specialist
-    from fanbu.model import open_model
-
-    way, arguments = method(method_name, "feedback"), shared.arguments_of(change)
-    way.check(arguments)
-    folders = dict(_pair(s) for s in specialist)
-    chosen = shared.domains_of(domains, list(folders))
-    with shared.context_of(seed, device) as context:
-        large = open_model(base)
-        sent: list[Contribution] = []
-        probe, texts = _probe(chosen, out) if way.needs.probe or way.name == "probe" else (context.probe, [])
-        context = replace(context, probe=probe)
-        for name, folder in folders.items():
-            own = Specialist(open_model(folder), chosen[name], large)
-            contribution = way.contribute(own, large, context, **arguments)
-            sent.append(cross(contribution, chosen[name].share, out.with_name(f"{out.name}.{name}.contribution")))
-        made = way.absorb(large, sent, out, context, **arguments)
-    crossed = {name: sum(c.bytes for c in [*texts, *sent] if c.domain == name) for name in folders}
-    told = {"model": str(made.path), "digest": made.digest, "crossed": crossed}
-    shared.print_values(told, as_json)
 
 
 def judge(
@@ -112,22 +72,3 @@ def _opened(source: str, domain: Domain, out: Path, context: Context) -> Any:
     return save_network(
         network, load_tokenizer(model), out.with_name(f"{out.name}.opened"), provenance("open", [model], context)
     )
-
-
-def _probe(domains: Mapping[str, Domain], out: Path) -> tuple[ProbeSet, list[Contribution]]:
-    """The texts of the domains that share texts, through their boundaries and without test texts, as in a round."""
-    from fanbu.boundary import cross
-    from fanbu.turn import probe_rows, probe_texts, without_test_texts
-    from fanbu.types import ProbeSet
-
-    sharing = [d for d in domains.values() if d.share.texts]
-    sent = [cross(probe_texts(d, None), d.share, out.with_name(f"{out.name}.{d.name}.texts")) for d in sharing]
-    rows = [row for texts in sent for row in probe_rows(texts)]
-    return ProbeSet(tuple(without_test_texts(rows, domains.values()))), sent
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, folder = text.partition("=")
-    if not equals:
-        raise UsageError("flag", "--specialist", allowed="DOMAIN=DIRECTORY", got=text, remedy="write it like this")
-    return name, folder
