@@ -1,9 +1,8 @@
 """Merging weights on real domains: every way of the weights and statistics families beside joint training and distill.
 
 Specialists are fine-tuned from one base (the probed incumbent of a round). A method's grid is decided on validation
-rows, at the owners; test rows are read once, with the setting chosen. Each merged model is shown with the label rows
-that came with the specialists, and with label rows that owners fitted anew on the merged body (a probe: one matrix of
-labels x hidden a domain crosses).
+rows, at the owners; test rows are read once, with the setting chosen. ``+ heads``: label rows that owners fitted anew
+on the merged body (a probe: a matrix of labels x hidden a domain crosses) stand in the place of the specialists'.
 
 Run: python benchmarks/weights.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only METHOD ...]. A second run
 resumes: what is in the work folder is not made again, so give a new folder after a change of code.
@@ -38,6 +37,7 @@ from fanbu.types import Context, ProbeRow, ProbeSet
 
 TUNE = {"epochs": 2, "lr": 2e-4}
 ROWS = 2000
+JUDGED = {"train": ROWS, "valid": 150, "test": 1000}  # rows of a domain that merged models are chosen and judged on
 BY_MERGEKIT = ("average", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock", "karcher")
 
 
@@ -49,6 +49,7 @@ class Way:
     grid: Mapping[str, Sequence[Any]]
     needs: str = "nothing"
     name: str = ""
+    refit: bool = False  # also with label rows that owners fit anew on the merged body
 
     @property
     def label(self) -> str:
@@ -64,7 +65,7 @@ class Way:
 SCALES = [0.1, 0.2, 0.3, 0.5]
 STRONG = [0.3, 0.5, 0.75, 1.0]
 WAYS = [
-    Way("average", {}),
+    Way("average", {}, refit=True),
     Way("task_arithmetic", {"scale": SCALES}),
     Way("ties", {"scale": STRONG, "density": [0.2]}),
     Way("ties", {"scale": STRONG, "density": [0.2], "scope": ["model"]}, name="ties, whole model"),
@@ -76,17 +77,17 @@ WAYS = [
     Way("consensus", {"scale": SCALES}),
     Way("pcb", {"scale": STRONG}),
     Way("magmax", {"scale": STRONG}),
-    Way("tsv_m", {"scale": STRONG}),
+    Way("tsv_m", {"scale": STRONG}, refit=True),
     Way("iso_c", {"scale": STRONG}),
     Way("iso_cts", {"scale": STRONG}),
     Way("svc", {"scale": STRONG}),
     Way("wudi", {"scale": STRONG}),
     Way("opcm", {"scale": STRONG}),
     Way("fisher", {}, "statistics"),
-    Way("regmean", {}, "statistics"),
+    Way("regmean", {}, "statistics", refit=True),
     Way("regmean_pp", {}, "shared texts"),
     Way("adamerging", {"objective": ["entropy"]}, "shared texts", "adamerging, entropy"),
-    Way("adamerging", {"objective": ["match"]}, "shared texts", "adamerging, match"),
+    Way("adamerging", {"objective": ["match"]}, "shared texts", "adamerging, match", refit=True),
     Way("distill", {"train": [{"epochs": 3, "lr": 2e-4}]}, "shared texts"),
     Way("multitask", {"train": [{"epochs": 2, "lr": 2e-4}]}, "all labels", "joint"),
 ]
@@ -106,24 +107,24 @@ class Bench:
 def prepare(folders: Mapping[str, Path], seed: int, work: Path, context: Context) -> Bench:
     """Base opened and probed, specialists fine-tuned from it; what is there is not made again."""
     folder = work / "weights" / f"seed-{seed}"
-    domains = {
-        name: load_domain(
-            name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit={"train": ROWS}
-        )
-        for name, path in folders.items()
-    }
+    whole = {name: _domain(name, path, {"train": ROWS}) for name, path in folders.items()}
+    domains = {name: _domain(name, path, JUDGED) for name, path in folders.items()}
     rows = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in domains.values() for i, t in enumerate(d.train.texts)]
     context = replace(context, seed=seed, probe=ProbeSet(tuple(rows)))
-    incumbent = _made(folder / "incumbent", lambda out: _incumbent(domains, out, context))
+    incumbent = _made(folder / "incumbent", lambda out: _incumbent(whole, out, context))
     grown = []
-    for name, d in domains.items():
+    for name, d in whole.items():
         log(f"specialist {name}")
         model = _made(
             folder / f"specialist-{name}",
             lambda out, d=d: method("finetune").shrink(incumbent, d, out, context, train=TUNE),
         )
-        grown.append(Specialist(model, d, incumbent))
+        grown.append(Specialist(model, domains[name], incumbent))
     return Bench(folder, domains, context, incumbent, grown)
+
+
+def _domain(name: str, path: Path, limit: Mapping[str, int]) -> Domain:
+    return load_domain(name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit=limit)
 
 
 def _incumbent(domains: Mapping[str, Domain], out: Path, context: Context) -> Model:
@@ -190,7 +191,9 @@ def try_way(bench: Bench, way: Way, quick: bool) -> dict[str, Any]:
         if best is None or value > best[0]:
             best = (value, model, setting)
     assert best is not None
-    models = {way.label: best[1], f"{way.label} + heads": refitted(bench, best[1], out / "refitted")}
+    models = {way.label: best[1]}
+    if way.refit:
+        models[f"{way.label} + heads"] = refitted(bench, best[1], out / "refitted")
     for name, model in models.items():
         judged(bench, name, dict.fromkeys(bench.domains, model))
     shutil.rmtree(out)
@@ -208,7 +211,7 @@ def one_seed(bench: Bench, ways: Sequence[Way], quick: bool) -> tuple[dict[str, 
     tried = {}
     for way in ways:
         tried[way.label] = try_way(bench, way, quick)
-        for name in (way.label, f"{way.label} + heads"):
+        for name in [way.label, *([f"{way.label} + heads"] if way.refit else [])]:
             found[name] = judged(bench, name, dict.fromkeys(bench.domains, bench.incumbent))
     return found, tried
 
@@ -276,7 +279,9 @@ def main() -> int:
             got = f"{name} {100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
             bars.append(bar(f"{what} beside {against}", got, "interval above 0", d["low"] > 0))
     values = {
-        "accuracy": {n: {d: {m: score(c, m) for m in ("told", "untold")} for d, c in o.items()} for n, o in found.items()},
+        "accuracy": {
+            n: {d: {m: score(c, m) for m in ("told", "untold")} for d, c in o.items()} for n, o in found.items()
+        },
         "tried": tried, "seeds": len(runs), "domains": list(folders),
     }  # fmt: skip
     text = table(rows) + f"\n\n{len(runs)} seed(s); domains: {', '.join(folders)}; at most {ROWS} training rows each"

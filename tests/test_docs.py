@@ -185,7 +185,7 @@ def test_commands_in_the_documents_are_commands(block: Block, words: list[str]) 
 @pytest.mark.parametrize(
     "line",
     ["ran recipe.yaml", "run", "run recipe.yaml more", "run recipe.yaml --nonsense 3", "run r.yaml --rounds three",
-     "methods shew distill", "leave runs/mine", "feed base out --domains d.yaml"],
+     "methods shew distill", "leave runs/mine", "feed base out --specialists a=b"],
 )  # fmt: skip
 def test_a_wrong_command_would_be_seen(line: str) -> None:
     with pytest.raises(click.UsageError):

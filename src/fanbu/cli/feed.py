@@ -44,6 +44,8 @@ def feed(
     """Feed specialists back into a large model. With --domains what they send passes the boundary."""
     arguments, folders = shared.arguments_of(change), dict(_pair(s) for s in specialist or [])
     place = Path(base) if mergekit else _required(out, "OUT")
+    if not (folders or mergekit or unmerge):
+        raise UsageError("flag", "--specialist", allowed="DOMAIN=DIRECTORY", remedy="name at least one specialist")
     if judge and domains is None:
         raise UsageError("flag", "--judge", allowed="together with --domains", remedy="name the domains to judge on")
     with shared.context_of(seed, device) as plain:
@@ -71,8 +73,6 @@ def _merged(
     from fanbu import api
     from fanbu.model import open_model
 
-    if not folders:
-        raise UsageError("flag", "--specialist", allowed="DOMAIN=DIRECTORY", remedy="name at least one specialist")
     large = open_model(base, verify=False)
     return api.merge(large, folders, out, context, method_name=name, keep=keep, **arguments)
 
