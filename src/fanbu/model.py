@@ -325,7 +325,7 @@ def save_model(
     """
     import transformers
 
-    with _whole_or_not_at_all(out) as partial:
+    with whole_or_not_at_all(out) as partial:
         # The library's version is in the manifest; in config.json it would change the bytes for nothing.
         plain = {k: v for k, v in config.items() if k not in {"_name_or_path", "transformers_version"}}
         write_text(partial / "config.json", json.dumps(plain, indent=2, sort_keys=True, default=str))
@@ -387,7 +387,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+def whole_or_not_at_all(out: Path) -> Iterator[Path]:
     """A folder to write into that takes the name ``out`` at the end; a folder that is not fanbu's is not replaced."""
     if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -421,7 +421,7 @@ def _left_behind(out: Path) -> list[Path]:
 
 def copy_model(model: Model, out: Path) -> Model:
     """The same model, bit for bit, in another folder."""
-    with _whole_or_not_at_all(out) as partial:
+    with whole_or_not_at_all(out) as partial:
         extra = [name for name in (CARD, MANIFEST) if (model.path / name).exists()]
         for name in [*model_files(model.path), *extra]:
             shutil.copyfile(model.path / name, partial / name)

@@ -23,10 +23,11 @@ def kept(density: float, numbers: int) -> int:
 def thresholds(work: Sequence[Stack], densities: Sequence[float]) -> list[float]:
     """For each specialist, the magnitude that its largest ``density`` of numbers reach, over all tensors of ``work``.
 
-    Numbers equal to the threshold are kept, so the answer hangs on no order.
+    Numbers equal to the threshold are kept, so the answer hangs on no order. A second density for each specialist may
+    follow the first ones.
     """
-    total = sum(math.prod(s.shape) for s in work)
-    counts = [(i, kept(d, total)) for i, d in enumerate(densities)]
+    total, count = sum(math.prod(s.shape) for s in work), len(work[0].domains)
+    counts = [(i % count, kept(d, total)) for i, d in enumerate(densities)]
     found = kth_largest(lambda share: magnitudes(work, share), [(i, k) for i, k in counts if k < total], total)
     values = iter(found)
     return [next(values) if k < total else 0.0 for _, k in counts]
@@ -49,6 +50,53 @@ def trim(delta: Tensor, threshold: float) -> Tensor:
     return torch.nn.functional.hardshrink(delta, float(below))  # one pass; it drops what is equal to its bound
 
 
+def share_of(density: float) -> float:
+    """A density, checked. UsageError outside 0..1."""
+    kept(density, 1)
+    return density
+
+
+def summed(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum of w_i delta_i, as a new tensor."""
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
+def drop(delta: Tensor, keep: float | Tensor, generator: torch.Generator) -> Tensor:
+    """delta / keep with probability ``keep``, else 0, for each number; in place."""
+    if isinstance(keep, float):
+        if keep >= 1:
+            return delta
+        if keep <= 0:
+            return delta.zero_()
+        return delta.mul_(torch.empty_like(delta).bernoulli_(keep, generator=generator)).div_(keep)
+    mask = torch.rand(delta.shape, generator=generator, device=delta.device) < keep
+    return delta.mul_(mask).div_(keep.clamp_(min=1e-12))
+
+
+def by_rank(delta: Tensor, keep: float, spread: float) -> float | Tensor:
+    """keep - spread + 2 spread r / (n - 1), with r the rank of |delta| in its row of n numbers (DELLA)."""
+    if spread == 0:
+        return keep
+    rows = delta.reshape(delta.shape[0], -1) if delta.ndim > 1 else delta.reshape(1, -1)
+    ranks = rows.abs().argsort(1).argsort(1).to(torch.float32)
+    return ranks.mul_(2 * spread / max(1, rows.shape[1] - 1)).add_(keep - spread).reshape(delta.shape)
+
+
+def joined(deltas: Sequence[Tensor], weights: Sequence[float], *, elected: bool, normalise: bool) -> Tensor:
+    """sum of w_i delta_i, divided by sum of w_i where asked; or the elected merge of TIES."""
+    if elected:
+        return elect(deltas, weights, normalise=normalise)
+    total = summed(deltas, weights)
+    if not normalise:
+        return total
+    if not sum(weights):
+        raise UsageError("bad-parameter", "weights sum to 0", got=list(weights), remedy="change one")
+    return total.div_(sum(weights))
+
+
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool = True) -> Tensor:
     """The elected merge of TIES: sum over agreeing i of w_i delta_i, divided by the sum of their w_i.
 
@@ -57,11 +105,8 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool
 
     Reference: Yadav et al. 2023, "TIES-Merging".
     """
-    total = deltas[0] * weights[0]
-    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
-        total.add_(delta, alpha=weight)
-    sign = total.sign_().add_(0.5).sign_()  # 0 becomes 1
-    merged, share = torch.zeros_like(total), torch.zeros_like(total)
+    sign = summed(deltas, weights).sign_().add_(0.5).sign_()  # 0 becomes 1
+    merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         agreeing = torch.mul(delta, sign).relu_()
         merged.add_(agreeing, alpha=weight)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fanbu.contribution import Contribution
 from fanbu.errors import FitError, UsageError
 from fanbu.heads import Head, replace_rows
 from fanbu.merging.dials import Dial, depth_of, level
+from fanbu.merging.factors import Factored
 from fanbu.merging.sources import Source, source_of
 from fanbu.merging.task_vector import HEAD, head_tensors
 from fanbu.model import Model, Provenance, save_model
@@ -83,6 +84,17 @@ class Stack:
                 check_finite(self.name, base, self.base.specs[self.name].file)
                 check_finite(self.name, delta, domain)
         return Part(start, stop, base, deltas)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """(b [rows, r], a [r, columns]) of each specialist, delta = b a, where all are low-rank (LoRA); else None."""
+        found = [s.factors(self.name, self.device) for s in self.sources if isinstance(s, Factored)]
+        kept = [pair for pair in found if pair]
+        return kept if self.matrix and len(kept) == len(self.sources) else None
+
+    @property
+    def touched(self) -> bool:
+        """Whether any specialist may have changed it."""
+        return any(not isinstance(s, Factored) or s.touches(self.name) for s in self.sources)
 
     def level(self, dial: Dial) -> float:
         """The value of a dial for this tensor."""
@@ -169,7 +181,8 @@ def stacks(base: Model, contributions: Sequence[Contribution], context: Context)
     heads = set(head_tensors(base))
     body = [n for n, s in tensors.specs.items() if n not in heads and s.torch_dtype.is_floating_point]
     ordered = sorted(contributions, key=lambda c: c.domain)
-    sources = tuple(source_of(c) for c in ordered)
+    shapes = {n: tensors.specs[n].shape for n in body}
+    sources = tuple(source_of(c, shapes) for c in ordered)
     for c, source in zip(ordered, sources, strict=True):
         different = set(body) ^ set(source.names)
         if different:
@@ -200,7 +213,9 @@ def run(
     """
 
     def one(stack: Stack) -> None:
-        combine = rule(stack)
+        # what nobody changed is copied, bit for bit (x + 0.0 is not x where x is -0.0)
+        stack = stack if stack.touched else replace(stack, domains=(), sources=())
+        combine = rule(stack) if stack.sources else lambda part: torch.tensor(-0.0, device=part.base.device)
         for part in stack.parts():
             use(stack, part, combine(part))
 

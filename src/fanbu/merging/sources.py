@@ -10,8 +10,10 @@ from typing import Protocol
 from torch import Tensor
 
 from fanbu.contribution import Contribution
+from fanbu.errors import FitError
+from fanbu.merging.factors import FORM, Factored, Shapes
 from fanbu.merging.task_vector import HEAD, TaskVector
-from fanbu.tensors import read_rows
+from fanbu.tensors import layout, read_rows
 
 
 class Source(Protocol):
@@ -25,11 +27,25 @@ class Source(Protocol):
         """Puts rows of its change into a float32 tensor on the device of the base's rows."""
 
 
-def source_of(contribution: Contribution) -> Source:
-    """The rows of a contribution, in whichever form it is."""
+def source_of(contribution: Contribution, body: Shapes) -> Source:
+    """The rows of a contribution, in whichever form it is; ``body`` has the shapes of the base's tensors.
+
+    Raises FitError where its tensors have other shapes.
+    """
     if isinstance(contribution.tensors, TaskVector):
         return Local(contribution.tensors)
-    return Plain(contribution.tensors)
+    if contribution.meta.get("form") == FORM:
+        return Factored(contribution.tensors, body, contribution.domain)
+    plain = Plain(contribution.tensors)
+    wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
+    if wrong:
+        raise FitError(
+            "other-architecture", f"{contribution.domain} sent tensors of other shapes than the base has",
+            allowed=[f"{n} {body[n]}" for n in wrong[:4]],
+            got=[f"{n} {layout(plain.tensors, n)[0]}" for n in wrong[:4]],
+            remedy="leave this specialist out, or use distill",
+        )  # fmt: skip
+    return plain
 
 
 @dataclass(frozen=True)

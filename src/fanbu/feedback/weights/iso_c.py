@@ -1,0 +1,57 @@
+"""Iso-C: the sum of the task vectors with all its singular values made equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fanbu.contribution import Contribution
+from fanbu.feedback.weights._task_vector import contribute
+from fanbu.merging.dials import Dial
+from fanbu.merging.engine import Stack, merge
+from fanbu.merging.spectral import deltas_of, iso_c, joined, rule_of, sum_of, sum_of_factors, within
+from fanbu.model import Model, provenance
+from fanbu.types import Context, Needs
+
+__all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
+
+NEEDS = Needs(kind="weights", same_architecture=True)
+LINEAR = False
+SENSITIVITY = None
+NEUTRAL = {"scale": 1.0, "flatten": 0.0}
+
+
+def absorb(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
+    flatten: Dial = 1.0, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+) -> Model:  # fmt: skip
+    """theta = theta_base + scale * U diag((1 - f) s + f mean(s)) V^T, where U diag(s) V^T = sum of w_i delta_i.
+
+    The mean is over the numerical rank: what is of low rank stays so, and keeps the sum of its singular values.
+
+    Tensors that are no matrices, and tables of embeddings, take scale * sum of w_i delta_i / sum of w_i.
+
+    Args:
+        scale: alpha of the paper, which tunes it on validation rows (1.5 was good for eight tasks).
+        flatten: how far each singular value goes to their mean; 1 as in the paper, 0 leaves them.
+        weights: w_i by domain, by which its delta is multiplied; 1 where it is not named, 0 leaves it out.
+
+    Raises:
+        FitError: a contribution's tensors are not the base's.
+        UsageError: flatten outside 0..1, or the weights of a tensor sum to 0.
+
+    Reference: Marczak et al. 2025, "No task left behind: isotropic model merging with common and task-specific
+    subspaces".
+    """
+
+    def solve(stack: Stack, w: list[float]) -> Tensor:
+        share, low = within("iso_c: flatten", stack.level(flatten), 0, 1), sum_of_factors(stack, w)
+        return iso_c(sum_of(deltas_of(stack, w)), share) if low is None else joined([low], share)
+
+    made = provenance(
+        "iso_c", [base], context, scale=scale, flatten=flatten, weights=weights,
+        domains=[c.domain for c in contributions],
+    )  # fmt: skip
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=3)
