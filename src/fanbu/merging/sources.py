@@ -12,6 +12,8 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
 from fanbu.merging.factors import FORM, Factored, Shapes
+from fanbu.merging.least_squares import FORM as MOMENTS
+from fanbu.merging.least_squares import Beside
 from fanbu.merging.task_vector import HEAD, TaskVector
 from fanbu.tensors import layout, read_rows
 
@@ -36,6 +38,8 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
         return Local(contribution.tensors)
     if contribution.meta.get("form") == FORM:
         return Factored(contribution.tensors, body, contribution.domain)
+    if contribution.meta.get("form") == MOMENTS:
+        return Beside(contribution.tensors)
     plain = Plain(contribution.tensors)
     wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
     if wrong:

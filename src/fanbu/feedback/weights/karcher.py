@@ -18,7 +18,7 @@ __all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
 NEEDS = Needs(kind="weights", same_architecture=True)
 LINEAR = False
 SENSITIVITY = None
-NEUTRAL = {}
+NEUTRAL: dict[str, float] = {}
 
 
 def absorb(

@@ -17,7 +17,7 @@ __all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
 NEEDS = Needs(kind="weights", same_architecture=True)
 LINEAR = False
 SENSITIVITY = None
-NEUTRAL = {}
+NEUTRAL: dict[str, float] = {}
 
 
 def absorb(base: Model, contributions: Sequence[Contribution], out: Path, context: Context) -> Model:
