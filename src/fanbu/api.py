@@ -56,6 +56,7 @@ def merge(
     texts, labels or statistics: those come from domains.
     """
     from fanbu.merging.adapter import weights_contribution
+    from fanbu.merging.store import stored
 
     way, place, context = method(method_name, "feedback"), Path(out), context or Context()
     way.check(arguments)
@@ -65,8 +66,8 @@ def merge(
             "needs-domains", f"{way.name} needs more than weights", allowed=_data_free(), got=way.name,
             remedy="name the domains (--domains), or take a method that needs no data",
         )  # fmt: skip
-    sent = [weights_contribution(Path(folder), base, name, **way.own("contribute", arguments))
-            for name, folder in specialists.items()]  # fmt: skip
+    store = way.own("contribute", arguments).get("store", "exact")
+    sent = [stored(weights_contribution(folder, base, name), store) for name, folder in specialists.items()]
     if keep:
         sent = [open_contribution(_keep(c, place)) for c in sent]
     return way.absorb(base, sent, place, context, **arguments)

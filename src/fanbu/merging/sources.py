@@ -14,6 +14,8 @@ from fanbu.errors import FitError
 from fanbu.merging.factors import FORM, Factored, Shapes
 from fanbu.merging.least_squares import FORM as MOMENTS
 from fanbu.merging.least_squares import Beside
+from fanbu.merging.store import FORM as PACKED
+from fanbu.merging.store import Unpacked
 from fanbu.merging.task_vector import HEAD, TaskVector
 from fanbu.tensors import layout, read_rows
 
@@ -40,6 +42,8 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
         return Factored(contribution.tensors, body, contribution.domain)
     if contribution.meta.get("form") == MOMENTS:
         return Beside(contribution.tensors)
+    if contribution.meta.get("form") == PACKED:
+        return Unpacked(contribution, body)
     plain = Plain(contribution.tensors)
     wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
     if wrong:

@@ -52,7 +52,7 @@ def svd(a_mn: Tensor, top: int | None = None, least: float = 0.0) -> Svd:
     if a.shape[0] > a.shape[1]:
         v, s, u = svd(a.T, top, least)
         return Svd(u, s, v)
-    u = torch.linalg.eigh(a @ a.T).eigenvectors.flip(1)[:, :top]
+    u = torch.linalg.eigh(a @ a.T).eigenvectors[:, -top if top else 0 :]  # eigenvalues rise
     rows = u.T @ a
     s = torch.linalg.vector_norm(rows, dim=1)  # closer than the root of the eigenvalue
     order = s.argsort(descending=True, stable=True)

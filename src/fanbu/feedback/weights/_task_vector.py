@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
+from fanbu.merging.store import Store, stored
 from fanbu.merging.task_vector import TaskVector
 from fanbu.model import Model
 from fanbu.types import Context
 
 
-def contribute(specialist: Specialist, base: Model, context: Context) -> Contribution:
+def contribute(specialist: Specialist, base: Model, context: Context, *, store: Store = "exact") -> Contribution:
     """delta = theta_specialist - theta_base for each tensor of the body; the domain's label rows as they are.
 
-    Raises FitError where the two architectures differ (Ilharco et al. 2023, "Editing models with task arithmetic").
+    Args:
+        store: ``exact``, or matrices in eight bits or one bit a number with a scale for each row (``int8``, ``1bit``).
+
+    Raises:
+        FitError: the two architectures differ.
+
+    Reference: Ilharco et al. 2023, "Editing models with task arithmetic"; Liu et al. 2024, "BitDelta".
     """
-    return Contribution(
-        "weights", specialist.domain.name, "task_vector", TaskVector(specialist.model, base),
-        meta={"labels": list(specialist.model.labels)},
-    )  # fmt: skip
+    vector = TaskVector(specialist.model, base)
+    meta = {"labels": list(specialist.model.labels)}
+    return stored(Contribution("weights", specialist.domain.name, "task_vector", vector, meta=meta), store)
