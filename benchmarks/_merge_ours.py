@@ -1,4 +1,4 @@
-"""One merge by fanbu in a process of its own. Prints its times as JSON. Arguments: METHOD OUT JSON BASE SPECIALIST..."""
+"""One merge by fanbu in a process of its own; prints its times as JSON. Arguments: METHOD OUT JSON BASE SPECIALIST."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def svd(a_mn: Tensor, top: int | None = None, least: float = 0.0) -> Svd:
     if a.shape[0] > a.shape[1]:
         v, s, u = svd(a.T, top, least)
         return Svd(u, s, v)
-    u = torch.linalg.eigh(a @ a.T).eigenvectors[:, -top if top else 0 :]  # eigenvalues rise
+    first = 0 if top is None else max(0, len(a) - top)
+    u = torch.linalg.eigh(a @ a.T).eigenvectors[:, first:]  # eigenvalues rise
     rows = u.T @ a
     s = torch.linalg.vector_norm(rows, dim=1)  # closer than the root of the eigenvalue
     order = s.argsort(descending=True, stable=True)
@@ -90,6 +91,7 @@ def joined(parts: Sequence[Svd], flatten: float = 0.0) -> Tensor:
         flatten: how far each s goes to their mean, 0 to 1.
     """
     u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    del parts
     if not len(s):
         return u.new_zeros(len(u), len(v))
     s = torch.lerp(s, s.mean(), flatten)
@@ -145,7 +147,9 @@ def iso_cts(deltas: list[Tensor], common: float = 0.8, flatten: float = 1.0) -> 
         else:
             own = svd(beside.T @ delta, each, least)
             parts.append(own._replace(u=beside @ own.u))
-    return joined([*parts, shared], flatten)
+    parts.append(shared)
+    del shared, beside
+    return joined(parts, flatten)
 
 
 def calibrated(merged: Tensor, deltas: Sequence[Tensor], alpha: float = 1.0) -> Tensor:
@@ -159,7 +163,7 @@ def calibrated(merged: Tensor, deltas: Sequence[Tensor], alpha: float = 1.0) -> 
     """
     whole = wide(merged)
     u, s, v = svd(whole)
-    rows = (v * s).T
+    rows = v.mul_(s).T
     counted = torch.zeros_like(rows[:, 0])
     for delta in deltas:
         own = u.T @ wide(delta)

@@ -33,9 +33,6 @@ def stored(contribution: Contribution, store: Store) -> Contribution:
             "packed-already", f"{contribution.domain} sends {contribution.meta['form']}, which are small as they are",
             allowed="store: exact", got=store, remedy="leave store out",
         )  # fmt: skip
-    shapes = {
-        n: list(layout(contribution.tensors, n)[0]) for n in contribution.tensors if packs(contribution.tensors, n)
-    }
     meta = {**contribution.meta, "form": FORM, "store": store}
     packed = Packed(contribution.tensors, store)
     return Contribution(contribution.kind, contribution.domain, contribution.method, packed, contribution.rows, meta)
