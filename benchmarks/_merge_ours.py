@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 began = time.perf_counter()
+import transformers  # noqa: E402, F401 - needed to save, loaded before the clock starts
+
 from fanbu import api  # noqa: E402
 from fanbu.catalogue import method  # noqa: E402
 from fanbu.model import open_model  # noqa: E402

@@ -1,8 +1,8 @@
 """Merging at the speed of the disk: seconds, CPU seconds and memory beside mergekit, and the floor of plain copying.
 
-Random Llama-shaped checkpoints in bf16 are made in the work folder. Every merge runs in a process of its own; all inputs
-are read once before, so the page cache is warm for everybody. Start-up (imports) is shown apart. Peers get virtual
-environments of their own (or $FANBU_PEERS).
+Random Llama-shaped checkpoints in bf16 are made in the work folder. Every merge runs in a process of its own; all
+inputs are read once before, so the page cache is warm for everybody. Start-up (imports) is shown apart. Peers get
+virtual environments of their own (or $FANBU_PEERS).
 
 Run: python benchmarks/merge.py [--quick] [--work DIR] [--capped]. --quick: 150M parameters instead of 1.2B, once each.
 """
@@ -173,9 +173,10 @@ def capped(work: Path) -> list[dict[str, Any]]:
 
 def main() -> int:
     flags = parser(__doc__ or "")
+    flags.add_argument("--times", type=int, default=None, help="how often; default: 3, with --quick 1")
     flags.add_argument("--capped", action="store_true", help="also 7 GB models under a limit of 2 GB (30 GB of disk)")
     args = flags.parse_args()
-    work, size, times = args.work / "merge", "150M" if args.quick else "1.2B", 1 if args.quick else 3
+    work, size, times = args.work / "merge", "150M" if args.quick else "1.2B", args.times or (1 if args.quick else 3)
     work.mkdir(parents=True, exist_ok=True)
     models, out, python = family(work, size, 3), work / "out", peer_python("mk", args.work)
     floor(models, work / "floor.bin")

@@ -85,7 +85,7 @@ def _unmerged(base: str, domains: list[str], merged: Path, out: Path, context: C
 
 
 def _by_mergekit(config: Path, out: Path, context: Context) -> Model:
-    from fanbu.merging.mergekit import run_mergekit
+    from fanbu.from_mergekit import run_mergekit
 
     return run_mergekit(config, out, context)
 

@@ -14,10 +14,13 @@ from fanbu.merging.select import kth_largest
 
 
 def kept(density: float, numbers: int) -> int:
-    """How many of ``numbers`` a density keeps: floor(density * numbers). UsageError outside 0..1."""
+    """How many of ``numbers`` a density keeps: floor(density * numbers), and one at least where it is not 0.
+
+    Raises UsageError outside 0..1.
+    """
     if not 0 <= density <= 1:
         raise UsageError("bad-parameter", "density", allowed="0 to 1", got=density, remedy="change it")
-    return int(density * numbers)
+    return max(1, int(density * numbers + 1e-9)) if density else 0
 
 
 def thresholds(work: Sequence[Stack], densities: Sequence[float]) -> list[float]:
@@ -100,16 +103,16 @@ def joined(deltas: Sequence[Tensor], weights: Sequence[float], *, elected: bool,
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool = True) -> Tensor:
     """The elected merge of TIES: sum over agreeing i of w_i delta_i, divided by the sum of their w_i.
 
-    The sign of a number is that of sum w_i delta_i (0 counts as positive); a specialist agrees where its delta is not
-    0 and has this sign. Without ``normalise`` the sum is not divided.
+    The sign of a number is that of sum w_i delta_i (0 counts as positive); a specialist agrees where its w_i delta_i is
+    not 0 and has this sign. Without ``normalise`` the sum is not divided.
 
     Reference: Yadav et al. 2023, "TIES-Merging".
     """
     sign = summed(deltas, weights).sign_().add_(0.5).sign_()  # 0 becomes 1
     merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = torch.mul(delta, sign).relu_()
-        merged.add_(agreeing, alpha=weight)
+        agreeing = torch.mul(delta, sign if weight >= 0 else -sign).relu_()
+        merged.add_(agreeing, alpha=abs(weight))
         if normalise:
             share.add_(agreeing.sign_(), alpha=weight)
     if normalise:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._task_vector import contribute
 from fanbu.merging.dials import Dial
-from fanbu.merging.elementwise import joined, thresholds, trim
+from fanbu.merging.elementwise import joined, share_of, thresholds, trim
 from fanbu.merging.engine import Combine, Part, Stack, merge
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
@@ -30,7 +30,8 @@ def absorb(
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i b_i, b_i = delta_i where its magnitude is neither small nor an outlier.
 
-    Of each tensor the ``gamma`` share of largest magnitudes is dropped, then the next ``density`` share is kept.
+    Of each tensor the ``gamma`` share of largest magnitudes is dropped (less where not enough would be left), then the
+    next ``density`` share is kept.
     Thresholds are exact; numbers equal to one lie above it.
 
     Args:
@@ -50,8 +51,8 @@ def absorb(
 
     def rule(stack: Stack) -> Combine:
         count = len(stack.domains)
-        top = stack.level(gamma)
-        low = min(1.0, top + stack.level(density))
+        top = min(stack.level(gamma), 1.0 - share_of(stack.level(density)))
+        low = top + stack.level(density)
         limits = thresholds([stack], [low] * count + [top] * count)
         w, factor = stack.levels(1.0, weights), stack.level(scale)
 

@@ -54,4 +54,4 @@ def absorb(
         "iso_c", [base], context, scale=scale, flatten=flatten, weights=weights,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
-    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=3)
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=5)

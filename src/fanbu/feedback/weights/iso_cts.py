@@ -57,4 +57,4 @@ def absorb(
         "iso_cts", [base], context, scale=scale, common=common, flatten=flatten, weights=weights,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
-    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=5)
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=9)

@@ -74,7 +74,7 @@ def absorb(
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=context.scratch or out.parent, prefix=".opcm-") as folder:
         sums = Shards(Path(folder), {s.name: (s.shape, torch.float32) for s in work})
-        run(work, sequence, lambda s, part, x: sums.put(s.name, part.start, x.expand_as(part.base)), context, made, 5)
+        run(work, sequence, lambda s, part, x: sums.put(s.name, part.start, x.expand_as(part.base)), context, made, 7)
         sums.close()
         kept, rescale = Tensors(Path(folder)), _to_mean_norm(list(squares.values()))
 

@@ -54,4 +54,4 @@ def absorb(
         "svc", [base], context, scale=scale, alpha=alpha, weights=weights,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
-    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=4)
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=6)

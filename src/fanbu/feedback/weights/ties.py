@@ -28,7 +28,7 @@ NEUTRAL = {"scale": 1.0, "density": 1.0}
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
     density: Dial = 0.2, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
-    scope: Literal["tensor", "model"] = "tensor",
+    scope: Literal["tensor", "model"] = "tensor", normalise: bool = True,
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i t_i / sum of w_i, over the specialists i that agree in sign.
 
@@ -42,6 +42,7 @@ def absorb(
         weights: w_i by domain, 1 where it is not named.
         scope: ``tensor`` trims each tensor by itself, ``model`` (as in the paper; ``density`` is one number then) over
             all of them.
+        normalise: divide by the weights of those that agree, as in the paper; else their sum is taken.
 
     Raises:
         FitError: a contribution's tensors are not the base's.
@@ -58,12 +59,14 @@ def absorb(
         w, factor = stack.levels(1.0, weights), stack.level(scale)
 
         def combine(part: Part) -> Tensor:
-            return elect([trim(d, t) for d, t in zip(part.deltas, limits, strict=True)], w).mul_(factor)
+            return elect([trim(d, t) for d, t in zip(part.deltas, limits, strict=True)], w, normalise=normalise).mul_(
+                factor
+            )
 
         return combine
 
     made = provenance(
-        "ties", [base], context, scale=scale, density=density, weights=weights, scope=scope,
+        "ties", [base], context, scale=scale, density=density, weights=weights, scope=scope, normalise=normalise,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
     return merge(base, contributions, out, context, rule, made)

@@ -52,4 +52,4 @@ def absorb(
         "tsv_m", [base], context, scale=scale, weights=weights,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
-    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=4)
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=8)

@@ -62,4 +62,4 @@ def absorb(
         "wudi", [base], context, scale=scale, solver=solver, steps=steps, lr=lr, weights=weights,
         domains=[c.domain for c in contributions],
     )  # fmt: skip
-    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=5)
+    return merge(base, contributions, out, context, rule_of(solve, scale, weights), made, whole=8)
