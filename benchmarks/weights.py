@@ -85,9 +85,6 @@ WAYS = [
     Way("opcm", {"scale": STRONG}),
     Way("fisher", {}, "statistics"),
     Way("regmean", {}, "statistics", refit=True),
-    Way("regmean_pp", {}, "shared texts"),
-    Way("adamerging", {"objective": ["entropy"]}, "shared texts", "adamerging, entropy"),
-    Way("adamerging", {"objective": ["match"]}, "shared texts", "adamerging, match", refit=True),
     Way("distill", {"train": [{"epochs": 3, "lr": 2e-4}]}, "shared texts"),
     Way("multitask", {"train": [{"epochs": 2, "lr": 2e-4}]}, "all labels", "joint"),
 ]

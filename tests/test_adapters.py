@@ -289,8 +289,8 @@ def hostile_weights(what: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "NaN": {**tensors, first: a * float("nan")},
         "a missing factor": tensors,
         "another width": {**tensors, first: torch.zeros(len(a), a.shape[1] + 1)},
-        "a module that is not there": {**tensors, first: a, "base_model.model.model.no.lora_A.weight": a},
-        "an unknown tensor": {**tensors, first: a, f"{prefix}.lora_diag": a},
+        "a module that is not there": {**tensors, first: a, "base_model.model.model.no.lora_A.weight": a.clone()},
+        "an unknown tensor": {**tensors, first: a, f"{prefix}.lora_diag": a.clone()},
         "whole numbers": {**tensors, first: a.to(torch.int8)},
         "a replaced tensor that the base lacks": {**tensors, first: a, "base_model.model.other.bias": a[0].clone()},
     }[what]

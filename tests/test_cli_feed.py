@@ -61,7 +61,7 @@ def test_what_cannot_be_unmerged(incumbent: Model, given: list[str], tmp_path: P
 
 def test_what_needs_domains_says_so(incumbent: Model, specialists: dict[str, Specialist], tmp_path: Path) -> None:
     folders = {name: s.model.path for name, s in specialists.items()}
-    for name in ("distill", "regmean", "adamerging", "soup"):
+    for name in ("distill", "regmean", "multitask"):
         with pytest.raises(FitError, match=rf"{name} needs more than weights.*ties.*remedy"):
             public.merge(incumbent, folders, tmp_path / "out", method_name=name)
     with pytest.raises(UsageError, match="no parameter 'densty'"):

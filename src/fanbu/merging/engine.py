@@ -87,9 +87,11 @@ class Stack:
 
     def factors(self) -> list[tuple[Tensor, Tensor]] | None:
         """(b [rows, r], a [r, columns]) of each specialist, delta = b a, where all are low-rank (LoRA); else None."""
+        if not self.matrix:
+            return None
         found = [s.factors(self.name, self.device) for s in self.sources if isinstance(s, Factored)]
         kept = [pair for pair in found if pair]
-        return kept if self.matrix and len(kept) == len(self.sources) else None
+        return kept if len(kept) == len(self.sources) else None
 
     @property
     def touched(self) -> bool:

@@ -198,7 +198,8 @@ def opcm(deltas: list[Tensor], alpha: float = 0.5) -> Tensor:
 def wudi(deltas: list[Tensor]) -> Tensor:
     """argmin over tau of sum |(tau - D_i) D_i^T|^2 / |D_i|^2 = (sum D_i G_i) (sum G_i)^+, the smallest there is.
 
-    G_i = D_i^T D_i / |D_i|^2. Where T m < n, the same through the T m x T m Gram matrix of all rows.
+    G_i = D_i^T D_i / |D_i|^2. Where T m < n, the same through the T m x T m Gram matrix of all rows, with 1e-12 T added
+    to its diagonal: rows of different tasks that nearly agree would else decide the result by their rounding.
 
     Reference: Cheng et al. 2025, "Whoever started the interference should end it: guiding data-free model merging via
     task vectors".
@@ -216,7 +217,7 @@ def wudi(deltas: list[Tensor]) -> Tensor:
     gram = rows @ rows.T
     # D_i D_i^T / |D_i| are the blocks on the diagonal of the Gram matrix, times |D_i|
     blocks = [gram[i * m : (i + 1) * m, i * m : (i + 1) * m] * size for i, size in enumerate(sizes)]
-    # its trace is T, so this hides only what is below a millionth of |D_i|; ``rows`` has nothing where it has nothing
+    # its trace is T; where it has nothing, ``rows`` has nothing
     return over(torch.cat(blocks, dim=1), gram, ridge=1e-12 * tasks) @ rows
 
 
@@ -229,9 +230,9 @@ def wudi_adam(deltas: list[Tensor], steps: int = 300, lr: float = 1e-5) -> Tenso
     gram, right = total.new_zeros(total.shape[1], total.shape[1]), torch.zeros_like(total)
     while deltas:
         delta = deltas.pop(0)
-        own = (delta.T @ delta).mul_(2 / _size(delta) ** 2)
-        gram += own
-        right.addmm_(delta - total, own)
+        share = 2 / _size(delta) ** 2
+        gram.addmm_(delta.T, delta, alpha=share)
+        right.add_(torch.linalg.multi_dot([delta - total, delta.T, delta]), alpha=share)
     x, mean, square = (torch.zeros_like(total) for _ in range(3))
     for step in range(1, steps + 1):
         slope = torch.addmm(right, x, gram, beta=-1)
