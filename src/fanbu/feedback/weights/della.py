@@ -53,8 +53,8 @@ def absorb(
         keep, spread = share_of(stack.level(density)), stack.level(epsilon)
         if not 0 <= spread <= min(keep, 1 - keep):
             raise UsageError(
-                "bad-parameter", "della: epsilon", allowed=f"0 to {min(keep, 1 - keep):.4g} at density {keep}", got=spread,
-                remedy="give a smaller one",
+                "bad-parameter", "della: epsilon", allowed=f"0 to {min(keep, 1 - keep):.4g} at density {keep}",
+                got=spread, remedy="give a smaller one",
             )  # fmt: skip
         w, factor = stack.levels(1.0, weights), stack.level(scale)
 
