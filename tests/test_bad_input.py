@@ -23,12 +23,13 @@ from fanbu.contribution import Contribution, open_contribution
 from fanbu.data.load import load_rows
 from fanbu.domain import load_domain
 from fanbu.errors import BoundaryError, DataError, FanbuError, FitError, IntegrityError, RetryError, UsageError
+from fanbu.files import write_text
 from fanbu.generations import run
 from fanbu.heads import open_classifier
 from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.recipe import load_recipe
-from fanbu.tensors import INDEX, SINGLE, Tensors, load_tensors, save_tensors, write_tensors, write_text
+from fanbu.tensors import INDEX, SINGLE, Tensors, load_tensors, save_tensors, write_tensors
 from fanbu.turn import start
 from fanbu.types import PRESETS, Context, Share
 
@@ -695,7 +696,7 @@ def test_a_full_disk_in_any_file(tmp_path: Path, opened: Model, monkeypatch: pyt
 
     workspace = Workspace(tmp_path / "ws")
     first = workspace.stage("one", "fanbu.types", {}, lambda out, _: write_text(out / "a", "1"))
-    for place in ("fanbu.tensors.sync", "fanbu.ledger.sync", "pathlib.Path.mkdir", "pathlib.Path.write_text"):
+    for place in ("fanbu.files.sync", "fanbu.ledger.sync", "pathlib.Path.mkdir", "pathlib.Path.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             two = partial(workspace.stage, place, "fanbu.types", {}, lambda out, _: write_text(out / "a", "2"))

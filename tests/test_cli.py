@@ -223,7 +223,7 @@ def test_full_disk_and_closed_folder(
         def fail(*_: Any, number: int = number) -> None:
             raise OSError(number, "no")
 
-        for place in ("fanbu.tensors.sync", "fanbu.generations.write_record", "fanbu.turn.Workspace"):
+        for place in ("fanbu.files.sync", "fanbu.generations.write_record", "fanbu.turn.Workspace"):
             with monkeypatch.context() as patch:
                 patch.setattr(place, fail)
                 result = fanbu("run", done.recipe, "--workspace", workspace, "--set", "gate.margin=0.3", "--json")

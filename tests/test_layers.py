@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
 LAYERS = [
     {"errors", "types", "lang"},
-    {"tensors", "model"},
+    {"files", "tensors", "model"},
     {"data"},
     {"domain", "contribution", "boundary"},
     {"fingerprint", "ledger"},

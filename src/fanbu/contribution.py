@@ -12,18 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanbu.errors import IntegrityError
+from fanbu.files import file_sha256, write_text
 from fanbu.model import read_json
-from fanbu.tensors import (
-    Tensors,
-    check_finite,
-    chunks,
-    file_sha256,
-    layout,
-    raw_bytes,
-    read_rows,
-    save_tensors,
-    write_text,
-)
+from fanbu.tensors import Tensors, check_finite, chunks, layout, raw_bytes, read_rows, save_tensors
 from fanbu.types import KINDS, Kind, canonical
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from fanbu.errors import IntegrityError, UsageError
+from fanbu.files import file_sha256, write_text
 from fanbu.ledger import Workspace
 from fanbu.model import CARD, Model, copy_model, model_card, open_model
 from fanbu.record import read_records
-from fanbu.tensors import file_sha256, write_text
 
 
 def export(

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanbu.errors import IntegrityError, RetryError, UsageError
+from fanbu.files import disk_error, file_sha256, sync, write_text
 from fanbu.fingerprint import code_digest
-from fanbu.tensors import disk_error, file_sha256, sync, write_text
 from fanbu.types import digest
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fanbu.errors import DataError, IntegrityError, UsageError
-from fanbu.tensors import TensorSpec, disk_error, file_sha256, index_tensors, sync, write_tensors, write_text
+from fanbu.files import disk_error, file_sha256, sync, write_text
+from fanbu.tensors import TensorSpec, index_tensors, write_tensors
 from fanbu.types import Context, Task, digest
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import yaml
 
 import fanbu
 from fanbu.errors import IntegrityError
+from fanbu.files import write_text
 from fanbu.ledger import Workspace
 from fanbu.model import Model
 from fanbu.recipe import Recipe
-from fanbu.tensors import write_text
 
 if TYPE_CHECKING:
     from fanbu.contribution import Contribution

@@ -12,6 +12,7 @@ from typing import Any
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
+from fanbu.files import write_text
 from fanbu.heads import check_labels_known, get_head, open_classifier, set_head
 from fanbu.judge.evaluate import examine, measure, tfidf
 from fanbu.judge.examples import examples
@@ -20,7 +21,7 @@ from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import validation_value
 from fanbu.recipe import Step
-from fanbu.tensors import load_tensors, save_tensors, write_text
+from fanbu.tensors import load_tensors, save_tensors
 from fanbu.turn import Turn
 from fanbu.types import Context, silent
 

@@ -6,7 +6,6 @@ numbers (format: https://huggingface.co/docs/safetensors). Pickle is never opene
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -16,12 +15,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanbu.errors import IntegrityError, RetryError
+from fanbu.errors import IntegrityError
+from fanbu.files import durable, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,9 @@ _TORCH = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 CHUNK = 2**18  # numbers that are worked on at once: a fixed number, so that results do not depend on the machine
+_LOAN = 8 * CHUNK  # bytes that a thread lends again and again
+_SYNC = 2**28  # bytes written after which they are made durable while others are computed
+_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Tensors(Mapping[str, "Tensor"]):
     def __init__(self, source: Path) -> None:
         self.specs = read_header(source) if source.is_file() else index_tensors(source)
         self._files: dict[Path, mmap.mmap] = {}
+        self._handles: dict[Path, int] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         spec = self.specs[name]
@@ -181,6 +185,31 @@ class Tensors(Mapping[str, "Tensor"]):
         raw = torch.frombuffer(self._mapped(spec.file), dtype=torch.uint8, count=count * width, offset=offset)
         return raw.view(spec.torch_dtype).view(shape)
 
+    def borrowed(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows as ``rows`` gives them, in memory that the next call of this thread overwrites.
+
+        Reading into memory that is warm takes a third of the time of mapping pages that are looked at once. More than
+        a few chunks at once are mapped all the same. Raises IntegrityError where the file has become shorter.
+        """
+        spec = self.specs[name]
+        width = math.prod(spec.shape[1:]) * _BYTES[spec.dtype]
+        count = (stop - start) * width
+        if not 0 < count <= _LOAN:
+            return self.rows(name, start, stop)
+        raw = _lent("read", count)
+        if os.preadv(self._handle(spec.file), [raw_bytes(raw)], spec.start + start * width) != count:
+            raise _broken(spec.file, "it has become shorter while it was read")
+        return raw.view(spec.torch_dtype).view(stop - start, *spec.shape[1:])
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._handles:
+            handle = os.open(file, os.O_RDONLY)
+            if self._handles.setdefault(file, handle) is not handle:  # another thread was first
+                os.close(handle)
+            else:
+                weakref.finalize(self, os.close, handle)
+        return self._handles[file]
+
     def _mapped(self, file: Path) -> mmap.mmap:
         if file not in self._files:
             with file.open("rb") as stream, warnings.catch_warnings():
@@ -200,6 +229,16 @@ def _view(mapped: mmap.mmap) -> None:
     import torch
 
     torch.frombuffer(mapped, dtype=torch.uint8, count=1)
+
+
+def _lent(use: str, count: int) -> Tensor:
+    """``count`` bytes that this thread uses again and again: fresh memory costs more than the arithmetic."""
+    import torch
+
+    if not hasattr(_thread, use):
+        setattr(_thread, use, torch.empty(_LOAN, dtype=torch.uint8))
+    room: Tensor = getattr(_thread, use)[:count]
+    return room
 
 
 def layout(tensors: Mapping[str, Tensor], name: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -229,6 +268,14 @@ def read_rows(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -
     return (tensor.reshape(1) if tensor.ndim == 0 else tensor)[start:stop]
 
 
+def borrow_rows(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    """As ``read_rows``, for who is done with them before this thread asks again."""
+    if hasattr(tensors, "borrowed"):
+        rows: Tensor = tensors.borrowed(name, start, stop)
+        return rows
+    return read_rows(tensors, name, start, stop)
+
+
 def check_finite(name: str, tensor: Tensor, where: object) -> None:
     """Raises IntegrityError where a tensor holds NaN or Inf."""
     if not tensor.is_floating_point():
@@ -246,15 +293,14 @@ def check_finite(name: str, tensor: Tensor, where: object) -> None:
 
 
 Layouts = Mapping[str, tuple[tuple[int, ...], "torch.dtype"]]
-Put = Callable[[str, int, "Tensor"], None]
+Put = Callable[[str, int, "Tensor"], object]
 
 
 class Shards:
     """``model.safetensors``, or shards with an index above ``shard_bytes``, filled in any order by any thread.
 
-    Headers are written first, so nothing is held in memory. Whoever puts the last bytes into a file makes it durable
-    and computes its sha256, which ``digests`` holds by file name after ``close``. The folder must be one that takes
-    its name only when it is whole.
+    Headers are written first, so nothing is held in memory. What is there is made durable and hashed while the rest is
+    computed; ``close`` waits for that. The folder must be one that takes its name only when it is whole.
     """
 
     def __init__(self, folder: Path, layouts: Layouts, shard_bytes: int = 4 * 2**30) -> None:
@@ -269,21 +315,31 @@ class Shards:
             room -= size
         self._folder, self._many = folder, len(groups) > 1
         self._files: dict[str, _Filling] = {}
+        self._behind = ThreadPoolExecutor(2)
+        self._jobs: list[Future[None]] = []
         for number, names in enumerate(groups, 1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if self._many else SINGLE
             self._files |= dict.fromkeys(names, _Filling(folder / file, {n: layouts[n] for n in names}))
 
     def put(self, name: str, first: int, rows: Tensor) -> None:
         """Rows of one tensor from row ``first`` on; each row comes once. NaN and Inf are refused."""
-        self._files[name].put(name, first, rows)
+        file = self._files[name]
+        if file.put(name, first, rows):
+            self._jobs.append(self._behind.submit(file.hash))
+        if file.unsynced >= _SYNC:
+            self._jobs.append(self._behind.submit(file.sync))
 
     def close(self) -> dict[str, str]:
         """The sha256 of each file by name, once all rows are there; writes the index."""
+        for job in self._jobs:
+            job.result()
+        digests = {file.path.name: file.close() for file in dict.fromkeys(self._files.values())}
+        self._behind.shutdown()
         if self._many:
             weight_map = {name: file.path.name for name, file in self._files.items()}
             index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
             write_text(self._folder / INDEX, json.dumps(index, indent=1, sort_keys=True))
-        return {file.path.name: file.close() for file in self._files.values()}
+        return digests
 
 
 class _Filling:
@@ -301,38 +357,65 @@ class _Filling:
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._first, self._left, self._lock = 8 + len(text), end, threading.Lock()
-        self._digest: str | None = None
+        self._first, self._lock, self.unsynced = 8 + len(text), threading.Lock(), 0
+        self._left = {name: _bytes_of(*layouts[name]) for name in self._starts}
+        self._state, self._hashed, self._hashing = hashlib.sha256(), 0, threading.Lock()
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         weakref.finalize(self, os.close, self._handle)
+        _reserve(self._handle, self._first + end)
         _write(self._handle, len(text).to_bytes(8, "little") + text, 0)
-        os.truncate(self._handle, self._first + end)
-        if not end:
-            self._finish()
 
-    def put(self, name: str, row: int, rows: Tensor) -> None:
+    def put(self, name: str, row: int, rows: Tensor) -> bool:
+        """Whether the tensor is whole now."""
         shape, dtype = self._layouts[name]
-        values = rows.detach().to("cpu", dtype).contiguous()
+        values = rows.detach()
+        if values.dtype != dtype and values.numel() * dtype.itemsize <= _LOAN:
+            room = _lent("write", values.numel() * dtype.itemsize)
+            values = room.view(dtype).view(values.shape).copy_(values)
+        else:
+            values = values.to("cpu", dtype).contiguous()
         check_finite(name, values, self.path)
         offset = self._first + self._starts[name] + row * math.prod(shape[1:]) * dtype.itemsize
         data = raw_bytes(values)
         _write(self._handle, data, offset)
         with self._lock:
-            self._left -= len(data)
-            last = self._left == 0
-        if last and len(data):
-            self._finish()
+            self._left[name] -= len(data)
+            self.unsynced += len(data)
+            return self._left[name] == 0
 
-    def _finish(self) -> None:
+    def hash(self) -> None:
+        """Goes on with the sha256 as far as there is no gap."""
+        with self._hashing:
+            end = next((s for n, s in self._starts.items() if self._left[n]), None)
+            end = os.fstat(self._handle).st_size if end is None else self._first + end
+            while self._hashed < end:
+                block = os.pread(self._handle, min(end - self._hashed, 2**20), self._hashed)
+                self._state.update(block)
+                self._hashed += len(block)
+
+    def sync(self) -> None:
+        """Makes durable what was written so far."""
+        self.unsynced = 0
         os.fsync(self._handle)
-        self._digest = file_sha256(self.path)
 
     def close(self) -> str:
-        if self._digest is None:
+        """The sha256 of the file, which is whole and durable. IntegrityError where rows are missing."""
+        left = sum(self._left.values())
+        if left:
             raise IntegrityError(
-                "checkpoint-incomplete", f"{self.path.name} lacks {self._left} bytes", remedy="put every row of it"
+                "checkpoint-incomplete", f"{self.path.name} lacks {left} bytes", remedy="put every row of it"
             )
-        return self._digest
+        self.sync()
+        self.hash()
+        return self._state.hexdigest()
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Gives a file its place on the disk: a full disk shows at once, and writing is several times faster."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.truncate(handle, size)
 
 
 def _torch() -> Any:
@@ -372,7 +455,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, durable when this returns; with NaN or Inf in it, none."""
     layouts = {name: layout(tensors, name) for name in tensors}
-    with _durable(path) as temporary:
+    with durable(path) as temporary:
         made = _Filling(temporary, layouts)
         _fill(made.put, tensors, layouts)
         made.close()
@@ -387,60 +470,3 @@ def _fill(put: Put, tensors: Mapping[str, Tensor], layouts: Layouts) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one checked safetensors file."""
     return dict(Tensors(path))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that is there whole or not at all, also after a power cut."""
-    with _durable(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[Path]:
-    """temp, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """A full disk, or a place that cannot be written, as a RetryError; any other OSError as it is."""
-    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
-        return RetryError(
-            "not-writable",
-            f"no permission for {error.filename or path}",
-            allowed="a folder that can be written",
-            got=os.strerror(error.errno),
-            remedy="check owner and mount, or name another workspace, then run again: what was finished is kept",
-        )
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return RetryError(
-            "disk-full",
-            f"no room left to write {path}",
-            allowed="free space",
-            got=os.strerror(error.errno),
-            remedy="free some space and run the same command again: what was finished is kept",
-        )
-    return error
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

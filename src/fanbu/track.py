@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanbu.errors import RetryError, UsageError
+from fanbu.files import write_text
 from fanbu.ledger import Workspace
 from fanbu.record import read_records
 from fanbu.report import format as f
 from fanbu.report.verdict import crossed_bytes
-from fanbu.tensors import write_text
 from fanbu.types import canonical, digest
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fanbu.batches import shuffled_batches
 from fanbu.errors import FanbuError, UsageError
-from fanbu.tensors import load_tensors, save_tensors, write_text
+from fanbu.files import write_text
+from fanbu.tensors import load_tensors, save_tensors
 from fanbu.types import Context, Train
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # these need a closure, or sparse gradients

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fanbu.errors import FanbuError, UsageError
+from fanbu.files import write_text
 from fanbu.init.columns import Ask
 from fanbu.init.files import Files, find, legal
 from fanbu.init.look import Look, look
 from fanbu.init.write import SHARES, Wish, recipe_text, relative
-from fanbu.tensors import write_text
 from fanbu.types import TASKS
 
 __all__ = ["Options", "default_model", "find", "legal", "write_recipe"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError, IntegrityError, UsageError
 from fanbu.merging.factors import FORM, MAGNITUDE, NEW, SCALE, A, B, Factored
+from fanbu.merging.store import Store, task_vector
 from fanbu.merging.task_vector import HEAD, TaskVector, head_tensors
 from fanbu.model import MANIFEST, Model, open_model, read_json, resolve
 from fanbu.tensors import Tensors, check_finite, chunks
@@ -227,18 +228,24 @@ def adapter_contribution(path: Path, base: Model, name: str, labels: Sequence[st
     return Contribution("weights", name, "adapter", adapter, meta={"form": FORM, "labels": sent})
 
 
-def weights_contribution(path: str | Path, base: Model, name: str, labels: Sequence[str] = ()) -> Contribution:
+def weights_contribution(
+    path: str | Path, base: Model, name: str, labels: Sequence[str] = (), store: Store = "exact"
+) -> Contribution:
     """What a specialist sends in the weights family, whether it is a full checkpoint or an adapter of the base.
 
-    ``labels`` is needed only for an adapter with a label head: its file does not name them.
+    ``labels`` is needed only for an adapter with a label head: its file does not name them. Raises FitError for an
+    adapter that shall be packed.
     """
     folder = resolve(path)
-    if (folder / CONFIG).exists():
-        return adapter_contribution(folder, base, name, labels)
-    model = open_model(folder)
-    return Contribution(
-        "weights", name, "task_vector", TaskVector(model, base), meta={"labels": list(labels or model.labels)}
-    )
+    if not (folder / CONFIG).exists():
+        model = open_model(folder)
+        return task_vector(TaskVector(model, base), name, list(labels or model.labels), store)
+    if store != "exact":
+        raise FitError(
+            "packed-already", f"{name} sends factors, which are small as they are", allowed="store: exact", got=store,
+            remedy="leave store out",
+        )  # fmt: skip
+    return adapter_contribution(folder, base, name, labels)
 
 
 def body_of(base: Model) -> dict[str, tuple[int, ...]]:

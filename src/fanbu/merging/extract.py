@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError, UsageError
+from fanbu.files import file_sha256, write_text
 from fanbu.merging.adapter import CONFIG, PREFIX, WEIGHTS, body_of
 from fanbu.merging.factors import FORM, Factored
 from fanbu.merging.spectral import Svd, factored_svd, svd
 from fanbu.merging.task_vector import HEAD, TaskVector, head_tensors
 from fanbu.model import MANIFEST, Model, whole_or_not_at_all
-from fanbu.tensors import chunks, file_sha256, save_tensors, write_text
+from fanbu.tensors import chunks, save_tensors
 from fanbu.types import Context
 
 TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", None: "FEATURE_EXTRACTION"}

@@ -14,10 +14,10 @@ from fanbu.errors import FitError
 from fanbu.merging.factors import FORM, Factored, Shapes
 from fanbu.merging.least_squares import FORM as MOMENTS
 from fanbu.merging.least_squares import Beside
-from fanbu.merging.store import FORM as PACKED
-from fanbu.merging.store import Unpacked
-from fanbu.merging.task_vector import HEAD, TaskVector
-from fanbu.tensors import layout, read_rows
+from fanbu.merging.store import PACKED, Unpacked
+from fanbu.merging.task_vector import FORM as WEIGHTS
+from fanbu.merging.task_vector import HEAD
+from fanbu.tensors import borrow_rows, layout
 
 
 class Source(Protocol):
@@ -36,15 +36,13 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
 
     Raises FitError where its tensors have other shapes.
     """
-    if isinstance(contribution.tensors, TaskVector):
-        return Local(contribution.tensors)
     if contribution.meta.get("form") == FORM:
         return Factored(contribution.tensors, body, contribution.domain)
     if contribution.meta.get("form") == MOMENTS:
         return Beside(contribution.tensors)
     if contribution.meta.get("form") == PACKED:
         return Unpacked(contribution, body)
-    plain = Plain(contribution.tensors)
+    plain = (Own if contribution.meta.get("form") == WEIGHTS else Plain)(contribution.tensors)
     wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
     if wrong:
         raise FitError(
@@ -54,22 +52,6 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
             remedy="leave this specialist out, or use distill",
         )  # fmt: skip
     return plain
-
-
-@dataclass(frozen=True)
-class Local:
-    """A specialist's checkpoint beside the base: one difference for each row that is asked for."""
-
-    vector: TaskVector
-
-    @property
-    def names(self) -> Collection[str]:
-        """The tensors of the body."""
-        return self.vector.body
-
-    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
-        """Specialist minus base."""
-        into.copy_(self.vector.model.rows(name, start, stop)).sub_(base)
 
 
 @dataclass(frozen=True)
@@ -85,4 +67,21 @@ class Plain:
 
     def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
         """The rows as they are."""
-        into.copy_(read_rows(self.tensors, name, start, stop))
+        into.copy_(borrow_rows(self.tensors, name, start, stop))
+
+
+@dataclass(frozen=True)
+class Own(Plain):
+    """A specialist's own weights, here or as they arrived."""
+
+    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
+        """Specialist minus base."""
+        into.copy_(borrow_rows(self.tensors, name, start, stop)).sub_(base)
+
+    def whole(self, name: str, start: int, stop: int, into: Tensor) -> Tensor:
+        """The rows themselves, put into a float32 tensor."""
+        return into.copy_(borrow_rows(self.tensors, name, start, stop))
+
+    def bits(self, name: str) -> int:
+        """Of a number, as it is stored."""
+        return 8 * layout(self.tensors, name)[1].itemsize

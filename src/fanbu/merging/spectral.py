@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fanbu.errors import UsageError
 from fanbu.merging.dials import Dial
-from fanbu.merging.engine import Combine, Rule, Stack, linear
+from fanbu.merging.engine import Combine, Linear, Rule, Stack
 
 RANK = 1e-6
 
@@ -298,7 +298,7 @@ def rule_of(solve: Solve, scale: Dial, weights: Mapping[str, Dial]) -> Rule:
         w, factor = levels(stack, weights), stack.level(scale)
         if stack.matrix:
             return rows_of(solve(stack, w), factor, stack.device)
-        return linear([factor * each / sum(w) for each in w])
+        return Linear([factor * each / sum(w) for each in w])
 
     return rule
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,32 +10,28 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
-from fanbu.merging.task_vector import HEAD
+from fanbu.merging.task_vector import FORM, HEAD, TaskVector, Weights
 from fanbu.tensors import layout, read_rows
 
-FORM = "packed"  # meta["form"] of a contribution whose tensors have the names below
+PACKED = "packed"  # meta["form"] of a contribution whose tensors have the names below
 CODES, SCALES = "codes:", "scales:"
 Store = Literal["exact", "int8", "1bit"]
 
 
-def stored(contribution: Contribution, store: Store) -> Contribution:
-    """The contribution with its matrices packed, each row when asked for; as it is for ``exact``.
+def task_vector(vector: TaskVector, domain: str, labels: Sequence[str], store: Store = "exact") -> Contribution:
+    """What a specialist sends of its weights: as they are, or its differences to the base with packed matrices.
 
     int8: round(delta / s), s = max |delta| / 127 of the row. 1bit: the sign, s = mean |delta| of the row (which is the
-    best scale for signs, in squares). Raises FitError for a contribution that is packed or factored already.
+    best scale for signs, in squares).
 
     Reference: Liu et al. 2024, "BitDelta: your fine-tune may only be worth one bit".
     """
     if store == "exact":
-        return contribution
-    if "form" in contribution.meta:
-        raise FitError(
-            "packed-already", f"{contribution.domain} sends {contribution.meta['form']}, which are small as they are",
-            allowed="store: exact", got=store, remedy="leave store out",
-        )  # fmt: skip
-    meta = {**contribution.meta, "form": FORM, "store": store}
-    packed = Packed(contribution.tensors, store)
-    return Contribution(contribution.kind, contribution.domain, contribution.method, packed, contribution.rows, meta)
+        return Contribution(
+            "weights", domain, "task_vector", Weights(vector), meta={"labels": list(labels), "form": FORM}
+        )
+    meta = {"labels": list(labels), "form": PACKED, "store": store}
+    return Contribution("weights", domain, "task_vector", Packed(vector, store), meta=meta)
 
 
 def packs(tensors: Mapping[str, Tensor], name: str) -> bool:

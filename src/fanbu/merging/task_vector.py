@@ -13,6 +13,7 @@ from fanbu.tensors import Tensors
 
 HEADS = ("classifier.out_proj.", "classifier.", "score.")
 HEAD = "head:"
+FORM = "weights"  # meta["form"] of a contribution that holds a specialist's own weights, as they are stored
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -73,6 +74,41 @@ class TaskVector(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class Weights(Mapping[str, Tensor]):
+    """What a task vector is made of: the specialist's own tensors, under the same names.
+
+    This is what crosses: it says the same as the differences, exactly, and has half their size where weights are
+    stored in sixteen bits.
+    """
+
+    def __init__(self, vector: TaskVector) -> None:
+        self.vector, self.tensors = vector, vector.model
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor."""
+        return self.tensors.rows(name.removeprefix(HEAD), start, stop)
+
+    def borrowed(self, name: str, start: int, stop: int) -> Tensor:
+        """As ``Tensors.borrowed``."""
+        return self.tensors.borrowed(name.removeprefix(HEAD), start, stop)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        spec = self.tensors.specs[name.removeprefix(HEAD)]
+        return spec.shape, spec.torch_dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.vector.names:
+            raise KeyError(name)
+        return self.tensors[name.removeprefix(HEAD)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vector.names)
+
+    def __len__(self) -> int:
+        return len(self.vector.names)
 
 
 def head_tensors(model: Model) -> list[str]:

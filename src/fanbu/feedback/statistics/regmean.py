@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.merging.engine import Combine, Stack, linear, merge
+from fanbu.merging.engine import Combine, Linear, Stack, merge
 from fanbu.merging.gram import damped, grams, linear_layers, own_texts, stores_input_first
 from fanbu.merging.least_squares import FORM, GRAM, MOMENT, Moments, solve
 from fanbu.merging.task_vector import TaskVector
@@ -68,7 +68,7 @@ def absorb(
 
     def rule(stack: Stack) -> Combine:
         if stack.name not in leaders:
-            return linear([1.0 / len(stack.domains)] * len(stack.domains))
+            return Linear([1.0 / len(stack.domains)] * len(stack.domains))
         gram = _sum([c.tensors[GRAM + leaders[stack.name]] for c in contributions])
         moment = _sum([c.tensors[MOMENT + stack.name] for c in contributions])
         delta = solve(gram, moment, ridge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.merging.store import Store, stored
+from fanbu.merging.store import Store, task_vector
 from fanbu.merging.task_vector import TaskVector
 from fanbu.model import Model
 from fanbu.types import Context
@@ -14,7 +14,8 @@ def contribute(specialist: Specialist, base: Model, context: Context, *, store: 
     """delta = theta_specialist - theta_base for each tensor of the body; the domain's label rows as they are.
 
     Args:
-        store: ``exact``, or matrices in eight bits or one bit a number with a scale for each row (``int8``, ``1bit``).
+        store: ``exact`` (the specialist's weights as they are stored, which say the same), or delta's matrices in eight
+            bits or one bit a number with a scale for each row (``int8``, ``1bit``).
 
     Raises:
         FitError: the two architectures differ.
@@ -22,5 +23,4 @@ def contribute(specialist: Specialist, base: Model, context: Context, *, store: 
     Reference: Ilharco et al. 2023, "Editing models with task arithmetic"; Liu et al. 2024, "BitDelta".
     """
     vector = TaskVector(specialist.model, base)
-    meta = {"labels": list(specialist.model.labels)}
-    return stored(Contribution("weights", specialist.domain.name, "task_vector", vector, meta=meta), store)
+    return task_vector(vector, specialist.domain.name, specialist.model.labels, store)

@@ -9,7 +9,7 @@ from fanbu.contribution import Contribution
 from fanbu.errors import UsageError
 from fanbu.feedback.weights._task_vector import contribute
 from fanbu.merging.dials import Dial
-from fanbu.merging.engine import Combine, Stack, linear, merge
+from fanbu.merging.engine import Combine, Linear, Stack, merge
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
 
@@ -46,7 +46,7 @@ def absorb(
             raise UsageError(
                 "bad-parameter", f"average: the weights of {stack.name} sum to 0", got=w, remedy="change one"
             )
-        return linear([stack.level(scale) * each / sum(w) for each in w])
+        return Linear([stack.level(scale) * each / sum(w) for each in w])
 
     made = provenance(
         "average", [base], context, scale=scale, weights=weights, domains=[c.domain for c in contributions]

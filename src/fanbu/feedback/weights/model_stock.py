@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._task_vector import contribute
-from fanbu.merging.engine import Combine, Stack, linear, merge
+from fanbu.merging.engine import Combine, Linear, Stack, merge
 from fanbu.merging.geometry import gram, mean_cosine
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
@@ -35,7 +35,7 @@ def absorb(base: Model, contributions: Sequence[Contribution], out: Path, contex
         count = len(stack.domains)
         cosine = mean_cosine(gram(stack, deltas=True))
         t = min(1.0, max(0.0, count * cosine / (1 + (count - 1) * cosine))) if count > 1 else 1.0
-        return linear([t / count] * count)
+        return Linear([t / count] * count)
 
     made = provenance("model_stock", [base], context, domains=[c.domain for c in contributions])
     return merge(base, contributions, out, context, rule, made)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._task_vector import contribute
 from fanbu.merging.dials import Dial
-from fanbu.merging.engine import Combine, Part, Stack, linear, merge, run, stacks
+from fanbu.merging.engine import Combine, Linear, Part, Stack, merge, run, stacks
 from fanbu.merging.spectral import deltas_of, opcm, rows_of, within
 from fanbu.model import Model, provenance
 from fanbu.tensors import Shards, Tensors
@@ -54,7 +54,7 @@ def absorb(
 
     def sequence(stack: Stack) -> Combine:
         ones = [1.0] * len(stack.sources)
-        merge_rows = linear(ones)
+        merge_rows: Combine = Linear(ones)
         if stack.matrix:
             share = within("opcm: alpha", stack.level(alpha), 0, 1)
             merge_rows = rows_of(opcm(deltas_of(stack, ones), share), 1.0, stack.device)
@@ -74,7 +74,11 @@ def absorb(
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=context.scratch or out.parent, prefix=".opcm-") as folder:
         sums = Shards(Path(folder), {s.name: (s.shape, torch.float32) for s in work})
-        run(work, sequence, lambda s, part, x: sums.put(s.name, part.start, x.expand_as(part.base)), context, made, 7)
+
+        def put(stack: Stack, part: Part, delta: Tensor | None) -> None:
+            sums.put(stack.name, part.start, torch.zeros_like(part.base) if delta is None else delta)
+
+        run(work, sequence, put, context, made, 7)
         sums.close()
         kept, rescale = Tensors(Path(folder)), _to_mean_norm(list(squares.values()))
 

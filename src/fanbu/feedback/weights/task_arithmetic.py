@@ -8,7 +8,7 @@ from pathlib import Path
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._task_vector import contribute
 from fanbu.merging.dials import Dial
-from fanbu.merging.engine import linear, merge
+from fanbu.merging.engine import Linear, merge
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
 
@@ -40,5 +40,5 @@ def absorb(
     )
     return merge(
         base, contributions, out, context,
-        lambda stack: linear([stack.level(scale) * w for w in stack.levels(1.0, weights)]), made,
+        lambda stack: Linear([stack.level(scale) * w for w in stack.levels(1.0, weights)]), made,
     )  # fmt: skip
