@@ -11,8 +11,9 @@ import fanbu as public
 from fanbu.contribution import open_contribution
 from fanbu.domain import Specialist
 from fanbu.errors import FitError, UsageError
-from fanbu.model import Model, open_model
+from fanbu.model import Model, open_model, provenance, save_model
 from fanbu.tensors import Tensors
+from fanbu.types import Context
 from test_cli import Command, error_of, fanbu, yaml_of_domains  # noqa: F401 - fixtures
 
 
@@ -88,3 +89,42 @@ def test_the_judge_decides(
     assert "food" in text
     old, new = Tensors(incumbent.path), Tensors(tmp_path / "same")
     assert all(torch.equal(old[n], new[n]) for n in old if not n.startswith("classifier"))
+
+
+def test_an_adapter_of_a_model_and_one_of_several(llama: Path, tmp_path: Path, fanbu: Command) -> None:  # noqa: F811
+    base, folders = open_model(llama), []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = dict(Tensors(llama))
+        for name in [n for n in tensors if n.endswith("q_proj.weight")]:
+            b, a = (
+                torch.randn(s, generator=generator) for s in ((tensors[name].shape[0], 2), (2, tensors[name].shape[1]))
+            )
+            tensors[name] = tensors[name] + b @ a * 0.01
+        save_model(tmp_path / f"m{seed}", base.config, tensors, llama, provenance("test", [base], Context()))
+        folders.append(tmp_path / f"a{seed}")
+        code, told = fanbu("extract", tmp_path / f"m{seed}", llama, folders[-1], "--rank", "2", "--json")
+        assert (code, told["matrices"]) == (0, 2)
+        assert told["error"] < 1e-3
+    error_of(fanbu("extract", tmp_path / "m1", llama, tmp_path / "x", "--json"), 2, "bad-parameter")
+    pairs = [f"--specialist={folder.name}={folder}" for folder in folders]
+    feed = ("feed", llama, tmp_path / "joined", *pairs, "--as-adapter", "--json")
+    error_of(fanbu(*feed, "--method", "ties"), 2, "flag")
+    error_of(fanbu(*feed, "--set", "density=0.1"), 2, "flag")
+    assert fanbu(*feed, "--set", "scale=0.5")[0] == 0
+    whole = ("--specialist", f"joined={tmp_path / 'joined'}", "--set", "scale=1.0", "--json")
+    assert fanbu("feed", llama, tmp_path / "one", *whole)[0] == 0
+    assert fanbu("feed", llama, tmp_path / "two", *pairs, "--set", "scale=0.5", "--json")[0] == 0
+    one, two = Tensors(tmp_path / "one"), Tensors(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_domains_own_model_out_of_emr(
+    incumbent: Model, given: list[str], specialists: dict[str, Specialist], tmp_path: Path, fanbu: Command  # noqa: F811
+) -> None:  # fmt: skip
+    assert fanbu("feed", incumbent.path, tmp_path / "shared", *given, "--method", "emr", "--json")[0] == 0
+    again = ("feed", incumbent.path, tmp_path / "own", "--of", tmp_path / "shared", "--json", "--only")
+    assert "food" in error_of(fanbu(*again, "sea"), 2, "only")["allowed"]
+    assert fanbu(*again, "food")[0] == 0
+    assert open_model(tmp_path / "own").labels == specialists["food"].model.labels

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_public_list_is_short_and_whole() -> None:
     assert fanbu.__all__ == [
-        "Context", "FanbuError", "Train", "absorb", "contribute", "judge", "load_domain", "merge", "open_model", "run",
-        "shrink", "unmerge",
+        "Context", "FanbuError", "Train", "absorb", "contribute", "judge", "load_domain", "merge", "only", "open_model",
+        "run", "shrink", "unmerge",
     ]  # fmt: skip
     for name in fanbu.__all__:
         assert getattr(fanbu, name).__doc__

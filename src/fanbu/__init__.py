@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fanbu.api import absorb, contribute, judge, load_domain, merge, open_model, run, shrink, unmerge
+    from fanbu.api import absorb, contribute, judge, load_domain, merge, only, open_model, run, shrink, unmerge
     from fanbu.errors import FanbuError
     from fanbu.types import Context, Train
 
@@ -24,6 +24,7 @@ __all__ = [
     "judge",
     "load_domain",
     "merge",
+    "only",
     "open_model",
     "run",
     "shrink",

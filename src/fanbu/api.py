@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution, open_contribution, write_contribution
@@ -19,7 +20,7 @@ from fanbu.model import Model, open_model
 from fanbu.recipe import load_recipe
 from fanbu.types import Context, Progress, silent
 
-__all__ = ["absorb", "contribute", "judge", "load_domain", "merge", "open_model", "run", "shrink", "unmerge"]
+__all__ = ["absorb", "contribute", "judge", "load_domain", "merge", "only", "open_model", "run", "shrink", "unmerge"]
 
 
 def shrink(
@@ -47,16 +48,17 @@ def absorb(
 
 def merge(
     base: Model, specialists: Mapping[str, str | Path], out: str | Path, context: Context | None = None, *,
-    method_name: str = "task_arithmetic", keep: bool = False, **arguments: Any,
+    method_name: str = "task_arithmetic", keep: bool = False, vocabulary: Literal["base", "union"] | None = None,
+    **arguments: Any,
 ) -> Model:  # fmt: skip
     """Merges checkpoints, or adapters, that are all yours into ``base``: no domains, no boundary, no data.
 
     ``specialists`` are directories by name. With ``keep`` what each of them sends is written beside ``out``, so that
-    ``unmerge`` can take one away again (``store="int8"`` keeps it small). Raises FitError for a method that needs
-    texts, labels or statistics: those come from domains.
+    ``unmerge`` can take one away again (``store="int8"`` keeps it small). ``vocabulary`` brings checkpoints whose
+    tokenizers differ onto the base's tokens, or onto the union of all; without it they are refused. Raises FitError
+    for a method that needs texts, labels or statistics: those come from domains.
     """
     from fanbu.merging.adapter import weights_contribution
-    from fanbu.merging.store import stored
 
     way, place, context = method(method_name, "feedback"), Path(out), context or Context()
     way.check(arguments)
@@ -67,10 +69,47 @@ def merge(
             remedy="name the domains (--domains), or take a method that needs no data",
         )  # fmt: skip
     store = way.own("contribute", arguments).get("store", "exact")
-    sent = [stored(weights_contribution(folder, base, name), store) for name, folder in specialists.items()]
-    if keep:
-        sent = [open_contribution(_keep(c, place)) for c in sent]
-    return way.absorb(base, sent, place, context, **arguments)
+    if keep and vocabulary == "union":
+        raise UsageError(
+            "vocabulary-keep", "what was sent fits the union's base, which is not kept", allowed="keep with base",
+            got="keep with union", remedy="leave out one, or extend the base first (merging.vocabulary.union)",
+        )  # fmt: skip
+    with _one_vocabulary(base, specialists, place, context, vocabulary) as (large, folders):
+        sent = [weights_contribution(folder, large, name, store=store) for name, folder in folders.items()]
+        if keep:
+            sent = [open_contribution(_keep(c, place)) for c in sent]
+        return _named(way.absorb(large, sent, place, context, **arguments), large, base, vocabulary)
+
+
+@contextmanager
+def _one_vocabulary(
+    base: Model, specialists: Mapping[str, str | Path], out: Path, context: Context, vocabulary: str | None
+) -> Iterator[tuple[Model, dict[str, str | Path]]]:
+    """Base and specialists on one vocabulary; adapters have none of their own and are handed through."""
+    from fanbu.merging.adapter import CONFIG
+    from fanbu.merging.tokens import OneVocabulary
+    from fanbu.merging.vocabulary import check_one_vocabulary, one_vocabulary
+    from fanbu.model import resolve
+
+    whole = {n: open_model(f) for n, f in specialists.items() if not (resolve(f) / CONFIG).exists()}
+    if vocabulary is None:
+        for name, model in whole.items():
+            check_one_vocabulary(base, model, name)
+        yield base, dict(specialists)
+        return
+    if vocabulary not in ("base", "union"):
+        raise UsageError(
+            "bad-parameter", "vocabulary", allowed="base or union", got=vocabulary, remedy="take one of these"
+        )
+    with one_vocabulary(base, whole, out, context, OneVocabulary(vocabulary)) as (large, found):
+        yield large, {**specialists, **{name: model.path for name, model in found.items()}}
+
+
+def _named(made: Model, large: Model, base: Model, vocabulary: str | None) -> Model:
+    from fanbu.merging.tokens import OneVocabulary
+    from fanbu.merging.vocabulary import tell
+
+    return tell(made, large, base, OneVocabulary(vocabulary)) if vocabulary else made
 
 
 def _data_free() -> list[str]:
@@ -107,6 +146,11 @@ def unmerge(
             allowed=names or "a model that `fanbu feed` made", got=unknown or base.digest[:12],
             remedy="name the base and the domains that it was made of",
         )  # fmt: skip
+    if made["parameters"].get("vocabulary", "base") != "base":
+        raise UsageError(
+            "unmerge", f"{merged.path} has other tokens than {base.path}", allowed="a merge onto the base's vocabulary",
+            got=made["parameters"]["vocabulary"], remedy="merge the other specialists again",
+        )  # fmt: skip
     places = {name: kept_beside(merged.path, name) for name in names if name not in domains}
     missing = [str(p) for p in places.values() if not p.is_dir()]
     if missing:
@@ -119,6 +163,13 @@ def unmerge(
     dtype = next((str(s.torch_dtype) for s in merged.tensors.values() if s.torch_dtype.is_floating_point), "")
     context = replace(context or Context(), seed=int(made["seed"]), dtype=dtype.removeprefix("torch.") or None)
     return way.absorb(base, [open_contribution(p) for p in places.values()], Path(out), context, **own)
+
+
+def only(base: Model, merged: Model, domain: str, out: str | Path, context: Context | None = None) -> Model:
+    """A domain's own model out of one that ``emr`` made (see ``fanbu.merging.masks.only``)."""
+    from fanbu.merging import masks
+
+    return masks.only(merged, base, domain, Path(out), context or Context())
 
 
 def judge(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fanbu.catalogue import method
-from fanbu.contribution import Contribution
 from fanbu.errors import UsageError
 from fanbu.merging.dials import Dial
 from fanbu.merging.mergekit import MergekitRecipe, names_of, read_mergekit
 from fanbu.merging.stacking import stack_layers
+from fanbu.merging.store import task_vector
 from fanbu.merging.task_vector import TaskVector
+from fanbu.merging.tokens import OneVocabulary
+from fanbu.merging.vocabulary import check_one_vocabulary, one_vocabulary, tell
 from fanbu.model import Model, open_model
 from fanbu.types import Context
 
@@ -37,14 +40,27 @@ def run_mergekit(path: Path, out: Path, context: Context) -> Model:
     # full weights are averaged as differences to one of them, which counts as a model where it is listed
     members = [m for m in recipe.members if m.path != base_path or recipe.method in WHOLE]
     labels = names_of([m.path for m in members])
-    sent = [
-        Contribution("weights", label, "task_vector", TaskVector(open_model(m.path, verify=False), base), meta={
-            "labels": [],
-        })
-        for label, m in zip(labels, members, strict=True)
-    ]  # fmt: skip
+    models = {label: open_model(m.path, verify=False) for label, m in zip(labels, members, strict=True)}
     own = {label: {**recipe.parameters, **m.parameters} for label, m in zip(labels, members, strict=True)}
-    return method(name).absorb(base, sent, out, context, **translate(recipe, own))
+    arguments = translate(recipe, own)
+    with _one_vocabulary(base, models, out, context, recipe.tokenizer) as (large, found):
+        sent = [task_vector(TaskVector(model, large), label, ()) for label, model in found.items()]
+        made = method(name).absorb(large, sent, out, context, **arguments)
+        return tell(made, large, base, recipe.tokenizer) if recipe.tokenizer else made
+
+
+@contextmanager
+def _one_vocabulary(
+    base: Model, models: Mapping[str, Model], out: Path, context: Context, how: OneVocabulary | None
+) -> Iterator[tuple[Model, Mapping[str, Model]]]:
+    """On one vocabulary where the recipe says which; otherwise all must have the same."""
+    if how is None:
+        for label, model in models.items():
+            check_one_vocabulary(base, model, label)
+        yield base, models
+        return
+    with one_vocabulary(base, models, out, context, how) as found:
+        yield found
 
 
 WHOLE = {"linear", "karcher"}  # methods that merge weights, and not changes of a base

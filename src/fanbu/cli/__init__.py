@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from fanbu.cli import feed, models, rounds, start, steps, ways
+from fanbu.cli import align, extract, feed, models, rounds, start, steps, ways
 from fanbu.cli.language import language, localised
 from fanbu.errors import FanbuError, UsageError
 
@@ -31,7 +31,8 @@ app = typer.Typer(
 )
 for command in (
     start.init, start.doctor, rounds.run, rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed,
-    steps.judge, models.history, models.promote, models.rollback, models.leave, models.export,
+    steps.judge, align.align, extract.extract, models.history, models.promote, models.rollback, models.leave,
+    models.export,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ways.app, name="methods")
@@ -78,7 +79,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        from fanbu.tensors import disk_error
+        from fanbu.files import disk_error
 
         told = disk_error(error, Path(str(error.filename or ".")))
         if not isinstance(told, FanbuError):

@@ -34,54 +34,98 @@ def feed(
     change: Set = None,
     mergekit: Annotated[Path | None, typer.Option(help="A YAML recipe of mergekit's, instead of all that.")] = None,
     unmerge: Annotated[list[str] | None, typer.Option(help="Take this domain out of --of again; repeatable.")] = None,
-    of: Annotated[Path | None, typer.Option(help="The merged model that --unmerge starts from.")] = None,
+    only: Annotated[str | None, typer.Option(help="Make this domain's own model out of --of (made by emr).")] = None,
+    of: Annotated[Path | None, typer.Option(help="The merged model that --unmerge or --only starts from.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep what was sent beside OUT, for --unmerge.")] = False,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Merge adapters into one adapter (task_arithmetic).")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as the base by default.")] = None,
     memory: Annotated[str, typer.Option(help="What merging may hold at once, such as 2GB.")] = "512MB",
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            help="base or union: the tokens of a merge where tokenizers differ.",
+            autocompletion=shared.one_of("base", "union"),
+        ),
+    ] = None,
     judge: Annotated[bool, typer.Option("--judge", help="Judge it on the domains; exit 3 if refused.")] = False,
     seed: Seed = None, device: Device = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Feed specialists back into a large model. With --domains what they send passes the boundary."""
     arguments, folders = shared.arguments_of(change), dict(_pair(s) for s in specialist or [])
     place = Path(base) if mergekit else _required(out, "OUT")
-    if not (folders or mergekit or unmerge):
+    if not (folders or mergekit or unmerge or only):
         raise UsageError("flag", "--specialist", allowed="DOMAIN=DIRECTORY", remedy="name at least one specialist")
     if judge and domains is None:
         raise UsageError("flag", "--judge", allowed="together with --domains", remedy="name the domains to judge on")
+    if vocabulary is not None and (vocabulary not in ("base", "union") or domains or mergekit or unmerge):
+        raise UsageError(
+            "flag", "--vocabulary", allowed="base or union, with --specialist alone", got=vocabulary,
+            remedy="merge directories of your own; a recipe of mergekit's says it by tokenizer_source",
+        )  # fmt: skip
     with shared.context_of(seed, device) as plain:
         context = replace(plain, dtype=dtype, memory=_bytes(memory))
+        made: Model | None
         told: dict[str, Any] = {}
         if mergekit:
             made = _by_mergekit(mergekit, place, context)
-        elif unmerge:
-            made = _unmerged(base, unmerge, _required(of, "--of"), place, context)
+        elif unmerge or only:
+            made = _taken_out(base, unmerge or [], only, _required(of, "--of"), place, context)
+        elif as_adapter:
+            made, told = None, _joined(base, place, folders, method_name, arguments, context)
         elif domains:
             made, told = _from_domains(base, place, domains, folders, method_name or "distill", arguments, context)
         else:
-            made = _merged(base, place, folders, method_name or "task_arithmetic", keep, arguments, context)
-    shared.print_values({"model": str(made.path), "digest": made.digest, **told}, as_json)
-    if judge and domains:
+            arguments |= {"keep": keep, "vocabulary": vocabulary}
+            made = _merged(base, place, folders, method_name or "task_arithmetic", arguments, context)
+    head = {"model": str(made.path), "digest": made.digest} if made else {}
+    shared.print_values({**head, **told}, as_json)
+    if judge and domains and made:
         from fanbu.cli import steps
 
         steps.judge(base, str(made.path), domains, None, seed, device, as_json)
 
 
 def _merged(
-    base: str, out: Path, folders: Mapping[str, str], name: str, keep: bool, arguments: dict[str, Any],
-    context: Context,
-) -> Model:  # fmt: skip
+    base: str, out: Path, folders: Mapping[str, str], name: str, arguments: dict[str, Any], context: Context
+) -> Model:
     from fanbu import api
     from fanbu.model import open_model
 
     large = open_model(base, verify=False)
-    return api.merge(large, folders, out, context, method_name=name, keep=keep, **arguments)
+    return api.merge(large, folders, out, context, method_name=name, **arguments)
 
 
-def _unmerged(base: str, domains: list[str], merged: Path, out: Path, context: Context) -> Model:
+def _taken_out(
+    base: str, domains: list[str], only: str | None, merged: Path, out: Path, context: Context
+) -> Model:  # fmt: skip
     from fanbu import api
     from fanbu.model import open_model
 
+    if only:
+        return api.only(open_model(base), open_model(merged), only, out, context)
     return api.unmerge(open_model(base), open_model(merged), domains, out, context)
+
+
+def _joined(
+    base: str, out: Path, folders: Mapping[str, str], name: str | None, arguments: dict[str, Any], context: Context
+) -> dict[str, Any]:
+    """One adapter of several; what ``--set`` says is ``join_adapters``'s: scale, weights, rank or error."""
+    from fanbu.merging.adapter import weights_contribution
+    from fanbu.merging.extract import join_adapters
+    from fanbu.model import open_model
+
+    known = {"scale", "weights", "rank", "error"}
+    if name not in (None, "task_arithmetic") or set(arguments) - known:
+        raise UsageError(
+            "flag", "--as-adapter", allowed=f"task_arithmetic, with {', '.join(sorted(known))}",
+            got=name or sorted(set(arguments) - known), remedy="merge into a full model, then `fanbu extract`",
+        )  # fmt: skip
+    large = open_model(base)
+    sent = [weights_contribution(folder, large, domain) for domain, folder in folders.items()]
+    made = join_adapters(sent, large, out, context, **arguments)
+    return {"adapter": str(made.path), "matrices": len(made.ranks), "bytes": made.bytes, "error": round(made.error, 6)}
 
 
 def _by_mergekit(config: Path, out: Path, context: Context) -> Model:

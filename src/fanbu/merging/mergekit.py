@@ -15,6 +15,7 @@ import yaml
 
 from fanbu.errors import UsageError
 from fanbu.merging.dials import Dial, Level
+from fanbu.merging.tokens import OneVocabulary, Row
 
 MAX_BYTES = 2**20
 DTYPES = {"float32", "float16", "bfloat16"}
@@ -44,7 +45,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A checked recipe. ``slices`` is filled for ``passthrough`` alone."""
+    """A checked recipe. ``slices`` is filled for ``passthrough`` alone; without ``tokenizer`` it says nothing of it."""
 
     method: str
     base: str | None
@@ -52,6 +53,7 @@ class MergekitRecipe:
     slices: tuple[Slice, ...]
     parameters: Mapping[str, Dial]
     dtype: str | None
+    tokenizer: OneVocabulary | None = None
 
 
 def read_mergekit(path: Path) -> MergekitRecipe:
@@ -69,15 +71,52 @@ def read_mergekit(path: Path) -> MergekitRecipe:
         raise _wrong("key", sorted(_KEYS), unknown)
     method = str(value.get("merge_method"))
     base = None if value.get("base_model") is None else _path(value["base_model"])
-    if value.get("tokenizer_source") not in {None, "base"} or value.get("tokenizer") not in (None, {"source": "base"}):
-        raise _wrong("tokenizer_source", "base", value.get("tokenizer_source") or value.get("tokenizer"))
+    tokenizer = _tokenizer(value)
     dtype = value.get("out_dtype") or value.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise _wrong("dtype", sorted(DTYPES), dtype)
     common = _parameters(value.get("parameters"))
     if method == "passthrough":
+        if tokenizer not in (None, OneVocabulary()):
+            raise _wrong("tokenizer_source", "base with passthrough", value.get("tokenizer_source", "tokenizer"))
         return MergekitRecipe(method, base, (), _stack(value), common, dtype)
-    return MergekitRecipe(method, base, _members(value), (), common, dtype)
+    return MergekitRecipe(method, base, _members(value), (), common, dtype, tokenizer)
+
+
+def _tokenizer(value: Mapping[str, Any]) -> OneVocabulary | None:
+    """``tokenizer_source``, or ``tokenizer`` with a source (union where it says none), rules for tokens and padding."""
+    short, long = value.get("tokenizer_source"), value.get("tokenizer")
+    if short is not None and long is not None:
+        raise _wrong("tokenizer_source", "one of tokenizer_source and tokenizer", "both")
+    if long is None:
+        return None if short is None else OneVocabulary(_path(short).removeprefix("model:"))
+    long = _mapping(long, "tokenizer")
+    unknown = sorted(map(str, set(long) - {"source", "tokens", "pad_to_multiple_of"}))
+    if unknown:
+        raise _wrong("tokenizer", ["source", "tokens", "pad_to_multiple_of"], unknown)
+    step = long.get("pad_to_multiple_of")
+    if step is not None and (type(step) is not int or step < 1):
+        raise _wrong("pad_to_multiple_of", "a whole number from 1", step)
+    tokens = {str(t): _row(str(t), r) for t, r in _mapping(long.get("tokens") or {}, "tokens").items()}
+    return OneVocabulary(_path(long.get("source", "union")).removeprefix("model:"), tokens, step)
+
+
+def _row(token: str, value: Any) -> Row:
+    """Where the row of one token comes from: ``zero``, a model's path, or a token of a model."""
+    rule = _mapping(value, f"tokens: {token}")
+    source, force = rule.get("source"), rule.get("force", False)
+    if set(rule) - {"source", "force"} or type(force) is not bool:
+        raise _wrong(f"tokens: {token}", "source, and force as true or false", value)
+    if source == "zero" or source == {"kind": "zero"}:
+        return Row("zero", force=force)
+    if not isinstance(source, dict) or source.get("kind") != "model_token":
+        return Row(_path(source), force=force)
+    name, number = source.get("token"), source.get("token_id")
+    if set(source) - {"kind", "model", "token", "token_id"} or (name is None) == (number is None):
+        raise _wrong(f"tokens: {token}", "kind, model, and one of token and token_id", source)
+    if not isinstance(name, str | None) or type(number) not in (int, type(None)):
+        raise _wrong(f"tokens: {token}", "token as a text or token_id as a whole number", source)
+    return Row(_path(source.get("model")), name, number, force)
 
 
 def _members(value: Mapping[str, Any]) -> tuple[Member, ...]:
