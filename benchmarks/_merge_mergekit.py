@@ -1,4 +1,4 @@
-"""One merge by mergekit in a process of its own. Prints its times as JSON. Arguments: OUT CONFIG."""
+"""Merges by mergekit in a process of its own. Prints their times as JSON. Arguments: OUT CONFIG [OUT CONFIG ...]."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from mergekit.merge import MergeOptions, run_merge  # noqa: E402
 
 
 def main() -> None:
-    out, config = sys.argv[1:]
-    with open(config) as stream:
-        wanted = MergeConfiguration.model_validate(yaml.safe_load(stream))
+    wanted = []
+    for config in sys.argv[2::2]:
+        with open(config) as stream:
+            wanted.append(MergeConfiguration.model_validate(yaml.safe_load(stream)))
     started, cpu = time.perf_counter(), time.process_time()
-    run_merge(wanted, out, MergeOptions(copy_tokenizer=False, quiet=True))
+    for out, one in zip(sys.argv[1::2], wanted, strict=True):
+        run_merge(one, out, MergeOptions(copy_tokenizer=False, quiet=True))
     ended = time.perf_counter()
     print(json.dumps({"start-up": started - began, "merge": ended - started, "cpu": time.process_time() - cpu}))
 

@@ -1,29 +1,32 @@
-"""Merging at the speed of the disk: seconds, CPU seconds and memory beside mergekit, and the floor of plain copying.
+"""Merging at the speed of the disk: seconds, CPU seconds and memory beside its peers, and the floor of plain copying.
 
-Random Llama-shaped checkpoints in bf16 are made in the work folder. Every merge runs in a process of its own; all
-inputs are read once before, so the page cache is warm for everybody. Start-up (imports) is shown apart. Peers get
-virtual environments of their own (or $FANBU_PEERS).
+Random Llama-shaped checkpoints in bf16 are made in the work folder: 1.2B parameters for elementwise methods, 150M for
+spectral and least-squares ones. Every merge, and the floor, runs in a process of its own after the same imports, whose
+time (start-up) is shown apart; so is the hash of a base that has no manifest yet, which names it in the lineage. All
+inputs are read once before, so the page cache is warm for everybody. Peers get virtual environments of their own (or
+$FANBU_PEERS). Then: ten specialists; parity with the peers on small tensors; adapters; with --capped, models of 7 GB
+under a limit of 2 GB of own memory.
 
-Run: python benchmarks/merge.py [--quick] [--work DIR] [--capped]. --quick: 150M parameters instead of 1.2B, once each.
+Run: python benchmarks/merge.py [--quick] [--work DIR] [--times N] [--capped] [--only PART ...]. --quick: 150M
+parameters instead of 1.2B, once each.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from _checkpoints import family
 from _common import HERE, bar, finish, parser, table
+from _merge_adapters import adapters
+from _merge_parity import parity
+from _merge_spectral import spectral
+from _merge_watch import median, repeated, watched
 from _peers import peer_python
 from fanbu.tensors import Tensors
 
@@ -38,68 +41,10 @@ ELEMENTWISE: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 CAP = 2 * 2**30
 
 
-def watched(command: Sequence[str], limit: int | None = None) -> dict[str, Any]:
-    """Runs one process; its own JSON with wall seconds and its peak anonymous memory (polled every 10 ms)."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "2"}
-    started = time.perf_counter()
-
-    def cap() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=cap,
-    )  # fmt: skip
-    peak, over = [0], threading.Event()
-
-    def poll() -> None:
-        while not over.wait(0.01):
-            try:
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                peak[0] = max([peak[0], *(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))])
-            except (OSError, IndexError):
-                return
-
-    watcher = threading.Thread(target=poll)
-    watcher.start()
-    out, error = process.communicate()
-    over.set()
-    watcher.join()
-    if process.returncode:
-        return {"failed": error.strip().splitlines()[-1:] or process.returncode}
-    told = json.loads(out.strip().splitlines()[-1])
-    return {**told, "wall": time.perf_counter() - started, "peak_gb": peak[0] / 1e9}
-
-
-def floor(inputs: Sequence[Path], out: Path) -> dict[str, float]:
-    """Plainly reading all inputs with two threads, then writing one output's bytes; fsync apart."""
-    files = [f / "model.safetensors" for f in inputs]
-
-    def read(mine: Sequence[Path]) -> None:
-        room = bytearray(2**22)
-        for file in mine:
-            handle = os.open(file, os.O_RDONLY)
-            while os.readv(handle, [room]):
-                pass
-            os.close(handle)
-
-    started = time.perf_counter()
-    threads = [threading.Thread(target=read, args=(files[k::2],)) for k in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    was_read = time.perf_counter()
-    size, block = files[0].stat().st_size, os.urandom(2**22)
-    with out.open("wb") as stream:
-        for start in range(0, size, len(block)):
-            stream.write(block[: size - start])
-        stream.flush()
-        written = time.perf_counter()
-        os.fsync(stream.fileno())
-    ended = time.perf_counter()
-    out.unlink()
-    return {"read": was_read - started, "write": written - was_read, "fsync": ended - written, "all": ended - started}
+def floor(inputs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Plainly reading all inputs with two threads, then writing one output's bytes and making them durable."""
+    files = [str(f / "model.safetensors") for f in inputs]
+    return watched([sys.executable, str(HERE / "_merge_floor.py"), str(out), *files])
 
 
 def ours(name: str, models: Sequence[Path], out: Path, limit: int | None = None) -> dict[str, Any]:
@@ -134,24 +79,6 @@ def theirs(name: str, models: Sequence[Path], out: Path, python: Path) -> dict[s
     return watched([str(python), str(HERE / "_merge_mergekit.py"), str(out), str(config)])
 
 
-def repeated(times: int, out: Path, runs: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """All runs, one after the other, several times over; outputs are removed between them."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
-    for _ in range(times):
-        for name, run in runs.items():
-            shutil.rmtree(out, ignore_errors=True)
-            found[name].append(run())
-            print(name, json.dumps(found[name][-1], default=str), flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    return found
-
-
-def median(values: Sequence[dict[str, Any]], key: str) -> float:
-    """Of the runs that finished; not a number where none did."""
-    known = [v[key] for v in values if key in v]
-    return statistics.median(known) if known else float("nan")
-
-
 def largest_difference(one: Path, other: Path) -> float:
     """The largest difference between two checkpoints."""
     a, b = Tensors(one), Tensors(other)
@@ -171,30 +98,17 @@ def capped(work: Path) -> list[dict[str, Any]]:
     return bars
 
 
-def main() -> int:
-    flags = parser(__doc__ or "")
-    flags.add_argument("--times", type=int, default=None, help="how often; default: 3, with --quick 1")
-    flags.add_argument("--capped", action="store_true", help="also 7 GB models under a limit of 2 GB (30 GB of disk)")
-    args = flags.parse_args()
-    work, size, times = args.work / "merge", "150M" if args.quick else "1.2B", args.times or (1 if args.quick else 3)
-    work.mkdir(parents=True, exist_ok=True)
-    models, out, python = family(work, size, 3), work / "out", peer_python("mk", args.work)
+def elementwise(work: Path, size: str, times: int, python: Path) -> tuple[list[list[str]], list[Any], dict[str, Any]]:
+    """The table of the elementwise methods beside mergekit and the floor."""
+    models, out = family(work, size, 3), work / "out"
     floor(models, work / "floor.bin")
     runs: dict[str, Callable[[], dict[str, Any]]] = {"floor": lambda: floor(models, work / "floor.bin")}
     for name in ELEMENTWISE:
         runs[f"fanbu {name}"] = lambda name=name: ours(name, models, out)
         runs[f"mergekit {name}"] = lambda name=name: theirs(name, models, out, python)
     found = repeated(times, out, runs)
-    ground = median(found["floor"], "all")
-    rows = [["merge", "seconds", "of the floor", "CPU seconds", "peak own memory, GB", "start-up"]]
-    rows.append(["floor: read all, write one, fsync", f"{ground:.1f}", "1.0", "-", "-", "-"])
-    for name in list(runs)[1:]:
-        values = {k: median(found[name], k) for k in ("merge", "cpu", "peak_gb", "start-up")}
-        rows.append([
-            name, f"{values['merge']:.1f}", f"{values['merge'] / ground:.1f}", f"{values['cpu']:.1f}",
-            f"{values['peak_gb']:.2f}", f"{values['start-up']:.1f}",
-        ])  # fmt: skip
-    print(table(rows), flush=True)
+    ground = median(found["floor"], "merge")
+    rows = [COLUMNS, *(row_of(name, found[name], ground) for name in runs)]
     bars = []
     for name in ELEMENTWISE:
         mine, peer = median(found[f"fanbu {name}"], "merge"), median(found[f"mergekit {name}"], "merge")
@@ -205,11 +119,78 @@ def main() -> int:
             bars.append(bar(f"{name} beside mergekit", f"{peer / mine:.1f} x", f">= {want} x", peer >= want * mine))
     peak = max(median(found[f"fanbu {name}"], "peak_gb") for name in ELEMENTWISE)
     bars.append(bar("peak own memory, elementwise", f"{peak:.2f} GB", "< 1 GB", peak < 1))
+    return rows, bars, found
+
+
+COLUMNS = ["merge", "seconds", "of the floor", "CPU seconds", "peak own memory, GB", "start-up", "hash of the base"]
+
+
+def row_of(name: str, runs: Sequence[dict[str, Any]], ground: float) -> list[str]:
+    """A line of the table: medians over runs."""
+    values = {k: median(runs, k) for k in ("merge", "cpu", "peak_gb", "start-up", "hash of the base")}
+    hashed = "-" if values["hash of the base"] != values["hash of the base"] else f"{values['hash of the base']:.1f}"
+    return [
+        name, f"{values['merge']:.1f}", f"{values['merge'] / ground:.1f}", f"{values['cpu']:.1f}",
+        f"{values['peak_gb']:.2f}", f"{values['start-up']:.1f}", hashed,
+    ]  # fmt: skip
+
+
+def ten(work: Path, size: str) -> tuple[list[list[str]], list[Any], dict[str, Any]]:
+    """Ten specialists: the same methods once each, beside the floor of eleven inputs."""
+    models, out = family(work, size, 10), work / "out"
+    floor(models, work / "floor.bin")
+    found: dict[str, Any] = {"floor": [floor(models, work / "floor.bin")]}
+    for name in ("linear", "task_arithmetic", "ties", "dare_ties"):
+        found[f"fanbu {name}"] = [ours(name, models, out)]
+        shutil.rmtree(out, ignore_errors=True)
+        print(name, json.dumps(found[f"fanbu {name}"][0]), flush=True)
+    rows = [COLUMNS, *(row_of(name, runs, median(found["floor"], "merge")) for name, runs in found.items())]
+    peak = max(median(runs, "peak_gb") for name, runs in found.items() if name != "floor")
+    done = all("merge" in run for runs in found.values() for run in runs)
+    bars = [bar("ten specialists: peak own memory", f"{peak:.2f} GB", "finishes, < 1 GB", done and peak < 1)]
+    for number in range(3, 10):
+        shutil.rmtree(work / size / f"s{number}")
+    return rows, bars, found
+
+
+def main() -> int:
+    flags = parser(__doc__ or "")
+    flags.add_argument("--times", type=int, default=None, help="how often; default: 3, with --quick 1")
+    flags.add_argument("--capped", action="store_true", help="also 7 GB models under a limit of 2 GB (30 GB of disk)")
+    flags.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS, help="parts; default: all of them")
+    args = flags.parse_args()
+    work, size, times = args.work / "merge", "150M" if args.quick else "1.2B", args.times or (1 if args.quick else 3)
+    work.mkdir(parents=True, exist_ok=True)
+    mk, fb = (peer_python(name, args.work) for name in ("mk", "fb"))
+    parts: dict[str, Callable[[], tuple[list[list[str]], list[Any], dict[str, Any]]]] = {
+        "elementwise": lambda: elementwise(work, size, times, mk),
+        "ten": lambda: ten(work, size),
+        "spectral": lambda: spectral(work, 1, fb),
+        "parity": lambda: parity(work, mk, fb),
+        "adapters": lambda: adapters(work, mk),
+    }
+    texts, bars, values = [], [], {}
+    for name in args.only:
+        rows, held, values[name] = parts[name]()
+        texts.append(f"## {PARTS[name]}\n\n{table(rows)}")
+        print(texts[-1], flush=True)
+        bars += held
     if args.capped:
         bars += capped(work)
-    text = table(rows) + f"\n\nbase + three specialists of {size} parameters; median of {times} run(s)"
-    text += f"; load {os.getloadavg()[0]:.1f}; warm page cache"
-    return finish("merge-quick" if args.quick else "merge", text, {"runs": found, "size": size}, bars)
+    text = (
+        "\n\n".join(texts) + f"\n\nElementwise: base + three specialists of {size} parameters, median of {times} run(s)"
+    )
+    text += f"; load at the end {os.getloadavg()[0]:.1f}; warm page cache"
+    return finish("merge-quick" if args.quick else "merge", text, {"runs": values, "size": size}, bars)
+
+
+PARTS = {
+    "elementwise": "Elementwise methods, three specialists",
+    "ten": "Ten specialists",
+    "spectral": "Spectral methods and least squares, three specialists of 150M parameters",
+    "parity": "Parity on small tensors",
+    "adapters": "Eight LoRA adapters on 150M parameters",
+}
 
 
 if __name__ == "__main__":

@@ -29,11 +29,17 @@ def thresholds(work: Sequence[Stack], densities: Sequence[float]) -> list[float]
     Numbers equal to the threshold are kept, so the answer hangs on no order. A second density for each specialist may
     follow the first ones.
     """
-    total, count = sum(math.prod(s.shape) for s in work), len(work[0].domains)
-    counts = [(i % count, kept(d, total)) for i, d in enumerate(densities)]
-    found = kth_largest(lambda share: magnitudes(work, share), [(i, k) for i, k in counts if k < total], total)
+    total = sum(math.prod(s.shape) for s in work)
+    return reached(work, [kept(d, total) for d in densities])
+
+
+def reached(work: Sequence[Stack], counts: Sequence[int]) -> list[float]:
+    """For each specialist the magnitude that so many of its numbers reach: infinity for 0, 0 for all of them."""
+    total, domains = sum(math.prod(s.shape) for s in work), len(work[0].domains)
+    wanted = [(i % domains, k) for i, k in enumerate(counts)]
+    found = kth_largest(lambda share: magnitudes(work, share), [(i, k) for i, k in wanted if k < total], total)
     values = iter(found)
-    return [next(values) if k < total else 0.0 for _, k in counts]
+    return [next(values) if k < total else 0.0 for k in counts]
 
 
 def magnitudes(work: Sequence[Stack], share: int = 1) -> Iterator[Sequence[Tensor]]:

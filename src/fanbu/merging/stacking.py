@@ -14,11 +14,13 @@ from fanbu.model import Model, open_model, provenance, save_model
 from fanbu.tensors import Shards, Tensors, chunks
 from fanbu.types import Context
 
+_BEFORE = ("embed", "wte", "wpe", "rotary")
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def stack_layers(slices: Sequence[Slice], out: Path, context: Context) -> Model:
-    """A model whose layers are those of the slices, one after the other; all else is the first slice's model's.
+    """A model whose layers are those of the slices, one after the other; embeddings are the first slice's model's, and
+    what follows the layers (norm, head) the last's.
 
     Raises UsageError for layers that a model has not, FitError where two models' layers have other tensors or shapes.
     """
@@ -33,12 +35,17 @@ def stack_layers(slices: Sequence[Slice], out: Path, context: Context) -> Model:
                 "bad-parameter", f"layer_range of {s.path}", allowed=f"layers 0 to {depth}", got=[s.first, s.last],
                 remedy="name layers that it has",
             )  # fmt: skip
-    sources = {n: (slices[0].path, n) for n in tensors[slices[0].path] if layer_of(n) is None}
+    # what comes before the layers is the first model's, what comes after them the last's
+    ends = {True: slices[0].path, False: slices[-1].path}
+    outer = [n for n in tensors[slices[0].path] if layer_of(n) is None]
+    sources = {n: (ends[any(part in n for part in _BEFORE)], n) for n in outer}
     inner = _inner(tensors[slices[0].path])
     for number, (path, layer) in enumerate(places):
         for rest, (before, after) in inner.items():
             sources[f"{before}{number}{after}"] = (path, f"{before}{layer}{after}")
             _check(tensors[path], tensors[slices[0].path], f"{before}{layer}{after}", f"{before}0{after}", rest)
+    for name in outer:
+        _check(tensors[sources[name][0]], tensors[slices[0].path], name, name, name)
     dtype = stored_dtype(context)
     layouts = {
         n: (tensors[p].specs[o].shape, dtype or tensors[p].specs[o].torch_dtype) for n, (p, o) in sources.items()
@@ -73,7 +80,7 @@ def _check(tensors: Tensors, reference: Tensors, name: str, expected: str, shown
     spec = tensors.specs.get(name)
     if spec is None or spec.shape != reference.specs[expected].shape:
         raise FitError(
-            "other-architecture", f"a layer has no {shown} of the first model's shape",
+            "other-architecture", f"a model has no {shown} of the first model's shape",
             allowed=reference.specs[expected].shape, got=name if spec is None else spec.shape,
             remedy="stack layers of models of one architecture",
         )  # fmt: skip

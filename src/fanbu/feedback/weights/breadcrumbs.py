@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._task_vector import contribute
 from fanbu.merging.dials import Dial
-from fanbu.merging.elementwise import joined, share_of, thresholds, trim
+from fanbu.merging.elementwise import joined, reached, share_of, trim
 from fanbu.merging.engine import Combine, Part, Stack, merge
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
@@ -30,9 +31,8 @@ def absorb(
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i b_i, b_i = delta_i where its magnitude is neither small nor an outlier.
 
-    Of each tensor the ``gamma`` share of largest magnitudes is dropped (less where not enough would be left), then the
-    next ``density`` share is kept.
-    Thresholds are exact; numbers equal to one lie above it.
+    Of the n numbers of a tensor the floor(gamma n) largest magnitudes are dropped (fewer where not enough would be
+    left), and the next floor(density n) are kept. Thresholds are exact; numbers equal to one lie above it.
 
     Args:
         scale: of what is added.
@@ -50,10 +50,10 @@ def absorb(
     """
 
     def rule(stack: Stack) -> Combine:
-        count = len(stack.domains)
-        top = min(stack.level(gamma), 1.0 - share_of(stack.level(density)))
-        low = top + stack.level(density)
-        limits = thresholds([stack], [low] * count + [top] * count)
+        count, numbers = len(stack.domains), math.prod(stack.shape)
+        wanted = int(share_of(stack.level(density)) * numbers + 1e-9)
+        top = min(int(share_of(stack.level(gamma)) * numbers + 1e-9), numbers - wanted)
+        limits = reached([stack], [top + wanted] * count + [top] * count)
         w, factor = stack.levels(1.0, weights), stack.level(scale)
 
         def combine(part: Part) -> Tensor:
