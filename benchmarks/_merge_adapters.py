@@ -172,9 +172,14 @@ def off_products(out: Path, base: Path, sent: Sequence[Path], kind: str) -> tupl
 def by_peft(base: Path, sent: Sequence[Path], kind: str, python: Path) -> tuple[list[list[str]], dict[str, Any]]:
     """PEFT's combinations of the same adapters."""
     kinds = {k: v for k, v in COMBINATIONS.items() if kind == "LoRA" or "svd" not in k}
-    command = [str(python), str(HERE / "_merge_peft.py"), str(base), json.dumps({"kinds": kinds}), *map(str, sent)]
-    told = watched(command)
-    print(f"peft {kind}", json.dumps(told), flush=True)
+
+    def run(chosen: dict[str, Any], compare: bool) -> dict[str, Any]:
+        text = json.dumps({"kinds": chosen, "compare": compare})
+        told = watched([str(python), str(HERE / "_merge_peft.py"), str(base), text, *map(str, sent)])
+        print(f"peft {kind}", json.dumps(told), flush=True)
+        return told
+
+    told, plain = run(kinds, True), run({"cat": kinds["cat"]}, False)  # the second for its memory
     if "failed" in told:
         return [[f"peft, {kind}", "-", "-", "-", "-", f"failed: {told['failed']}"]], told
     rows = []
@@ -183,17 +188,9 @@ def by_peft(base: Path, sent: Sequence[Path], kind: str, python: Path) -> tuple[
             rows.append([f"peft {name}, {kind}", "-", "-", "-", "-", f"refused: {found['failed']}"])
         else:
             seconds = f"{told['load'] + found['seconds']:.1f}"
-            rows.append(
-                [
-                    f"peft {name}, {kind}",
-                    seconds,
-                    "-",
-                    f"{told['peak_gb']:.2f}",
-                    f"{found['off']:.1e}",
-                    note(name, kind),
-                ]
-            )
-    return rows, told
+            peak = f"{plain['peak_gb']:.2f}" if name == "cat" and "peak_gb" in plain else "-"
+            rows.append([f"peft {name}, {kind}", seconds, "-", peak, f"{found['off']:.1e}", note(name, kind)])
+    return rows, told | {"for its memory": plain}
 
 
 def note(name: str, kind: str) -> str:

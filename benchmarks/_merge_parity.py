@@ -42,6 +42,7 @@ COLUMNS = ["merge", "stored in", "from the peer", "beyond rounding", "ours, off 
 WHY = {
     "ties": "of numbers that equal a threshold mergekit keeps what its sort puts first, we keep all",
     "breadcrumbs": "of numbers that equal a threshold mergekit keeps what its sort puts first; ours lie on one side",
+    "breadcrumbs_ties": "where changes cancel exactly, rounding of the weights elects the sign in both",
     "bfloat16": "mergekit computes in bfloat16, we in float32 with one rounding at the end",
     "float32": "mergekit's sums are float32, our inner products float64",
     "spectral": "its singular vectors are float32, ours float64",
@@ -134,11 +135,12 @@ def judged(name: str, kind: str, states: tuple[State, State, State], leave: Stat
         return [*told, "-"], bar(what, f"largest difference {apart.largest:.1e}", "equal to rounding", True)
     if leave and not distance(ours, peer, kind, leave).beyond:
         got = f"the rest by {distance(ours, peer, kind, leave).largest:.1e}"
-        want = "equal to rounding, but for numbers that equal a threshold"
+        want = "equal to rounding, but for numbers that the definition leaves open"
         return [*told, why], bar(what, got, want, not mine.beyond)
     nearer = mine.rms < theirs.rms and mine.largest <= theirs.largest and not mine.beyond
     got = f"root mean square {mine.rms:.1e} against {theirs.rms:.1e}"
-    return [*told, why], bar(what, got, "equal to the float64 reference, and nearer to it than the peer", nearer)
+    want = "equal to the float64 reference, and nearer to it than the peer"
+    return [*told, why if nearer else "not explained"], bar(what, got, want, nearer)
 
 
 def references(models: Sequence[Path], rule: Callable[[Tensor, Sequence[Tensor]], Any]) -> tuple[State, State]:
@@ -150,9 +152,10 @@ def references(models: Sequence[Path], rule: Callable[[Tensor, Sequence[Tensor]]
 
 def reason(name: str, kind: str, leave: State) -> str:
     """Why an elementwise method differs."""
-    if kind == "bfloat16":
-        return WHY["bfloat16"] + (f"; {WHY[name.removesuffix('_ties')]}" if leave else "")
-    return WHY[name.removesuffix("_ties")] if leave else WHY["float32"]
+    if not leave:
+        return WHY[kind]
+    crumbs = WHY["breadcrumbs"] + "; " if name == "breadcrumbs_ties" else ""
+    return (WHY[kind] + "; " if kind == "bfloat16" else "") + crumbs + WHY[name]
 
 
 def beside_mergekit(work: Path, python: Path, kind: str) -> tuple[list[list[str]], list[Any]]:

@@ -2,6 +2,7 @@
 
 Arguments: BASE JSON ADAPTER...; JSON: ``kinds`` (combination types, each with its arguments). For each: seconds, and
 |got - want| / |want| over all matrices, want = the same merge (sum, or TIES) of what each adapter does to its matrix.
+That needs copies of the weights: without ``compare`` there are only seconds, and a peak of memory that is PEFT's own.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def tried(model: Any, layers: dict[str, Any], before: dict[str, Tensor], names: 
     try:
         model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **arguments)
         seconds = time.perf_counter() - started
+        if not before:
+            return {"seconds": seconds}
         off = size = 0.0
         model.merge_adapter(adapter_names=["merged"])
         after = {n: layer.base_layer.weight.detach().clone() for n, layer in layers.items()}
@@ -73,11 +76,11 @@ def tried(model: Any, layers: dict[str, Any], before: dict[str, Tensor], names: 
 
 def main() -> None:
     base, text, *folders = sys.argv[1:]
+    settings = json.loads(text)
     started, cpu = time.perf_counter(), time.process_time()
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    before = {
-        f"base_model.model.{n}": m.weight.detach().clone() for n, m in model.named_modules() if hasattr(m, "weight")
-    }
+    weighty = {n: m for n, m in model.named_modules() if settings["compare"] and hasattr(m, "weight")}
+    before = {f"base_model.model.{n}": m.weight.detach().clone() for n, m in weighty.items()}
     names = [f"a{i}" for i in range(len(folders))]
     model = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -85,7 +88,7 @@ def main() -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     loaded = time.perf_counter()
     with torch.no_grad():
-        found = {k: tried(model, layers, before, names, k, v) for k, v in json.loads(text)["kinds"].items()}
+        found = {k: tried(model, layers, before, names, k, v) for k, v in settings["kinds"].items()}
     told = {"start-up": started - began, "load": loaded - started, "found": found, "cpu": time.process_time() - cpu}
     print(json.dumps(told | {"merge": time.perf_counter() - started}))
 

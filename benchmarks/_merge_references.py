@@ -1,7 +1,8 @@
 """What shared merging methods are, written plainly in float64: one tensor at a time, no thought of speed or memory.
 
 Each gives the merged tensor, and a mask of numbers that its definition leaves open: those whose magnitude equals a
-threshold exactly, of which a sort keeps whichever comes first.
+threshold exactly, of which a sort keeps whichever comes first, and those whose changes cancel exactly, so that no sign
+is elected.
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ def breadcrumbs(base: Tensor, thetas: Sequence[Tensor]) -> Answer:
 
 
 def breadcrumbs_ties(base: Tensor, thetas: Sequence[Tensor]) -> Answer:
-    """The same with elected signs."""
+    """The same with elected signs; a sum that is exactly 0 has no sign, but that of 0.4 a + 0.4 b is rounding."""
     deltas, open_ = _crumbs(base, thetas)
-    return base + elect(deltas, SETTINGS["weight"], False), open_
+    tied = (sum(deltas) == 0) & (torch.stack(deltas) != 0).any(0)
+    return base + elect(deltas, SETTINGS["weight"], False), open_ | tied
 
 
 def tsv(base: Tensor, thetas: Sequence[Tensor]) -> Answer:
