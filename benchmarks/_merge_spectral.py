@@ -96,17 +96,17 @@ def theirs(
     return watched([*command, *map(str, models)])
 
 
-def whole(name: str) -> int:
-    """How many float32 copies of a matrix a method declares that it holds for each specialist."""
-    found = re.search(r"whole=(\d+)", inspect.getsource(method(name).code))
-    assert found, f"{name} declares nothing"
-    return int(found[1])
-
-
 def needed(name: str, size: str, specialists: int) -> float:
-    """What the largest matrix needs, in GB: whole x (T + 1) float32 copies of it."""
+    """What the largest matrix needs by the method's own declaration, in GB: some float32 copies of it for each of
+    T + 1, or, for ``regmean``, its Gram matrix and moments.
+    """
+    code = method(name).code
     shapes = [s for n, s in shapes_of(size).items() if len(s) == 2 and n != EMBEDDINGS]
-    return whole(name) * (specialists + 1) * 4 * max(math.prod(s) for s in shapes) / 1e9
+    if hasattr(code, "held"):
+        return max(code.held(s) for s in shapes) / 1e9
+    found = re.search(r"whole=(\d+)", inspect.getsource(code))
+    assert found, f"{name} declares nothing"
+    return int(found[1]) * (specialists + 1) * 4 * max(math.prod(s) for s in shapes) / 1e9
 
 
 def row_of(name: str, values: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -138,7 +138,7 @@ def spectral(
     bars = []
     for name in OURS:
         peak, need = median(found[f"fanbu {name}"], "peak_gb"), needed(name, size, 3)
-        what = f"{name}: peak own memory above the largest layer's needs ({whole(name)} x (T + 1) float32 copies)"
+        what = f"{name}: peak own memory above the largest layer's needs"
         bars.append(bar(what, f"{peak:.2f} GB - {need:.2f} GB", "< 1 GB", peak - need < 1))
     for folder in sent:
         shutil.rmtree(folder)

@@ -114,7 +114,9 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalise: bool
 
     Reference: Yadav et al. 2023, "TIES-Merging".
     """
-    sign = summed(deltas, weights).sign_().add_(0.5).sign_()  # 0 becomes 1
+    # equal weights do not count for a sign, and without them changes that cancel exactly sum to 0
+    even = weights[0] > 0 and all(w == weights[0] for w in weights)
+    sign = summed(deltas, [1.0] * len(deltas) if even else weights).sign_().add_(0.5).sign_()  # 0 becomes 1
     merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         agreeing = torch.mul(delta, sign if weight >= 0 else -sign).relu_()

@@ -148,17 +148,19 @@ class Stack:
 
 Combine = Callable[[Part], Tensor]
 Rule = Callable[[Stack], Combine]
+Whole = int | Callable[[Stack], int]
 
 
 def merge(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, rule: Rule, made: Provenance, *,
-    whole: int = 0, more: Callable[[Path], Mapping[str, str]] | None = None,
+    whole: Whole = 0, more: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> Model:  # fmt: skip
     """theta = theta_base + rule's delta, for every tensor of the body; each domain's label rows as they came.
 
     Args:
         rule: returns what is added to the base's rows, in float32.
-        whole: how many float32 copies of a whole matrix a rule holds for each specialist; 0 where it holds parts. It
+        whole: how many float32 copies of a whole matrix a rule holds for each specialist, or a function that gives the
+            bytes that it holds for a stack; 0 where it holds parts. It
             decides how many tensors are worked on at once within ``context.memory``.
         more: writes further files into the new model's folder, and returns the sha256 of each.
 
@@ -237,7 +239,7 @@ def stacks(base: Model, contributions: Sequence[Contribution], context: Context)
 
 def run(
     work: Sequence[Stack], rule: Rule, use: Callable[[Stack, Part, Tensor | None], None], context: Context,
-    made: Provenance, whole: int = 0,
+    made: Provenance, whole: Whole = 0,
 ) -> None:  # fmt: skip
     """Applies a rule to all stacks, several at a time, and hands each part's result to ``use``: what the rule adds to
     the part's base, or None where the part's base is the result already.
@@ -262,7 +264,7 @@ def run(
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for stack in work:
-                    need = whole * (len(stack.sources) + 1) * 4 * math.prod(stack.shape) if stack.matrix else 0
+                    need = _held(stack, whole) if stack.matrix else 0
                     while running and (len(running) >= threads or sum(running.values()) + need > context.memory):
                         done += _finished(running, FIRST_COMPLETED)
                         context.progress(made.method, done, len(work))
@@ -275,6 +277,10 @@ def run(
                 raise
     finally:
         torch.set_num_threads(before)
+
+
+def _held(stack: Stack, whole: Whole) -> int:
+    return whole(stack) if callable(whole) else whole * (len(stack.sources) + 1) * 4 * math.prod(stack.shape)
 
 
 def _finished(running: dict[Future[None], int], when: str) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
@@ -69,18 +69,23 @@ def absorb(
     def rule(stack: Stack) -> Combine:
         if stack.name not in leaders:
             return Linear([1.0 / len(stack.domains)] * len(stack.domains))
-        gram = _sum([c.tensors[GRAM + leaders[stack.name]] for c in contributions])
-        moment = _sum([c.tensors[MOMENT + stack.name] for c in contributions])
+        gram, moment = (_sum(contributions, n) for n in (GRAM + leaders[stack.name], MOMENT + stack.name))
         delta = solve(gram, moment, ridge)
         delta = delta.T if stack.name in turned else delta
         return lambda part: delta[part.start : part.stop].to(part.base.device)
 
     made = provenance("regmean", [base], context, ridge=ridge, domains=[c.domain for c in contributions])
-    return merge(base, contributions, out, context, rule, made, whole=6)
+    return merge(base, contributions, out, context, rule, made, whole=lambda stack: held(stack.shape))
 
 
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0].double()
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return torch.as_tensor(total)
+def held(shape: Sequence[int]) -> int:
+    """Bytes that solving for a matrix takes: G, its factor and one arriving; the moment, one arriving, the solution."""
+    return 4 * (5 * max(shape) ** 2 + 6 * math.prod(shape))
+
+
+def _sum(contributions: Sequence[Contribution], name: str) -> Tensor:
+    """In float64; one of them is in memory at a time."""
+    total = contributions[0].tensors[name].double()
+    for c in contributions[1:]:
+        total.add_(c.tensors[name])
+    return total
