@@ -8,7 +8,7 @@ $FANBU_PEERS). Then: ten specialists; parity with the peers on small tensors; ad
 under a limit of 2 GB of own memory.
 
 Run: python benchmarks/merge.py [--quick] [--work DIR] [--times N] [--capped] [--only PART ...]. --quick: 150M
-parameters instead of 1.2B, once each.
+parameters instead of 1.2B, once each. A part that was measured before stays in the table when others are run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from _merge_parity import parity
 from _merge_spectral import spectral
 from _merge_watch import median, repeated, watched
 from _peers import peer_python
+from fanbu.files import write_text
 from fanbu.tensors import Tensors
 
 # our method and settings; mergekit's method and its parameters, by model where that is how it wants them
@@ -169,19 +170,23 @@ def main() -> int:
         "parity": lambda: parity(work, mk, fb),
         "adapters": lambda: adapters(work, mk),
     }
-    texts, bars, values = [], [], {}
+    kept = work / f"parts-{size}"
+    kept.mkdir(exist_ok=True)
     for name in args.only:
-        rows, held, values[name] = parts[name]()
-        texts.append(f"## {PARTS[name]}\n\n{table(rows)}")
-        print(texts[-1], flush=True)
-        bars += held
+        rows, held, values = parts[name]()
+        print(f"## {PARTS[name]}\n\n{table(rows)}", flush=True)
+        write_text(kept / f"{name}.json", json.dumps([rows, held, values], default=str))
+    known = {n: json.loads(file.read_text()) for n in PARTS if (file := kept / f"{n}.json").exists()}
+    texts = [f"## {PARTS[n]}\n\n{table(rows)}" for n, (rows, _, _) in known.items()]
+    bars = [b for _, held, _ in known.values() for b in held]
+    found = {n: values for n, (_, _, values) in known.items()}
     if args.capped:
         bars += capped(work)
     text = (
         "\n\n".join(texts) + f"\n\nElementwise: base + three specialists of {size} parameters, median of {times} run(s)"
     )
     text += f"; load at the end {os.getloadavg()[0]:.1f}; warm page cache"
-    return finish("merge-quick" if args.quick else "merge", text, {"runs": values, "size": size}, bars)
+    return finish("merge-quick" if args.quick else "merge", text, {"runs": found, "size": size}, bars)
 
 
 PARTS = {

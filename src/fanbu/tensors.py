@@ -39,8 +39,8 @@ _TORCH = {
     "F16": "float16", "BF16": "bfloat16", "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-CHUNK = 2**18  # numbers that are worked on at once: a fixed number, so that results do not depend on the machine
-_LOAN = 8 * CHUNK  # bytes that a thread lends again and again
+CHUNK = 2**19  # numbers that are worked on at once: a fixed number, so that results do not depend on the machine
+_LOAN = 4 * CHUNK  # bytes that a thread lends again and again
 _SYNC = 2**28  # bytes written after which they are made durable while others are computed
 _thread = threading.local()
 
@@ -388,10 +388,11 @@ class _Filling:
         with self._hashing:
             end = next((s for n, s in self._starts.items() if self._left[n]), None)
             end = os.fstat(self._handle).st_size if end is None else self._first + end
+            room = raw_bytes(_lent("hash", _LOAN))
             while self._hashed < end:
-                block = os.pread(self._handle, min(end - self._hashed, 2**20), self._hashed)
-                self._state.update(block)
-                self._hashed += len(block)
+                count = os.preadv(self._handle, [room[: end - self._hashed]], self._hashed)
+                self._state.update(room[:count])
+                self._hashed += count
 
     def sync(self) -> None:
         """Makes durable what was written so far."""
