@@ -125,10 +125,9 @@ def breadcrumbs(base: Tensor, thetas: Sequence[Tensor]) -> Answer:
 
 
 def breadcrumbs_ties(base: Tensor, thetas: Sequence[Tensor]) -> Answer:
-    """The same with elected signs; a sum that is exactly 0 has no sign, but that of 0.4 a + 0.4 b is rounding."""
+    """The same with elected signs."""
     deltas, open_ = _crumbs(base, thetas)
-    tied = (sum(deltas) == 0) & (torch.stack(deltas) != 0).any(0)
-    return base + elect(deltas, SETTINGS["weight"], False), open_ | tied
+    return base + elect(deltas, SETTINGS["weight"], False), open_
 
 
 def tsv(base: Tensor, thetas: Sequence[Tensor]) -> Answer:

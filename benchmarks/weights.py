@@ -175,7 +175,7 @@ def merged(bench: Bench, way: Way, setting: Mapping[str, Any], out: Path) -> tup
 
 def refitted(bench: Bench, model: Model, name: str, out: Path) -> Model:
     """The same body with label rows that each owner fitted on it; few texts are enough to put them on one level."""
-    few = [rows for d in bench.domains for rows in [r for r in bench.context.probe.rows if r.domain == d][:ALIGNED]]
+    few = [row for d in bench.domains for row in [r for r in bench.context.probe.rows if r.domain == d][:ALIGNED]]
     way, context = method(name), replace(bench.context, probe=ProbeSet(tuple(few)))
     sent = [way.contribute(s, model, context) for s in bench.specialists]
     return way.absorb(model, sent, out, context)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Sequences = list[list[int]]
+
+
+T = TypeVar("T")
+
+
+def evenly(values: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of them, evenly spaced."""
+    return list(values[:: max(1, -(-len(values) // max(1, count)))])
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> Sequences:

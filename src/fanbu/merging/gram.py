@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fanbu.batches import collate, encode, pad_id, sorted_batches
+from fanbu.batches import collate, encode, evenly, pad_id, sorted_batches
 from fanbu.domain import Domain
 from fanbu.predict import limit
 from fanbu.types import Context
@@ -18,7 +18,7 @@ from fanbu.types import Context
 def own_texts(domain: Domain, count: int) -> list[str]:
     """At most ``count`` of the owner's texts, evenly spaced: unlabelled ones, else training ones; no label is used."""
     texts = domain.unlabelled.texts or domain.train.texts
-    return list(texts[:: max(1, -(-len(texts) // max(1, count)))])
+    return evenly(texts, count)
 
 
 def linear_layers(network: Any) -> dict[str, nn.Module]:

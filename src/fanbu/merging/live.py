@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +90,3 @@ def asked_texts(context: Context, contributions: Sequence[Contribution], method:
             remedy="name them under `probe`, or take a method that needs no data",
         )  # fmt: skip
     return texts
-
-
-def evenly(texts: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count``, evenly spaced."""
-    return list(texts[:: max(1, -(-len(texts) // max(1, count)))])

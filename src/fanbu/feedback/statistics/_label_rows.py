@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fanbu.batches import evenly
 from fanbu.heads import Head, align_domains, domains_of, get_head, replace_rows, set_head
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import features
@@ -39,4 +40,4 @@ def aligning_rows(probe: ProbeSet) -> list[ProbeRow]:
     for row in probe.rows:
         if row.domain is not None:
             by_domain.setdefault(row.domain, []).append(row)
-    return [row for rows in by_domain.values() for row in rows[:: max(1, -(-len(rows) // _ALIGN))]]
+    return [row for rows in by_domain.values() for row in evenly(rows, _ALIGN)]

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fanbu.batches import evenly
 from fanbu.contribution import Contribution
 from fanbu.feedback.weights._probed import contribute
 from fanbu.merging.dials import layer_of
 from fanbu.merging.engine import Combine, Linear, Stack, merge
 from fanbu.merging.gram import damped, grams, linear_layers, stores_input_first
 from fanbu.merging.least_squares import solve
-from fanbu.merging.live import Live, asked_texts, evenly
+from fanbu.merging.live import Live, asked_texts
 from fanbu.merging.spectral import within
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fanbu.batches import evenly
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.feedback.weights._task_vector import contribute as task_vector
 from fanbu.merging.engine import Linear, merge
-from fanbu.merging.live import Live, evenly
+from fanbu.merging.live import Live
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs
 
