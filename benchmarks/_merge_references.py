@@ -96,7 +96,8 @@ def ranked(delta: Tensor, first: int, last: int) -> Answer:
 def elect(deltas: Sequence[Tensor], weight: float, normalise: bool) -> Tensor:
     """Sum, or mean, of those that agree with the sign of the sum."""
     stacked = torch.stack(list(deltas)) * weight
-    sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
+    # one positive weight for all does not count for the sign; with it, sums that cancel exactly would round
+    sign = torch.where(torch.stack(list(deltas)).sum(0) >= 0, 1.0, -1.0)
     agree = stacked.sign() == sign
     share = (agree * weight).sum(0)
     return (stacked * agree).sum(0) / (share.where(share != 0, 1.0) if normalise else 1.0)
