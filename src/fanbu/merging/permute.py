@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fanbu.errors import FitError
+from fanbu.merging.families import FAMILIES, Family, Port
 from fanbu.model import Model
 from fanbu.tensors import Tensors, TensorSpec
 
@@ -57,125 +58,6 @@ class Symmetry:
     reader: str = ""
 
 
-@dataclass(frozen=True)
-class _Port:
-    """A module of a layer that writes units (its rows) or reads them (its columns).
-
-    ``wide`` blocks of one unit lie side by side (DeBERTa's joint projection); ``parts`` lie one after the other, of
-    which this is number ``part`` (GPT-2's). A name that is no module's is a vector's.
-    """
-
-    module: str
-    reads: bool = False
-    grouped: bool = False
-    wide: int = 1
-    part: int = 0
-    parts: int = 1
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How one family names its tensors: ``outside`` gives the hidden dimensions of those outside the layers."""
-
-    prefixes: tuple[str, ...]
-    neurons: tuple[_Port, ...]
-    heads: tuple[_Port, ...]
-    norms: str
-    outside: Mapping[str, tuple[int, ...]]
-    kept: str = r"$^"
-    input_first: bool = False
-    rotary: bool = False
-
-
-def _writes(*modules: str, **more: Any) -> tuple[_Port, ...]:
-    return tuple(_Port(m, **more) for m in modules)
-
-
-def _reads(module: str) -> tuple[_Port, ...]:
-    return (_Port(module, reads=True),)
-
-
-_EMBEDDINGS = {
-    r"embeddings\.(word|position|token_type)_embeddings\.weight": (1,), r"embeddings\.LayerNorm\..*": (0,),
-    r"embeddings\.(position|token_type)_ids": (),
-}  # fmt: skip
-_BERT = _Family(
-    ("bert.", "roberta.", "electra."),
-    _writes("intermediate.dense") + _reads("output.dense"),
-    _writes("attention.self.query", "attention.self.key", "attention.self.value") + _reads("attention.output.dense"),
-    r"(attention\.)?output\.LayerNorm",
-    {
-        **_EMBEDDINGS, r"pooler\.dense\.weight": (1,), r"pooler\.dense\.bias": (),
-        r"(cls\.predictions|lm_head)\.bias": (),
-        r"cls\.predictions\.transform\.dense\.weight|lm_head\.dense\.weight": (0, 1),
-        r"cls\.predictions\.transform\.(dense\.bias|LayerNorm\..*)|lm_head\.(dense\.bias|layer_norm\..*)": (0,),
-        r"(cls\.predictions|lm_head)\.decoder\.weight": (1,), r"(cls\.predictions|lm_head)\.decoder\.bias": (),
-    },
-    kept=r"attention\.self\.distance_embedding\.weight",
-)  # fmt: skip
-_DEBERTA_OUTSIDE = {
-    **_EMBEDDINGS, r"encoder\.rel_embeddings\.weight": (1,), r"encoder\.(conv\.)?LayerNorm\..*": (0,),
-    r"encoder\.conv\.conv\.weight": (0, 1), r"encoder\.conv\.conv\.bias": (0,),
-    r"pooler\.dense\.weight": (1,), r"pooler\.dense\.bias": (),
-}  # fmt: skip
-_DEBERTA_2 = _Family(
-    ("deberta.",), _BERT.neurons,
-    _writes(*(f"attention.self.{p}_proj" for p in ("query", "key", "value", "pos_key", "pos_query")))
-    + _reads("attention.output.dense"),
-    _BERT.norms, _DEBERTA_OUTSIDE,
-)  # fmt: skip
-_DEBERTA = _Family(
-    ("deberta.",), _BERT.neurons,
-    _writes("attention.self.in_proj", wide=3)
-    + _writes(*(f"attention.self.{p}" for p in ("q_bias", "v_bias", "pos_proj", "pos_q_proj")))
-    + _reads("attention.output.dense"),
-    _BERT.norms, _DEBERTA_OUTSIDE,
-)  # fmt: skip
-_DISTILBERT = _Family(
-    ("distilbert.",), _writes("ffn.lin1") + _reads("ffn.lin2"),
-    _writes("attention.q_lin", "attention.k_lin", "attention.v_lin") + _reads("attention.out_lin"),
-    r"(sa|output)_layer_norm",
-    {
-        **_EMBEDDINGS, r"pre_classifier\.weight": (1,), r"pre_classifier\.bias": (), r"vocab_projector\.weight": (1,),
-        r"vocab_projector\.bias": (), r"vocab_transform\.weight": (0, 1),
-        r"vocab_(transform\.bias|layer_norm\..*)": (0,),
-    },
-)  # fmt: skip
-_LLAMA = _Family(
-    ("model.",), _writes("mlp.gate_proj", "mlp.up_proj") + _reads("mlp.down_proj"),
-    _writes("self_attn.q_proj") + _writes("self_attn.k_proj", "self_attn.v_proj", grouped=True)
-    + _reads("self_attn.o_proj"),
-    r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm",
-    {r"(embed_tokens|lm_head|score)\.weight": (1,), r"norm\.weight": (0,), r"score\.bias": ()},
-    kept=r"self_attn\.([qk]_norm\.weight|rotary_emb\.inv_freq)", rotary=True,
-)  # fmt: skip
-_GPT2 = _Family(
-    ("transformer.",), _writes("mlp.c_fc") + _reads("mlp.c_proj"),
-    tuple(_Port("attn.c_attn", part=i, parts=3) for i in range(3)) + _reads("attn.c_proj"),
-    r"ln_[12]", {r"(wte|wpe|lm_head|score)\.weight": (1,), r"ln_f\.(weight|bias)": (0,)},
-    kept=r"attn\.(bias|masked_bias)", input_first=True,
-)  # fmt: skip
-_VIT_OUTSIDE = {
-    r"embeddings\.(cls_token|position_embeddings|mask_token)": (2,), r"layernorm\..*": (0,),
-    r"embeddings\.patch_embeddings\.projection\.(weight|bias)": (0,), r"pooler\.dense\.weight": (1,),
-    r"pooler\.dense\.bias": (),
-}  # fmt: skip
-_VIT = _Family(
-    ("vit.",), _writes("mlp.fc1") + _reads("mlp.fc2"),
-    _writes("attention.q_proj", "attention.k_proj", "attention.v_proj") + _reads("attention.o_proj"),
-    r"layernorm_(before|after)", _VIT_OUTSIDE,
-)  # fmt: skip
-_VIT_FIRST = _Family(  # as the library stored it before its fifth version
-    ("vit.",), _BERT.neurons,
-    _writes(*(f"attention.attention.{p}" for p in ("query", "key", "value"))) + _reads("attention.output.dense"),
-    r"layernorm_(before|after)", _VIT_OUTSIDE,
-)  # fmt: skip
-_FAMILIES: Mapping[str, tuple[_Family, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), (_BERT,)),
-    "deberta-v2": (_DEBERTA_2,), "deberta": (_DEBERTA,), "distilbert": (_DISTILBERT,),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_LLAMA,)),
-    "gpt2": (_GPT2,), "vit": (_VIT, _VIT_FIRST),
-}  # fmt: skip
 # Heads of classifiers: whether they read the hidden channels, or what a pooler made of them.
 _READ_HIDDEN = r"(classifier|qa_outputs)\.weight|classifier\.dense\.weight"
 _READ_NOTHING = r"(classifier|qa_outputs)\.bias|classifier\.(dense\.bias|out_proj\.(weight|bias))"
@@ -189,14 +71,14 @@ def setting(model: Model, *names: str) -> Any:
 
 def hidden_of(model: Model) -> int:
     """How many hidden channels a model has."""
-    return int(setting(model, "hidden_size", "n_embd", "dim") or 0)
+    return int(setting(model, "hidden_size", "n_embd", "dim", "d_model") or 0)
 
 
 def heads_of(model: Model) -> tuple[int, int, int]:
     """Query heads, key/value heads and numbers in a head, by the config."""
-    heads = int(setting(model, "num_attention_heads", "n_head", "n_heads") or 1)
+    heads = int(setting(model, "num_attention_heads", "n_head", "n_heads", "encoder_attention_heads") or 1)
     keys = int(setting(model, "num_key_value_heads") or heads)
-    return heads, keys, int(setting(model, "head_dim") or hidden_of(model) // heads)
+    return heads, keys, int(setting(model, "head_dim", "attention_head_size") or hidden_of(model) // heads)
 
 
 def is_body(model: Model) -> bool:
@@ -239,13 +121,13 @@ def symmetries(model: Model, *, residual: bool = False) -> tuple[Symmetry, ...]:
     return tuple(found)
 
 
-def _family(model: Model) -> _Family:
+def _family(model: Model) -> Family:
     kind = str(model.config.get("model_type"))
-    for family in _FAMILIES.get(kind, ()):
+    for family in FAMILIES.get(kind, ()):
         end = f"{family.heads[0].module}.weight"
         if any(name.endswith(end) for name in model.tensors):
             return family
-    known = sorted(_FAMILIES)
+    known = sorted(FAMILIES)
     if kind in known:
         raise _refused(model, f"no layer of a {kind} as the library stores it", sorted(model.tensors)[:4])
     raise FitError(
@@ -261,7 +143,7 @@ def _refused(model: Model, why: str, got: object, allowed: object = None) -> Fit
     )  # fmt: skip
 
 
-def _units(model: Model, family: _Family, reader: str) -> int:
+def _units(model: Model, family: Family, reader: str) -> int:
     spec = model.tensors.get(reader)
     if spec is None or len(spec.shape) != 2:
         raise _refused(model, f"tensor {reader!r} is missing or no matrix", spec and spec.shape)
@@ -269,7 +151,7 @@ def _units(model: Model, family: _Family, reader: str) -> int:
 
 
 def _symmetry(
-    model: Model, family: _Family, before: str, layer: int, kind: Kind, ports: Sequence[_Port], units: int, group: int,
+    model: Model, family: Family, before: str, layer: int, kind: Kind, ports: Sequence[Port], units: int, group: int,
     width: int,
 ) -> Symmetry:  # fmt: skip
     axes: list[Axis] = []
@@ -284,7 +166,7 @@ def _symmetry(
     return Symmetry(f"{before}{kind}", kind, layer, units, tuple(axes), group, f"{before}{ports[-1].module}.weight")
 
 
-def _tensors_of(model: Model, family: _Family, before: str, port: _Port) -> Iterator[tuple[str, int]]:
+def _tensors_of(model: Model, family: Family, before: str, port: Port) -> Iterator[tuple[str, int]]:
     name = before + port.module
     if name in model.tensors:
         yield name, 0
@@ -296,7 +178,7 @@ def _tensors_of(model: Model, family: _Family, before: str, port: _Port) -> Iter
         raise _refused(model, f"tensor {name + '.weight'!r} is missing", sorted(model.tensors)[:4])
 
 
-def _check_known(model: Model, family: _Family, before: str, inside: Iterable[str]) -> None:
+def _check_known(model: Model, family: Family, before: str, inside: Iterable[str]) -> None:
     modules = {p.module for p in (*family.neurons, *family.heads)}
     known = modules | {f"{m}.{end}" for m in modules for end in ("weight", "bias")}
     fine = re.compile(rf"(?:{family.norms})\.(?:weight|bias|gamma|beta)|{family.kept}")
@@ -305,7 +187,7 @@ def _check_known(model: Model, family: _Family, before: str, inside: Iterable[st
             raise _refused(model, f"tensor {before + rest!r} is not known", model.tensors[before + rest].shape)
 
 
-def _channels(model: Model, family: _Family) -> Symmetry:
+def _channels(model: Model, family: Family) -> Symmetry:
     """The hidden channels: all tensors that write or read them, in the layers and around them."""
     axes, hidden = [], hidden_of(model)
     for name, spec in sorted(model.tensors.items()):
@@ -318,7 +200,7 @@ def _channels(model: Model, family: _Family) -> Symmetry:
     return Symmetry("channels", "channels", -1, hidden, tuple(axes))
 
 
-def _hidden_inside(family: _Family, rest: str) -> tuple[int, ...]:
+def _hidden_inside(family: Family, rest: str) -> tuple[int, ...]:
     if re.fullmatch(rf"(?:{family.norms})\..*", rest):
         return (0,)
     for port in (*family.neurons, *family.heads):
@@ -329,7 +211,7 @@ def _hidden_inside(family: _Family, rest: str) -> tuple[int, ...]:
     return ()
 
 
-def _hidden_outside(model: Model, family: _Family, name: str) -> tuple[int, ...]:
+def _hidden_outside(model: Model, family: Family, name: str) -> tuple[int, ...]:
     rest = plain(model, name)
     for pattern, dims in family.outside.items():
         if re.fullmatch(pattern, rest):
