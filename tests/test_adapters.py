@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fanbu.boundary import cross
-from fanbu.catalogue import method, methods
+from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.errors import FitError, IntegrityError, UsageError
 from fanbu.merging.adapter import CONFIG, WEIGHTS, adapter_contribution, weights_contribution
@@ -143,8 +143,6 @@ def dense(base: Model, sent: Contribution, context: Context) -> Contribution:
 def test_factored_and_materialised_merge_to_the_same(
     name: str, two: list[Path], llama: Path, context: Context, tmp_path: Path
 ) -> None:
-    if name not in methods():
-        pytest.skip(f"{name} is not there")
     base, way = open_model(llama), method(name)
     sent = [weights_contribution(path, base, f"d{i}") for i, path in enumerate(two)]
     one = way.absorb(base, sent, tmp_path / "one", context)

@@ -658,11 +658,13 @@ def test_a_contribution_that_lacks_what_its_method_needs(incumbent: Model, conte
     assert refused(
         IntegrityError,
         "contribution-broken",
-        lambda: method("distill").absorb(incumbent, [empty], tmp_path / "new", context),
+        lambda: method("distill", "feedback").absorb(incumbent, [empty], tmp_path / "new", context),
     )
     other = contribution(kind="weights")
     assert refused(
-        FitError, "other-kind", lambda: method("distill").absorb(incumbent, [other], tmp_path / "new", context)
+        FitError,
+        "other-kind",
+        lambda: method("distill", "feedback").absorb(incumbent, [other], tmp_path / "new", context),
     )
     assert not (tmp_path / "new").exists()
 

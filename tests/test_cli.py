@@ -112,21 +112,26 @@ def test_version_and_help(fanbu: Command) -> None:
 def test_methods(fanbu: Command) -> None:
     code, listed = fanbu("methods", "list", "--json")
     assert code == 0
-    assert {row["name"] for row in listed} == set(methods())
+    assert {row["name"] for row in listed} == {m.name for m in methods()}
     assert all(row["summary"] and row["family"] for row in listed)
     for arguments in (["methods"], ["methods", "list"]):
         code, text = fanbu(*arguments)
         assert code == 0
-        assert all(name in text for name in methods())
+        assert all(m.name in text for m in methods())
 
 
 def test_show_one_method(fanbu: Command) -> None:
     code, shown = fanbu("methods", "show", "distill", "--json")
     assert code == 0
-    assert shown["family"] == "predictions"
-    assert shown["parameters"]["top_k"]["default"] == 64
-    assert "int" in shown["parameters"]["top_k"]["type"]
-    assert shown["parameters"]["train"]["default"]["epochs"] == 3
+    down, back = shown  # a way down and a way back of one name
+    assert (down["family"], back["family"]) == ("shrink", "predictions")
+    assert down["parameters"]["temperature"]["default"] == 2.0
+    assert back["parameters"]["top_k"]["default"] == 64
+    assert "int" in back["parameters"]["top_k"]["type"]
+    assert back["parameters"]["train"]["default"]["epochs"] == 3
+    code, one = fanbu("methods", "show", "ties", "--json")
+    assert code == 0
+    assert one["family"] == "weights"
     code, text = fanbu("methods", "show", "distill")
     assert code == 0
     assert "top_k" in text

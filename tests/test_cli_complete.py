@@ -31,7 +31,7 @@ def offered(shell: str, line: str) -> str:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_method_names_are_offered(shell: str) -> None:
     shown = offered(shell, "fanbu methods show ")
-    assert all(name in shown for name in methods())
+    assert all(m.name in shown for m in methods())
     assert "distill" in offered(shell, "fanbu methods show di")
     assert "average" not in offered(shell, "fanbu methods show di")
 
@@ -43,7 +43,7 @@ def test_method_names_are_offered(shell: str) -> None:
         ("fanbu init --share ", "internal", "recipe"),
         ("fanbu run --device ", "cuda", "internal"),
         ("fanbu run --lang ", "zh", "cuda"),
-        ("fanbu shrink --method ", "finetune", "distill"),
+        ("fanbu shrink --method ", "finetune", "average"),
         ("fanbu feed --method ", "distill", "finetune"),
         ("fanbu run --dr", "--dry-run", "--seed"),
     ],

@@ -12,7 +12,7 @@ import torch
 
 from conftest import probe_of
 from fanbu.boundary import cross
-from fanbu.catalogue import Method, methods
+from fanbu.catalogue import Method, method, methods
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import FanbuError, UsageError
@@ -21,8 +21,8 @@ from fanbu.predict import class_logits
 from fanbu.tensors import Tensors
 from fanbu.types import KINDS, PRESETS, Context, Needs, Train
 
-WAYS_BACK = [m for m in methods().values() if m.family != "shrink"]
-WAYS_DOWN = [m for m in methods().values() if m.family == "shrink"]
+WAYS_BACK = [m for m in methods() if m.family != "shrink"]
+WAYS_DOWN = [m for m in methods() if m.family == "shrink"]
 CLASSIFYING = [m for m in WAYS_BACK if "text-classification" in m.needs.tasks]
 FAST: dict[str, Any] = {"epochs": 1, "batch_size": 8}
 
@@ -189,7 +189,7 @@ def test_causal_models_too(
     base = open_model(llama)
     grown = {
         name: Specialist(
-            methods()["finetune"].shrink(base, d, tmp_path / name, context, train={**FAST, "lr": 3e-3}), d, base
+            method("finetune").shrink(base, d, tmp_path / name, context, train={**FAST, "lr": 3e-3}), d, base
         )
         for name, d in texts.items()
     }
@@ -205,9 +205,11 @@ def test_causal_models_too(
 
 @by_name(WAYS_DOWN)
 def test_a_way_down_makes_a_plain_specialist(
-    way: Method, incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
-) -> None:
+    way: Method, incumbent: Model, specialists: dict[str, Specialist], domains: dict[str, Domain], context: Context,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     arguments = {**quick(way), **({"layers": 2} if way.name == "depth" else {})}
+    context = dataclasses.replace(context, forebears=(specialists["food"].model.path,))
     made = way.shrink(incumbent, domains["food"], tmp_path / "one", context, **arguments)
     again = way.shrink(incumbent, domains["food"], tmp_path / "two", context, **arguments)
     assert made.digest == again.digest
@@ -215,4 +217,4 @@ def test_a_way_down_makes_a_plain_specialist(
     body = [{n: spec.shape for n, spec in m.tensors.items() if "classifier" not in n} for m in (made, incumbent)]
     assert ("architecture" in way.code.CHANGES) == (body[0] != body[1])
     open_model(made.path)
-    assert made.manifest["parents"] == [incumbent.digest]
+    assert made.manifest["parents"][0] == incumbent.digest

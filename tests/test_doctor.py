@@ -59,7 +59,7 @@ def test_a_recipe_that_works(tmp_path: Path, recipe: dict[str, Any], fanbu: Comm
     assert (code, found["problems"]) == (0, [])
     assert found["ok"]
     assert found["domains"]["food"]["rows"] == {"train": 48, "valid": 18, "test": 36, "unlabelled": 0}
-    assert {m["name"] for m in found["methods"]} == {m.name for m in methods().values() if m.family != "shrink"}
+    assert {m["name"] for m in found["methods"]} == {m.name for m in methods() if m.family != "shrink"}
     assert all(m["fits"] for m in found["methods"])
     stages_of = {s["stage"]: s for s in found["estimate"]["stages"]}
     assert stages_of["shrink finetune food"]["batches"] == 12

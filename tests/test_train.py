@@ -134,7 +134,7 @@ def test_targets_are_the_teachers_where_they_teach_and_the_base_elsewhere(
         )
     )
     small = replace(context, probe=ProbeSet(rows))
-    way = method("distill")
+    way = method("distill", "feedback")
     panel = way.contribute(specialists["food"], incumbent, small)
     assert panel.tensors["rows"].tolist() == [0, 2]
     network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
@@ -156,7 +156,7 @@ def test_a_specialist_that_is_no_better_teaches_nothing(
 ) -> None:
     from dataclasses import replace
 
-    way = method("distill")
+    way = method("distill", "feedback")
     sent = [way.contribute(s, incumbent, context) for s in specialists.values()]
     mute = replace(sent[0], meta={**sent[0].meta, "trust": 0.0})
     made = way.absorb(incumbent, [mute, sent[1]], tmp_path / "m", context, train={"epochs": 1})
@@ -179,7 +179,7 @@ def test_trust_is_what_validation_rows_say() -> None:
 def test_a_panel_mixes_specialist_and_base_by_trust(
     incumbent: Model, specialists: dict[str, Specialist], context: Context
 ) -> None:
-    panel = method("distill").contribute(specialists["food"], incumbent, context)
+    panel = method("distill", "feedback").contribute(specialists["food"], incumbent, context)
     trust, food = panel.meta["trust"], specialists["food"]
     texts = [context.probe.rows[i].text for i in panel.tensors["rows"].tolist()]
     expected = torch.zeros(len(texts), 3)

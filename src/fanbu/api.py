@@ -115,7 +115,7 @@ def _named(made: Model, large: Model, base: Model, vocabulary: str | None) -> Mo
 def _data_free() -> list[str]:
     from fanbu.catalogue import methods
 
-    ways: list[Method] = [m for m in methods().values() if m.family == "weights"]
+    ways: list[Method] = [m for m in methods() if m.family == "weights"]
     return [m.name for m in ways if not (m.needs.probe or m.needs.texts or m.needs.labels)]
 
 

@@ -171,37 +171,42 @@ class Method:
 
 
 @cache
-def methods() -> dict[str, Method]:
-    """All methods by name."""
+def methods() -> tuple[Method, ...]:
+    """All methods. A name is one way down and one way back at most."""
     root = Path(__file__).parent
-    found: dict[str, Method] = {}
+    found: dict[tuple[str, bool], Method] = {}
     for path in sorted([*root.glob("shrink/*.py"), *root.glob("feedback/*/*.py")]):
         if not path.stem.startswith("_"):
             module = ".".join(("fanbu", *path.relative_to(root).with_suffix("").parts))
-            found[path.stem] = Method(path.stem, path.parent.name, module)
+            found[path.stem, path.parent.name == "shrink"] = Method(path.stem, path.parent.name, module)
     for point in entry_points(group="fanbu.methods"):
-        if point.name in found:
-            raise UsageError(
-                "method-twice",
-                f"two packages bring a method {point.name!r}",
-                got=point.value,
-                remedy="uninstall one of them",
-            )
         code = point.load()
         family = "shrink" if hasattr(code, "shrink") else code.NEEDS.kind
-        found[point.name] = Method(point.name, family, code.__name__)
-    return found
+        if (point.name, family == "shrink") in found:
+            raise UsageError(
+                "method-twice", f"two packages bring a method {point.name!r}", got=point.value,
+                remedy="uninstall one of them",
+            )  # fmt: skip
+        found[point.name, family == "shrink"] = Method(point.name, family, code.__name__)
+    return tuple(found.values())
 
 
 def method(name: str, way: str | None = None) -> Method:
-    """A method by name; ``way`` (``shrink`` or ``feedback``) says what it must be."""
-    known = {n: m for n, m in methods().items() if way is None or (m.family == "shrink") == (way == "shrink")}
-    if name not in known:
+    """A method by name; ``way`` (``shrink`` or ``feedback``) says what it must be, where the name alone does not."""
+    known = [m for m in methods() if way is None or (m.family == "shrink") == (way == "shrink")]
+    found = [m for m in known if m.name == name]
+    if not found:
+        names = dict.fromkeys(m.name for m in known)
         raise UsageError(
-            "unknown-method", f"no {way or 'method'} method {name!r}", allowed=list(known), got=name,
-            remedy=suggestion(name, known),
+            "unknown-method", f"no {way or 'method'} method {name!r}", allowed=list(names), got=name,
+            remedy=suggestion(name, names),
         )  # fmt: skip
-    return known[name]
+    if len(found) > 1:
+        raise UsageError(
+            "which-way", f"{name!r} is a way down and a way back", allowed=["shrink", "feedback"], got=None,
+            remedy="say which of the two",
+        )  # fmt: skip
+    return found[0]
 
 
 def suggestion(name: str, known: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def run_mergekit(path: Path, out: Path, context: Context) -> Model:
     arguments = translate(recipe, own)
     with _one_vocabulary(base, models, out, context, recipe.tokenizer) as (large, found):
         sent = [task_vector(TaskVector(model, large), label, ()) for label, model in found.items()]
-        made = method(name).absorb(large, sent, out, context, **arguments)
+        made = method(name, "feedback").absorb(large, sent, out, context, **arguments)
         return tell(made, large, base, recipe.tokenizer) if recipe.tokenizer else made
 
 

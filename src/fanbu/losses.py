@@ -7,11 +7,15 @@ cross-entropy over the union is cross-entropy over domains plus cross-entropy wi
 
 from __future__ import annotations
 
+import math
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 _CHUNK = 1024
+_LOG_2 = math.log(2)
 
 
 def soft_cross_entropy(logits_bl: Tensor, targets_bl: Tensor) -> Tensor:
@@ -46,3 +50,99 @@ def top_k_divergence(logits_nv: Tensor, indices_nk: Tensor, probs_nk: Tensor) ->
         p = p.clamp_min(1e-9)
         total = total + (p * (p.log() - log_q)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
     return total / max(len(logits_nv), 1)
+
+
+Divergence = Literal["forward", "reverse", "js"]
+
+
+def divergence(
+    teacher_bl: Tensor, student_bl: Tensor, kind: Divergence = "forward", temperature: float = 1.0
+) -> Tensor:
+    """Mean over rows of t^2 D(softmax(z_T / t), softmax(z_S / t)); logits [batch, labels].
+
+    ``forward`` is KL(T || S), ``reverse`` KL(S || T), ``js`` (KL(T || M) + KL(S || M)) / 2 with M their mean. The
+    factor keeps gradients of one size whatever the temperature (Hinton et al. 2015).
+    """
+    log_p, log_q = (teacher_bl / temperature).log_softmax(-1), (student_bl / temperature).log_softmax(-1)
+    return temperature**2 * _divergence(log_p, log_q, kind).sum() / max(len(log_p), 1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
+    """By row; of two log-distributions."""
+    if kind == "forward":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if kind == "reverse":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_p, log_q) - _LOG_2
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def chunked_divergence(
+    teacher_nk: Tensor, teacher_head: Any, student_nh: Tensor, student_head: Any, kind: Divergence = "forward",
+    temperature: float = 1.0, targets_n: Tensor | None = None, labels: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """(1 - labels) ``divergence`` + labels cross-entropy, over a vocabulary of any size, from hidden states.
+
+    teacher_nk, student_nh: [tokens, hidden] before the heads; a head is a linear layer to [vocabulary]. Logits are
+    made for some tokens at a time, their gradients at once, by hand, so memory does not grow with tokens x
+    vocabulary: with q = softmax(z_S / t) and g = dD/dq, dD/dz = q (g - <q, g>) / t. ``targets_n`` are the true next
+    tokens. No gradient goes to the teacher. Raises ValueError where the vocabularies differ.
+    """
+    weight, bias = student_head.weight, getattr(student_head, "bias", None)
+    if teacher_head.weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"vocabularies of {teacher_head.weight.shape[0]} and {weight.shape[0]} tokens")
+    loss: Tensor = _Chunked.apply(
+        student_nh, weight, bias, teacher_nk.detach(), teacher_head, targets_n, kind, temperature, labels
+    )
+    return loss
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, head: Any, targets: Tensor | None,
+        kind: Divergence, t: float, labels: float,
+    ) -> Tensor:  # fmt: skip
+        count, total = max(len(h), 1), h.new_zeros((), dtype=torch.float32)
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight)
+        db = None if bias is None else torch.zeros_like(bias)
+        size = max(1, _CHUNK * _CHUNK // weight.shape[0])
+        for start in range(0, len(h), size):
+            part = slice(start, start + size)
+            z = functional.linear(h[part], weight, bias).float()
+            dz = torch.zeros_like(z)
+            if labels < 1:
+                value, gradient = _with_gradient(head(teacher[part]).float() / t, z / t, kind)
+                total += (1 - labels) * t**2 * value / count
+                dz += (1 - labels) * t / count * gradient
+            if labels:
+                assert targets is not None
+                log_q = z.log_softmax(-1)
+                total -= labels / count * log_q.gather(1, targets[part, None]).sum()
+                q = log_q.exp_()
+                q[torch.arange(len(q), device=q.device), targets[part]] -= 1
+                dz += labels / count * q
+            dz = dz.to(weight.dtype)
+            dh[part] = dz @ weight
+            dw.addmm_(dz.T, h[part].to(weight.dtype))
+            if db is not None:
+                db += dz.sum(0)
+        ctx.save_for_backward(dh, dw, *([] if db is None else [db]))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dh, dw, *db = ctx.saved_tensors
+        scale = grads[0]
+        return (dh * scale, dw * scale, db[0] * scale if db else None, *[None] * 6)
+
+
+def _with_gradient(teacher: Tensor, student: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
+    """The sum over rows of D, and its gradient in the student's logits."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    q = log_q.exp()
+    value = _divergence(log_p, log_q, kind).sum()
+    if kind == "forward":
+        return value, q - log_p.exp()
+    g = log_q - log_p if kind == "reverse" else 0.5 * (log_q - torch.logaddexp(log_p, log_q) + _LOG_2)
+    return value, q * (g - (q * g).sum(-1, keepdim=True))

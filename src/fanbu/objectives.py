@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fanbu.batches import Sequences, collate
-from fanbu.losses import next_token_loss, soft_cross_entropy, top_k_divergence
+from fanbu.heads import final_layer
+from fanbu.losses import (
+    Divergence,
+    chunked_divergence,
+    divergence,
+    next_token_loss,
+    soft_cross_entropy,
+    top_k_divergence,
+)
 from fanbu.train import BatchLoss
 
 
@@ -54,5 +63,67 @@ def soft_language(sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]]
         indices = torch.cat([targets[i][0] for i in rows]).long().to(device)
         probs = torch.cat([targets[i][1].float() for i in rows]).to(device)  # autocast does not join float16
         return top_k_divergence(network(**batch).logits[:, :-1][keep], indices, probs)
+
+    return loss
+
+
+Weigh = tuple[Divergence, float, float]  # which divergence, at what temperature, and how much true labels count
+
+
+def taught_labels(
+    sequences: Sequences, h_nt: Tensor, z_nl: Tensor, labels: Sequence[int], pad: int, weigh: Weigh, hidden: float
+) -> BatchLoss:
+    """A teacher's logits and pooled features, and true labels of the first rows (``shrink.distill``)."""
+    kind, temperature, share = weigh
+    scale = h_nt.square().sum(1).mean().clamp_min(1e-12)
+    seen: dict[str, Tensor] = {}
+
+    def loss(student: Any, rows: Sequence[int]) -> Tensor:
+        network = student["network"]
+        device = next(network.parameters()).device
+        batch = collate([sequences[i] for i in rows], pad, device)
+        with given_to(final_layer(network), seen):
+            z = network(**batch).logits.float()
+        total = (1 - share) * divergence(z_nl[list(rows)].to(device), z, kind, temperature)
+        known = [i for i, row in enumerate(rows) if row < len(labels)]
+        if share and known:
+            total = total + share * functional.cross_entropy(
+                z[known], torch.tensor([labels[rows[i]] for i in known], device=device)
+            )
+        if hidden:
+            x = seen["x"]
+            pooled = x if x.ndim == 2 else x[torch.arange(len(rows)), batch["attention_mask"].sum(1) - 1]
+            off = student["map"](pooled.float()) - h_nt[list(rows)].to(device)
+            total = total + hidden * off.square().sum(1).mean() / scale
+        return total
+
+    return loss
+
+
+@contextmanager
+def given_to(layer: Any, seen: dict[str, Tensor]) -> Iterator[None]:
+    """What a layer is given, under ``x``."""
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def taught_tokens(sequences: Sequences, teacher: Any, pad: int, weigh: Weigh) -> BatchLoss:
+    """A teacher's next tokens, and the true ones, from hidden states (``losses.chunked_divergence``)."""
+    kind, temperature, share = weigh
+
+    def loss(student: Any, rows: Sequence[int]) -> Tensor:
+        network = student["network"]
+        batch = collate([sequences[i] for i in rows], pad, next(network.parameters()).device)
+        keep = batch["attention_mask"][:, 1:].bool()
+        with torch.no_grad():
+            known = teacher.base_model(**batch).last_hidden_state[:, :-1][keep]
+        own = network.base_model(**batch).last_hidden_state[:, :-1][keep]
+        heads = teacher.get_output_embeddings(), network.get_output_embeddings()
+        return chunked_divergence(
+            known, heads[0], own, heads[1], kind, temperature, batch["input_ids"][:, 1:][keep], share
+        )
 
     return loss

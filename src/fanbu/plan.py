@@ -31,7 +31,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
                 got=d.share.as_dict(), remedy="share scores; private domains cannot take part in this version",
             )  # fmt: skip
     if "text-classification" in tasks:
-        reason = misfit(method("probe"), [], list(domains.values()), recipe)
+        reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
         if reason:
             raise reason
 

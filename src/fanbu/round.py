@@ -130,17 +130,28 @@ def bear(turn: Turn, incumbent: Model, domain: Domain) -> Birth:
 
 def grow(turn: Turn, parent: Model, domain: Domain) -> Model:
     """The recipe's ways down, one after the other, at the domain's owner."""
+    chain = [parent]
     for number, step in enumerate(turn.recipe.shrink):
-        way, large = method(step.method, "shrink"), parent
+        way = method(step.method, "shrink")
         inputs = {
-            "parent": large.digest, "domain": domain.digest, "step": number,
+            "parent": chain[-1].digest, "domain": domain.digest, "step": number,
             "arguments": _plain(way.check(step.arguments)), **turn.settings(),
+            **({"forebears": [m.digest for m in chain[:-1]]} if number else {}),
         }  # fmt: skip
-        parent = turn.model(
-            f"shrink {step.method} {domain.name}", way.module, inputs,
-            partial(way.shrink, large, domain, **step.arguments),
+        chain.append(
+            turn.model(
+                f"shrink {step.method} {domain.name}", way.module, inputs,
+                partial(_shrunk, way, chain[-1], domain, tuple(m.path for m in chain[:-1]), step.arguments),
+            )
         )  # fmt: skip
-    return parent
+    return chain[-1]
+
+
+def _shrunk(
+    way: Method, parent: Model, domain: Domain, forebears: tuple[Path, ...], arguments: Mapping[str, Any], out: Path,
+    context: Context,
+) -> Model:  # fmt: skip
+    return way.shrink(parent, domain, out, replace(context, forebears=forebears), **arguments)
 
 
 def forerunner(turn: Turn, domain: Domain) -> Model | None:

@@ -125,7 +125,8 @@ class Context:
 
     ``scratch`` is a folder that outlives a kill: a step that is interrupted finds its checkpoints there.
     ``max_length`` is in tokens. ``memory`` bounds what merging holds at once, in bytes; ``dtype`` is what merged
-    tensors are stored in (``float32``, ``float16``, ``bfloat16``; None: as the base stores them).
+    tensors are stored in (``float32``, ``float16``, ``bfloat16``; None: as the base stores them). ``forebears`` are
+    the models that a model to be shrunk came from in this chain, the large one first: one of them may teach it.
     """
 
     seed: int = 0
@@ -139,6 +140,7 @@ class Context:
     checkpoint_seconds: float = 60.0
     memory: int = 2**29
     dtype: str | None = None
+    forebears: tuple[Path, ...] = ()
 
     def seeded(self, *names: object) -> int:
         """The seed for one purpose of this run."""

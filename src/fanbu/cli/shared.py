@@ -28,7 +28,7 @@ def ways(way: str | None) -> Callable[[str], list[tuple[str, str]]]:
     def complete(incomplete: str) -> list[tuple[str, str]]:
         from fanbu.catalogue import methods
 
-        known = methods().values()
+        known = methods()
         fitting = [m for m in known if way is None or (m.family == "shrink") == (way == "shrink")]
         return [(m.name, m.summary) for m in fitting if m.name.startswith(incomplete)]
 

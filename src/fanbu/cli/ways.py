@@ -25,7 +25,7 @@ def list_methods(as_json: Json = False) -> None:
     """All methods with one line each."""
     from fanbu.catalogue import methods
 
-    rows = [{"name": m.name, "family": m.family, "summary": m.summary} for m in methods().values()]
+    rows = [{"name": m.name, "family": m.family, "summary": m.summary} for m in methods()]
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -38,16 +38,21 @@ def show_method(name: Name, as_json: Json = False) -> None:
     """One method: what it does, what it needs, its parameters."""
     import inspect
 
-    from fanbu.catalogue import method
+    from fanbu.catalogue import method, methods
     from fanbu.report.text import method_page
 
-    chosen = method(name)
-    parameters = {k: {"type": _name(kind), "default": _default(d)} for k, (kind, d) in chosen.parameters().items()}
+    # a name may be a way down and a way back: both are shown
+    chosen = [m for m in methods() if m.name == name] or [method(name)]
+    parameters = [
+        {k: {"type": _name(t), "default": _default(d)} for k, (t, d) in m.parameters().items()} for m in chosen
+    ]
     if as_json:
-        typer.echo(json.dumps({"name": chosen.name, "family": chosen.family, "parameters": parameters}, default=str))
+        shown = [{"name": m.name, "family": m.family, "parameters": p} for m, p in zip(chosen, parameters, strict=True)]
+        typer.echo(json.dumps(shown[0] if len(shown) == 1 else shown, default=str))
         return
-    docs = [inspect.getdoc(f) or "" for f in chosen.functions]
-    typer.echo(method_page(chosen.name, chosen.family, docs, parameters, shared.words()))
+    for m, p in zip(chosen, parameters, strict=True):
+        docs = [inspect.getdoc(f) or "" for f in m.functions]
+        typer.echo(method_page(m.name, m.family, docs, p, shared.words()))
 
 
 def _name(kind: Any) -> str:

@@ -158,7 +158,7 @@ def _methods(recipe: Recipe, domains: Mapping[str, Domain]) -> list[dict[str, An
     from fanbu.plan import misfit
 
     found = []
-    for way in methods().values():
+    for way in methods():
         if way.family != "shrink":
             reason = misfit(way, recipe.shrink, list(domains.values()), recipe)
             why = "" if reason is None else f"{reason.what}; {reason.remedy}"

@@ -86,7 +86,7 @@ def _fit(rows: int, labels: int, model: Model) -> float:
 
 
 def _shrink(step: Step, d: Domain, model: Model) -> Work:
-    plan = _plan(step)
+    plan = _plan(step, "shrink")
     name = f"shrink {step.method} {d.name}"
     if plan is None:
         return Work(name, predicted=0, opened=2)
@@ -100,7 +100,7 @@ def _shrink(step: Step, d: Domain, model: Model) -> Work:
 
 def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, int], public: int) -> Work:
     """A way back: it trains on the probe set, or on labelled rows where those cross, or not at all."""
-    way, plan = method(step.method, "feedback"), _plan(step)
+    way, plan = method(step.method, "feedback"), _plan(step, "feedback")
     rows = predicted = 0
     if way.needs.probe:
         rows = sum(asked.values()) + public
@@ -111,9 +111,9 @@ def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, 
     return Work(name, batches, trained, predicted, 2 + 2 * len(feeding))
 
 
-def _plan(step: Step) -> Train | None:
+def _plan(step: Step, way: str) -> Train | None:
     """How a step trains; None where it does not."""
-    found = method(step.method).check(step.arguments).get("train")
+    found = method(step.method, way).check(step.arguments).get("train")
     return found if isinstance(found, Train) else None
 
 
@@ -143,7 +143,9 @@ def measure(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progres
         network = open_classifier(model, context, recipe.pooling) if classes else load_network(model)
         tokenizer = load_tokenizer(model)
         opened = time.monotonic() - started
-    plan = _plan(recipe.feedback) or next(filter(None, map(_plan, recipe.shrink)), Train())
+    plan = _plan(recipe.feedback, "feedback") or next(
+        filter(None, (_plan(step, "shrink") for step in recipe.shrink)), Train()
+    )
     texts = sample(domains, plan.batch_size * _BATCHES)
     sequences = encode(tokenizer, texts, limit(network, context))
     pad = pad_id(tokenizer)

@@ -76,7 +76,7 @@ _DEBERTA_2 = Family(
     ("deberta.",), _BERT.neurons,
     _writes(*(f"attention.self.{p}_proj" for p in ("query", "key", "value", "pos_key", "pos_query")))
     + _reads("attention.output.dense"),
-    _BERT.norms, _DEBERTA_OUTSIDE, head_width="attention_head_size",
+    _BERT.norms, _DEBERTA_OUTSIDE,
 )  # fmt: skip
 _DEBERTA = Family(
     ("deberta.",), _BERT.neurons,

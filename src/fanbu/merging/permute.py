@@ -78,7 +78,7 @@ def heads_of(model: Model) -> tuple[int, int, int]:
     """Query heads, key/value heads and numbers in a head, by the config."""
     heads = int(setting(model, "num_attention_heads", "n_head", "n_heads", "encoder_attention_heads") or 1)
     keys = int(setting(model, "num_key_value_heads") or heads)
-    return heads, keys, int(setting(model, "head_dim", "attention_head_size") or hidden_of(model) // heads)
+    return heads, keys, int(setting(model, "head_dim") or hidden_of(model) // heads)
 
 
 def is_body(model: Model) -> bool:
@@ -90,6 +90,11 @@ def is_body(model: Model) -> bool:
 def is_rotary(model: Model) -> bool:
     """Whether positions are turned into queries and keys, so that a head's numbers have their places."""
     return _family(model).rotary
+
+
+def head_width_of(model: Model) -> str:
+    """The config's name for the numbers in a head, where that is free of the hidden size; else empty."""
+    return _family(model).head_width
 
 
 def plain(model: Model, name: str) -> str:

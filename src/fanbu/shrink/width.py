@@ -1,0 +1,197 @@
+"""Width pruning: neurons, attention heads and hidden channels are dropped by importance; the rest is a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from fanbu.domain import Domain
+from fanbu.errors import FitError, UsageError
+from fanbu.merging.gram import grams, linear_layers, own_texts
+from fanbu.model import Model, provenance, save_network
+from fanbu.shrink._latency import milliseconds_of
+from fanbu.shrink._tune import open_for, tune
+from fanbu.shrink._units import (
+    Importance,
+    Keep,
+    Units,
+    batches_of_layers,
+    best,
+    columns,
+    counted,
+    importances,
+    narrowed,
+    size_of,
+    units,
+)
+from fanbu.types import Context, Train
+
+CHANGES: frozenset[str] = frozenset({"architecture"})
+_SAMPLE = 256
+_RIDGE = 1e-3
+Share = Annotated[float, Gt(0), Le(1)]
+
+
+def shrink(
+    parent: Model, domain: Domain, out: Path, context: Context, *,
+    neurons: Share = 0.5, heads: Share = 1.0, channels: Share = 1.0,
+    parameters: Annotated[float, Ge(0)] = 0.0, milliseconds: Annotated[float, Ge(0)] = 0.0,
+    importance: Importance = "activation", compensate: bool = True, train: Train | None = Train(epochs=4, lr=2e-4),
+) -> Model:  # fmt: skip
+    """Keeps the most important units, the same number in every layer, and fine-tunes what is left on the domain.
+
+    The result is a smaller config of the same class, which plain transformers loads. What dropped neurons and heads
+    wrote is taken over by the kept ones as well as least squares can: with X the reader's inputs on 256 texts and
+    G = X^T X, its weight W becomes W G[:, K] (G[K, K] + r I)^-1 on the kept inputs K, r = 1e-3 mean diag G.
+
+    ``parameters`` or ``milliseconds`` ask for a size instead of shares: with f in [0, 1] the share of each kind is
+    1 - f (1 - its share), and the smallest f that fits is taken.
+
+    Args:
+        neurons: share of the feed-forward neurons that stay.
+        heads: share of the attention heads that stay; with grouped queries, of whole groups. Most encoders (BERT,
+            ViT and others) make heads as wide as hidden size / heads: there heads go with the channels.
+        channels: share of the hidden channels that stay.
+        parameters: at most so many; up to 1 as a share of the parent's. 0: take the shares as they are.
+        milliseconds: at most so long for one of the domain's texts at batch 1, on this machine. 0: no limit.
+        importance: ``activation``, ``taylor`` (needs labels) or ``magnitude``; see ``_units.importances``.
+        compensate: whether kept units take over for dropped ones.
+        train: how training continues; None leaves that to a later step.
+
+    Raises:
+        UsageError: nothing would be dropped, or the target cannot be met with these shares.
+        FitError: the architecture is not known, or a kind cannot be cut in it.
+
+    References: Muralidharan et al. 2024 (Minitron; importance by activations); Michel et al. 2019 (taylor);
+        He et al. 2017, "Channel pruning for accelerating very deep neural networks" (least squares).
+    """
+    network, tokenizer = open_for(parent, domain, context)
+    found = units(network, parent, channels=channels < 1)
+    shares = {"neurons": neurons, "heads": heads, "channels": channels}
+    _check(network, found, shares)
+
+    def sizes(depth: float) -> dict[str, int]:
+        return _counts(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
+
+    depth = 1.0
+    if parameters:
+        most = parameters * size_of(network) if parameters <= 1 else parameters
+        depth = _least(lambda f: size_of(network, found, sizes(f)), most, "parameters", f"width: {parameters:g}")
+    if milliseconds:
+        texts = own_texts(domain, 32)
+
+        def measured(f: float) -> float:
+            return milliseconds_of(narrowed(network, found, _first(found, sizes(f)), parent), tokenizer, texts, context)
+
+        depth = max(depth if parameters else 0.0, _least(measured, milliseconds, "milliseconds", "width"))
+    counts = sizes(depth)
+    keep = _kept(found, counts, importances(network, tokenizer, domain, found.chosen(counts), importance, context))
+    if compensate:
+        _compensate(network, tokenizer, domain, found, keep, context)
+    smaller = narrowed(network, found, keep, parent)
+    metrics = {} if train is None else tune(smaller, tokenizer, domain, train, context, f"width {domain.name}")
+    made = provenance(
+        "width", [parent], context, domain=domain.name, kept=_by_kind(found, counts), importance=importance,
+        compensate=compensate, parameters=size_of(smaller), train=train and vars(train),
+    )  # fmt: skip
+    return save_network(smaller, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
+
+
+def _check(network: Any, found: Units, shares: dict[str, float]) -> None:
+    if all(share == 1 for share in shares.values()):
+        raise UsageError(
+            "bad-parameter", "width: neurons, heads, channels", allowed="at least one share below 1", got=shares,
+            remedy="say what may be dropped",
+        )  # fmt: skip
+    if not found.free_heads and shares["heads"] < 1:
+        raise FitError(
+            "heads-not-free", f"heads of {type(network).__name__} are as wide as hidden size / heads",
+            allowed="heads: 1 (they go with the channels)", got=shares["heads"], remedy="give channels instead",
+        )  # fmt: skip
+
+
+def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
+    """How many units of each set stay."""
+    counts: dict[str, int] = {}
+    for s in found.of("neurons"):
+        if shares["neurons"] < 1:
+            counts[s.name] = counted(s.units, shares["neurons"])
+    share = shares["heads"] if found.free_heads else shares["channels"]
+    width = 1
+    for s in found.of("heads"):
+        if share < 1:
+            counts[s.name] = counted(s.units // s.group, share, 1 if s.units // s.group < 64 else 8) * s.group
+        width = (found.channels.units if found.channels else 0) // s.units
+        number = counts.get(s.name, s.units)
+    if found.channels and shares["channels"] < 1:
+        total = found.channels.units
+        hidden = counted(total, shares["channels"]) if found.free_heads else number * width
+        counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
+    return counts
+
+
+def _least(value: Callable[[float], float], most: float, what: str, who: str) -> float:
+    """The smallest f in [0, 1] whose value is at most ``most``, by bisection."""
+    if value(1.0) > most:
+        raise UsageError(
+            "target-not-met", f"{who} is not reached with these shares", allowed=f"at most {most:g} {what}",
+            got=f"{value(1.0):g} {what} at the least", remedy="give lower shares, or cut depth and vocabulary first",
+        )  # fmt: skip
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if value(middle) <= most else (middle, high)
+    return high
+
+
+def _first(found: Units, counts: dict[str, int]) -> Keep:
+    """Any units, of the right numbers: how long they take does not depend on which."""
+    return {name: torch.arange(count) for name, count in counts.items()}
+
+
+def _kept(found: Units, counts: dict[str, int], scores: dict[str, Tensor]) -> Keep:
+    keep = {s.name: best(scores[s.name], counts[s.name], s.group) for s in found.chosen(counts)}
+    if found.channels and found.channels.name in keep:
+        keep |= {s.name: keep[found.channels.name] for s in found.followers}
+    return keep
+
+
+def _by_kind(found: Units, counts: dict[str, int]) -> dict[str, int]:
+    kinds = {
+        kind: [counts[s.name] for s in found.of(kind) if s.name in counts] for kind in ("neurons", "heads", "channels")
+    }
+    return {kind: numbers[0] for kind, numbers in kinds.items() if numbers}
+
+
+def _compensate(network: Any, tokenizer: Any, domain: Domain, found: Units, keep: Keep, context: Context) -> None:
+    """Changes the readers of neurons and heads in place; columns of dropped units become zero."""
+    layers = linear_layers(network)
+    readers = {s.reader: s for s in found.layers if s.name in keep}
+    solved: dict[str, Tensor] = {}
+    for part in batches_of_layers(network, list(readers), context):
+        matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
+        for name in part:
+            s, weight = readers[name], columns(layers[name])
+            block = weight.shape[1] // s.units
+            kept = (keep[s.name][:, None] * block + torch.arange(block)).flatten()
+            solved[name] = _solved(weight.cpu(), matrices[leader[name]], kept)
+    for name, weight in solved.items():
+        columns(layers[name]).copy_(weight)
+
+
+def _solved(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """W G[:, K] (G[K, K] + r I)^-1 in the kept columns, zero in the others."""
+    gram = gram.double()
+    ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+    inner = gram[kept][:, kept] + ridge * torch.eye(len(kept), dtype=torch.double)
+    # the ridge is towards the weights as they are, so that columns which nothing correlates with stay
+    target = weight.double() @ gram[:, kept] + ridge * weight[:, kept].double()
+    result = torch.zeros_like(weight)
+    result[:, kept] = torch.linalg.solve(inner, target.T).T.to(weight.dtype)
+    return result

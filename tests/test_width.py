@@ -1,0 +1,243 @@
+"""Width pruning: plain smaller checkpoints of every family, units that do nothing go first, targets are met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fanbu.catalogue import method
+from fanbu.domain import Domain
+from fanbu.errors import FitError, UsageError
+from fanbu.merging.gram import linear_layers
+from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.predict import class_logits
+from fanbu.shrink import width
+from fanbu.shrink._units import Keep, best, columns, counted, follows, importances, narrowed, size_of, units
+from fanbu.types import Context
+from test_rebasin import CONTEXT, FAMILIES, answers, make
+
+WIDTH = method("width")
+BARE: dict[str, Any] = {"train": None}
+
+
+def network_of(model: Model) -> Any:
+    return getattr(transformers, model.config["architectures"][0]).from_pretrained(model.path).eval()
+
+
+def some_units(found: Any, *, channels: bool, seed: int = 3) -> Keep:
+    """Half of everything that can go, at random."""
+    generator, keep = torch.Generator().manual_seed(seed), {}
+    half = torch.randperm(found.channels.units, generator=generator)[: found.channels.units // 2] if channels else None
+    for s in found.sets:
+        if s.kind == "heads" and not (found.free_heads or channels):
+            continue
+        if s.kind == "channels":
+            keep[s.name] = half.sort().values
+        else:
+            keep[s.name] = best(
+                torch.rand(s.units, generator=generator), max(1, s.units // s.group // 2) * s.group, s.group
+            )
+    return keep
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_is_a_plain_checkpoint(family: str, channels: bool, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", family)
+    network = network_of(model)
+    if channels and family == "Wav2Vec2":
+        with pytest.raises(FitError, match="pos_conv_embed"):
+            units(network, model, channels=True)
+        return
+    found = units(network, model, channels=channels)
+    keep = some_units(found, channels=channels)
+    smaller = narrowed(network, found, keep, model)
+    assert size_of(smaller) == size_of(network, found, {k: len(v) for k, v in keep.items()}) < size_of(network)
+    made = save_network(smaller, model.path, tmp_path / "small", provenance("width", [model], CONTEXT))
+    given = answers(made)
+    assert given.isfinite().all()
+    assert given.shape[:-1] == answers(model).shape[:-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_that_nobody_reads_go_without_a_trace(family: str, tmp_path: Path) -> None:
+    model = make(tmp_path / "model", family)
+    network = network_of(model)
+    found = units(network, model, channels=False)
+    keep, layers = some_units(found, channels=False), linear_layers(network)
+    with torch.no_grad():
+        for s in found.layers:
+            if s.name in keep:
+                block = columns(layers[s.reader]).shape[1] // s.units
+                idle = torch.ones(s.units, dtype=torch.bool)
+                idle[keep[s.name]] = False
+                columns(layers[s.reader])[:, idle.repeat_interleave(block)] = 0
+    before = save_network(network, model.path, tmp_path / "before", provenance("x", [model], CONTEXT))
+    smaller = narrowed(network, found, keep, model)
+    after = save_network(smaller, model.path, tmp_path / "after", provenance("x", [model], CONTEXT))
+    torch.testing.assert_close(answers(after), answers(before), rtol=1e-4, atol=1e-5)
+    assert after.parameters < before.parameters
+
+
+def edited(model: Model, out: Path, change: Callable[[Any], None]) -> Model:
+    network = load_network(model)
+    with torch.no_grad():
+        change(network)
+    return save_network(network, load_tokenizer(model), out, provenance("edited", [model], CONTEXT))
+
+
+@pytest.mark.parametrize("how", ["activation", "taylor", "magnitude"])
+def test_what_does_nothing_matters_least(
+    how: Any, specialists: dict[str, Any], domains: dict[str, Domain], context: Context
+) -> None:
+    model = specialists["food"].model
+    network, tokenizer = load_network(model), load_tokenizer(model)
+    found = units(network, model, channels=True)
+    s = found.of("neurons")[0]
+    reader, writer = linear_layers(network)[s.reader], linear_layers(network)[s.axes[0].tensor]
+    with torch.no_grad():
+        columns(reader)[:, :5] = 0
+        if how == "magnitude":
+            writer.weight[:5] = 0
+            writer.bias[:5] = 0
+    scores = importances(network, tokenizer, domains["food"], found.sets, how, context)
+    assert scores[s.name].argsort()[:5].sort().values.tolist() == [0, 1, 2, 3, 4]
+    assert {name: len(v) for name, v in scores.items()} == {t.name: t.units for t in found.sets}
+    assert all(v.isfinite().all() and v.max() > 0 for v in scores.values())
+
+
+def test_kept_neurons_take_over_what_dropped_twins_wrote(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    def twins(network: Any) -> None:
+        found = units(network, specialists["food"].model, channels=False)
+        layers = linear_layers(network)
+        for s in found.of("neurons"):
+            writer, half = layers[s.axes[0].tensor], s.units // 2
+            writer.weight[half:] = writer.weight[:half]
+            writer.bias[half:] = writer.bias[:half]
+
+    model, domain = edited(specialists["food"].model, tmp_path / "twins", twins), domains["food"]
+    texts = domain.test.texts
+    want = class_logits(load_network(model), load_tokenizer(model), texts, context)
+    off = {}
+    for compensate in (True, False):
+        network, tokenizer = load_network(model), load_tokenizer(model)
+        found = units(network, model, channels=False)
+        keep = {s.name: torch.arange(s.units // 2) for s in found.of("neurons")}
+        with torch.inference_mode():
+            if compensate:
+                width._compensate(network, tokenizer, domain, found, keep, context)
+            got = class_logits(narrowed(network, found, keep, model), tokenizer, texts, context)
+        off[compensate] = float((got - want).abs().max())
+    assert off[True] < 1e-3 * float(want.abs().max())
+    assert off[True] < 0.05 * off[False]
+
+
+def test_values_close_to_the_identity_go_with_their_channels(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    model = specialists["food"].model
+    network = load_network(model)
+    found = units(network, model, channels=True)
+    last = max(s.layer for s in found.layers)
+    assert [s.name for s in found.followers] == [f"bert.encoder.layer.{last}.heads", "pooled"]
+    assert last not in {s.layer for s in found.of("heads")}
+    made = WIDTH.shrink(model, domains["food"], tmp_path / "small", context, neurons=1.0, channels=0.5, **BARE)
+    smaller = load_network(made)
+    assert smaller.config.hidden_size == network.config.hidden_size // 2
+    assert follows(smaller.bert.encoder.layer[-1].attention.self.value.weight)
+    assert follows(smaller.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("target", [0.9, 1500.0])
+def test_a_number_of_parameters_is_met(
+    target: float, specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    model = specialists["food"].model
+    most = target * model.parameters if target <= 1 else model.parameters - target
+    shares = {"neurons": 0.1}
+    made = WIDTH.shrink(
+        model, domains["food"], tmp_path / "m", context, **shares, parameters=target if target <= 1 else most, **BARE
+    )
+    assert 0.8 * most <= made.parameters <= most
+    assert made.manifest["parameters"]["parameters"] == made.parameters
+
+
+def test_a_time_is_met(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = specialists["food"].model
+    monkeypatch.setattr(width, "milliseconds_of", lambda network, *_: size_of(network) / 1000)
+    most = 0.85 * model.parameters / 1000
+    made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
+    assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most
+    with pytest.raises(UsageError, match=r"at most 0\.001 milliseconds.*remedy") as caught:
+        WIDTH.shrink(model, domains["food"], tmp_path / "n", context, milliseconds=1e-3, **BARE)
+    assert caught.value.code == "target-not-met"
+
+
+def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain], context: Context) -> None:
+    model = specialists["food"].model
+    network, tokenizer, texts = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4]
+    assert 0 < width.milliseconds_of(network, tokenizer, texts, context) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ({"neurons": 1.0}, "bad-parameter"), ({"heads": 0.5}, "heads-not-free"), ({"neurons": 0.0}, "bad-parameter"),
+        ({"neurons": 0.9, "parameters": 10.0}, "target-not-met"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    arguments: dict[str, float], code: str, specialists: dict[str, Any], domains: dict[str, Domain], context: Context,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises((UsageError, FitError)) as caught:
+        WIDTH.shrink(specialists["food"].model, domains["food"], tmp_path / "m", context, **arguments, **BARE)
+    assert caught.value.code == code
+    assert not (tmp_path / "m").exists()
+
+
+def test_other_architectures_are_refused_by_name(domains: dict[str, Domain], tmp_path: Path) -> None:
+    config = transformers.FunnelConfig(vocab_size=60, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=16)
+    network = transformers.FunnelForSequenceClassification(config)
+    with pytest.raises(FitError, match="funnel"):
+        units(network, Model(tmp_path, {}), channels=False)
+
+
+def test_layers_of_different_sizes_are_refused(specialists: dict[str, Any]) -> None:
+    model = specialists["food"].model
+    network = load_network(model)
+    found = units(network, model, channels=False)
+    keep = {s.name: torch.arange(4 + i) for i, s in enumerate(found.of("neurons"))}
+    with pytest.raises(FitError, match="different numbers of neurons"):
+        narrowed(network, found, keep, model)
+
+
+def test_training_after_the_cut_keeps_the_best_epoch(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    train = {"epochs": 2, "lr": 1e-3, "batch_size": 8}
+    made = WIDTH.shrink(specialists["food"].model, domains["food"], tmp_path / "m", context, train=train)
+    assert made.manifest["metrics"]["steps"] > 0
+    assert made.manifest["parameters"]["kept"]["neurons"] == load_network(made).config.intermediate_size
+    again = WIDTH.shrink(
+        specialists["food"].model, domains["food"], tmp_path / "n", replace(context, threads=1), train=train
+    )
+    assert again.digest == made.digest
+
+
+def test_counts_are_round_where_there_are_many() -> None:
+    assert counted(1536, 0.3) == 464
+    assert counted(12, 0.5) == 6
+    assert counted(12, 0.01) == 1
+    assert counted(4096, 0.0001) == 8
