@@ -18,7 +18,7 @@ from fanbu.domain import Domain, Specialist
 from fanbu.errors import FitError, UsageError
 from fanbu.heads import final_layer
 from fanbu.losses import Divergence, chunked_divergence, divergence
-from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import class_logits, token_losses
 from fanbu.types import Context
 
@@ -73,9 +73,16 @@ def test_vocabularies_must_be_the_same() -> None:
 
 
 def narrow(specialist: Specialist, out: Path, context: Context) -> Model:
-    return method("width").shrink(
-        specialist.model, specialist.domain, out, context, neurons=0.25, channels=0.5, compensate=False, train=None
+    """A small student that has forgotten most of what it knew."""
+    cut = method("width").shrink(
+        specialist.model, specialist.domain, out.with_name("cut"), context, neurons=0.25, channels=0.5, train=None
     )
+    network = load_network(cut)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.5 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0)
+    return save_network(network, load_tokenizer(cut), out, provenance("width", [specialist.model], context))
 
 
 def off(student: Model, teacher: Model, texts: list[str], context: Context) -> float:
@@ -95,7 +102,7 @@ def test_a_student_comes_closer_to_its_teacher(
     made = DISTILL.shrink(
         small, s.domain, tmp_path / "taught", replace(context, forebears=(s.model.path,)), train=train, **settings
     )
-    assert off(made, s.model, texts, context) < 0.6 * off(small, s.model, texts, context)
+    assert off(made, s.model, texts, context) < 0.8 * off(small, s.model, texts, context)
     assert made.parameters == small.parameters
     assert {n: t.shape for n, t in made.tensors.items()} == {n: t.shape for n, t in small.tensors.items()}
     assert made.manifest["parents"] == [small.digest, s.model.digest]
