@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from conftest import tiny_recipe
+from fanbu import losses
 from fanbu.api import run
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
@@ -49,7 +50,7 @@ def test_divergences_are_what_they_are_defined_as(kind: Divergence, t: float) ->
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunks_give_the_loss_and_gradients_of_the_whole(kind: Divergence, labels: float, bias: bool) -> None:
     torch.manual_seed(1)
-    tokens, vocabulary = 900, 3000  # more than one chunk
+    tokens, vocabulary = 2 * losses._TOKENS + 7, 3000  # three chunks, the last one shorter
     teacher, head = torch.randn(tokens, 12), torch.nn.Linear(12, vocabulary, bias=False)
     student = torch.randn(tokens, 8, requires_grad=True)
     own, truth = torch.nn.Linear(8, vocabulary, bias=bias), torch.randint(0, vocabulary, (tokens,))

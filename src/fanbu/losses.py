@@ -16,6 +16,7 @@ from torch.nn import functional
 
 _CHUNK = 1024
 _LOG_2 = math.log(2)
+_TOKENS = 96  # at least so many at a time, or an eighth of the hidden size: then logits stay smaller than the head
 
 
 def soft_cross_entropy(logits_bl: Tensor, targets_bl: Tensor) -> Tensor:
@@ -106,23 +107,14 @@ class _Chunked(torch.autograd.Function):
         count, total = max(len(h), 1), h.new_zeros((), dtype=torch.float32)
         dh, dw = torch.empty_like(h), torch.zeros_like(weight)
         db = None if bias is None else torch.zeros_like(bias)
-        size = max(1, _CHUNK * _CHUNK // weight.shape[0])
+        size = max(_TOKENS, weight.shape[1] // 8)
         for start in range(0, len(h), size):
             part = slice(start, start + size)
-            z = functional.linear(h[part], weight, bias).float()
-            dz = torch.zeros_like(z)
-            if labels < 1:
-                value, gradient = _with_gradient(head(teacher[part]).float() / t, z / t, kind)
-                total += (1 - labels) * t**2 * value / count
-                dz += (1 - labels) * t / count * gradient
-            if labels:
-                assert targets is not None
-                log_q = z.log_softmax(-1)
-                total -= labels / count * log_q.gather(1, targets[part, None]).sum()
-                q = log_q.exp_()
-                q[torch.arange(len(q), device=q.device), targets[part]] -= 1
-                dz += labels / count * q
-            dz = dz.to(weight.dtype)
+            value, dz = _chunk(
+                functional.linear(h[part], weight, bias), teacher[part], head, kind, t, labels, targets, part
+            )
+            total += value / count
+            dz = dz.mul_(1 / count).to(weight.dtype)
             dh[part] = dz @ weight
             dw.addmm_(dz.T, h[part].to(weight.dtype))
             if db is not None:
@@ -132,17 +124,58 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        dh, dw, *db = ctx.saved_tensors
-        scale = grads[0]
-        return (dh * scale, dw * scale, db[0] * scale if db else None, *[None] * 6)
+        found, scale = ctx.saved_tensors, grads[0]
+        if scale != 1:  # a copy as large as the head
+            found = [d * scale for d in found]
+        return (*found, *[None] * (9 - len(found)))
 
 
-def _with_gradient(teacher: Tensor, student: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
-    """The sum over rows of D, and its gradient in the student's logits."""
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    q = log_q.exp()
-    value = _divergence(log_p, log_q, kind).sum()
+def _chunk(
+    z: Tensor,
+    teacher: Tensor,
+    head: Any,
+    kind: Divergence,
+    t: float,
+    labels: float,
+    targets: Tensor | None,
+    part: slice,
+) -> tuple[Tensor, Tensor]:
+    """The loss summed over some tokens, and its gradient in their logits, which are overwritten."""
+    z = z.float()
+    total, hard = z.new_zeros(()), None
+    if labels:
+        assert targets is not None
+        hard = z.log_softmax(-1)
+        total -= labels * hard.gather(1, targets[part, None]).sum()
+        hard.exp_()
+        hard[torch.arange(len(hard), device=z.device), targets[part]] -= 1
+    if labels == 1:
+        assert hard is not None
+        return total, hard
+    log_q = z.div_(t).log_softmax(-1)
+    del z
+    value, dz = _with_gradient(head(teacher).float().div_(t).log_softmax(-1), log_q, kind)
+    dz.mul_((1 - labels) * t)
+    return total + (1 - labels) * t**2 * value, dz if hard is None else dz.add_(hard, alpha=labels)
+
+
+def _with_gradient(log_p: Tensor, log_q: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
+    """The sum over rows of D, and its gradient in the student's logits; both arguments are overwritten."""
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a[:, None], b[:, :, None]).flatten()  # no product of their size is held
+
     if kind == "forward":
-        return value, q - log_p.exp()
-    g = log_q - log_p if kind == "reverse" else 0.5 * (log_q - torch.logaddexp(log_p, log_q) + _LOG_2)
-    return value, q * (g - (q * g).sum(-1, keepdim=True))
+        p = log_p.exp()
+        value = dot(p, log_p.sub_(log_q)).sum()
+        return value, log_q.exp_().sub_(p)
+    if kind == "reverse":
+        g, q = log_p.neg_().add_(log_q), log_q.exp_()
+        row = dot(q, g)
+        return row.sum(), g.sub_(row[:, None]).mul_(q)
+    log_m = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
+    p = log_p.exp()
+    left = dot(p, log_p.sub_(log_m))
+    g, q = log_m.neg_().add_(log_q), log_q.exp_()
+    row = dot(q, g)
+    return 0.5 * (left + row).sum(), g.sub_(row[:, None]).mul_(q).mul_(0.5)
