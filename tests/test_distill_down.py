@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
 from conftest import tiny_recipe
@@ -20,6 +21,7 @@ from fanbu.errors import FitError, UsageError
 from fanbu.heads import final_layer
 from fanbu.losses import Divergence, chunked_divergence, divergence
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.objectives import taught_tokens
 from fanbu.predict import class_logits, token_losses
 from fanbu.types import Context
 
@@ -181,3 +183,25 @@ def test_a_chain_in_a_recipe_is_taught_by_its_finetuned_model(tmp_path: Path) ->
         student, teacher = manifest["parents"]
         assert made[student]["method"] == "width"
         assert made[student]["parents"] == [teacher] or made[teacher]["method"] in {"probe", "finetune"}
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_what_a_network_does_to_its_logits_counts(cap: float | None) -> None:
+    sizes = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "intermediate_size": 16, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=cap)
+    teacher, student = (transformers.Gemma2ForCausalLM(config).eval() for _ in range(2))
+    with torch.no_grad():
+        for network in (teacher, student):
+            for p in network.parameters():
+                p.normal_(0, 0.5)
+    rows = [[1, 5, 9, 3], [1, 7, 8]]
+    got = taught_tokens(rows, teacher, 0, ("forward", 2.0, 0.25))(torch.nn.ModuleDict({"network": student}), [0, 1])
+    z = [[n(torch.tensor([ids])).logits[0, :-1] for ids in rows] for n in (teacher, student)]
+    known, own = (torch.cat(part).detach() for part in z)
+    truth = torch.tensor([5, 9, 3, 7, 8])
+    want = 0.75 * divergence(known, own, "forward", 2.0) + 0.25 * functional.cross_entropy(own, truth)
+    torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-5)

@@ -111,19 +111,40 @@ def given_to(layer: Any, seen: dict[str, Tensor]) -> Iterator[None]:
 
 
 def taught_tokens(sequences: Sequences, teacher: Any, pad: int, weigh: Weigh) -> BatchLoss:
-    """A teacher's next tokens, and the true ones, from hidden states (``losses.chunked_divergence``)."""
+    """A teacher's next tokens, and the true ones, from hidden states (``losses.chunked_divergence``).
+
+    Where a network changes what its head gives (soft-capping, scaling), all logits are made at once instead.
+    """
     kind, temperature, share = weigh
+    plain: list[bool] = []
 
     def loss(student: Any, rows: Sequence[int]) -> Tensor:
         network = student["network"]
         batch = collate([sequences[i] for i in rows], pad, next(network.parameters()).device)
-        keep = batch["attention_mask"][:, 1:].bool()
+        keep, truth = batch["attention_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
+        if not plain:
+            plain.append(all(_head_is_all(n, sequences[rows[0]]) for n in (network, teacher)))
+        if not plain[0]:
+            with torch.no_grad():
+                known = teacher(**batch).logits[:, :-1][keep].float()
+            own = network(**batch).logits[:, :-1][keep].float()
+            soft = divergence(known, own, kind, temperature) if share < 1 else own.new_zeros(())
+            return (1 - share) * soft + share * functional.cross_entropy(own, truth[keep])
         with torch.no_grad():
             known = teacher.base_model(**batch).last_hidden_state[:, :-1][keep]
         own = network.base_model(**batch).last_hidden_state[:, :-1][keep]
         heads = teacher.get_output_embeddings(), network.get_output_embeddings()
-        return chunked_divergence(
-            known, heads[0], own, heads[1], kind, temperature, batch["input_ids"][:, 1:][keep], share
-        )
+        return chunked_divergence(known, heads[0], own, heads[1], kind, temperature, truth[keep], share)
 
     return loss
+
+
+def _head_is_all(network: Any, ids: Sequence[int]) -> bool:
+    """Whether a network's logits are what its head makes of its last hidden states."""
+    given, training = torch.tensor([list(ids[:8])], device=next(network.parameters()).device), network.training
+    network.eval()
+    with torch.no_grad():
+        logits = network(input_ids=given).logits.float()
+        made = network.get_output_embeddings()(network.base_model(input_ids=given).last_hidden_state).float()
+    network.train(training)
+    return bool(torch.allclose(logits, made, rtol=1e-2, atol=1e-3 * float(made.abs().max())))
