@@ -33,7 +33,7 @@ def fanbu(teacher: torch.Tensor, head: nn.Linear, student: torch.Tensor, own: nn
     """The same in chunks."""
     from fanbu.losses import chunked_divergence
 
-    return chunked_divergence(teacher, head, student, own, "forward", TEMPERATURE)
+    return chunked_divergence(teacher, (head.weight, None), student, (own.weight, None), "forward", TEMPERATURE)
 
 
 def trl(teacher: torch.Tensor, head: nn.Linear, student: torch.Tensor, own: nn.Linear) -> torch.Tensor:

@@ -54,6 +54,7 @@ def top_k_divergence(logits_nv: Tensor, indices_nk: Tensor, probs_nk: Tensor) ->
 
 
 Divergence = Literal["forward", "reverse", "js"]
+Matrix = tuple[Tensor, Tensor | None]
 
 
 def divergence(
@@ -79,19 +80,20 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
 
 
 def chunked_divergence(
-    teacher_nk: Tensor, teacher_head: Any, student_nh: Tensor, student_head: Any, kind: Divergence = "forward",
+    teacher_nk: Tensor, teacher_head: Matrix, student_nh: Tensor, student_head: Matrix, kind: Divergence = "forward",
     temperature: float = 1.0, targets_n: Tensor | None = None, labels: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """(1 - labels) ``divergence`` + labels cross-entropy, over a vocabulary of any size, from hidden states.
 
-    teacher_nk, student_nh: [tokens, hidden] before the heads; a head is a linear layer to [vocabulary]. Logits are
+    teacher_nk, student_nh: [tokens, hidden] before the heads; a head is a weight [vocabulary, hidden] and a
+    bias, or None. Logits are
     made for some tokens at a time, their gradients at once, by hand, so memory does not grow with tokens x
     vocabulary: with q = softmax(z_S / t) and g = dD/dq, dD/dz = q (g - <q, g>) / t. ``targets_n`` are the true next
     tokens. No gradient goes to the teacher. Raises ValueError where the vocabularies differ.
     """
-    weight, bias = student_head.weight, getattr(student_head, "bias", None)
-    if teacher_head.weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"vocabularies of {teacher_head.weight.shape[0]} and {weight.shape[0]} tokens")
+    weight, bias = student_head
+    if teacher_head[0].shape[0] != weight.shape[0]:
+        raise ValueError(f"vocabularies of {teacher_head[0].shape[0]} and {weight.shape[0]} tokens")
     loss: Tensor = _Chunked.apply(
         student_nh, weight, bias, teacher_nk.detach(), teacher_head, targets_n, kind, temperature, labels
     )
@@ -101,7 +103,7 @@ def chunked_divergence(
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, head: Any, targets: Tensor | None,
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, teacher: Tensor, head: Matrix, targets: Tensor | None,
         kind: Divergence, t: float, labels: float,
     ) -> Tensor:  # fmt: skip
         count, total = max(len(h), 1), h.new_zeros((), dtype=torch.float32)
@@ -133,7 +135,7 @@ class _Chunked(torch.autograd.Function):
 def _chunk(
     z: Tensor,
     teacher: Tensor,
-    head: Any,
+    head: Matrix,
     kind: Divergence,
     t: float,
     labels: float,
@@ -154,7 +156,9 @@ def _chunk(
         return total, hard
     log_q = z.div_(t).log_softmax(-1)
     del z
-    value, dz = _with_gradient(head(teacher).float().div_(t).log_softmax(-1), log_q, kind)
+    log_p = functional.linear(teacher, *head).float().div_(t).log_softmax(-1)
+    with torch.autocast(log_q.device.type, enabled=False):  # products below would be rounded to bf16
+        value, dz = _with_gradient(log_p, log_q, kind)
     dz.mul_((1 - labels) * t)
     return total + (1 - labels) * t**2 * value, dz if hard is None else dz.add_(hard, alpha=labels)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fanbu.losses import (
     soft_cross_entropy,
     top_k_divergence,
 )
+from fanbu.predict import without_head
 from fanbu.train import BatchLoss
 
 
@@ -76,14 +76,14 @@ def taught_labels(
     """A teacher's logits and pooled features, and true labels of the first rows (``shrink.distill``)."""
     kind, temperature, share = weigh
     scale = h_nt.square().sum(1).mean().clamp_min(1e-12)
-    seen: dict[str, Tensor] = {}
 
     def loss(student: Any, rows: Sequence[int]) -> Tensor:
         network = student["network"]
         device = next(network.parameters()).device
         batch = collate([sequences[i] for i in rows], pad, device)
-        with given_to(final_layer(network), seen):
-            z = network(**batch).logits.float()
+        with without_head(network):
+            pooled = network(**batch).logits
+        z = final_layer(network)(pooled).float()
         total = (1 - share) * divergence(z_nl[list(rows)].to(device), z, kind, temperature)
         known = [i for i, row in enumerate(rows) if row < len(labels)]
         if share and known:
@@ -91,8 +91,6 @@ def taught_labels(
                 z[known], torch.tensor([labels[rows[i]] for i in known], device=device)
             )
         if hidden:
-            x = seen["x"]
-            pooled = x if x.ndim == 2 else x[torch.arange(len(rows)), batch["attention_mask"].sum(1) - 1]
             off = student["map"](pooled.float()) - h_nt[list(rows)].to(device)
             total = total + hidden * off.square().sum(1).mean() / scale
         return total
@@ -100,51 +98,52 @@ def taught_labels(
     return loss
 
 
-@contextmanager
-def given_to(layer: Any, seen: dict[str, Tensor]) -> Iterator[None]:
-    """What a layer is given, under ``x``."""
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def taught_tokens(sequences: Sequences, teacher: Any, pad: int, weigh: Weigh) -> BatchLoss:
+def taught_tokens(sequences: Sequences, teacher: Any, student: Any, pad: int, weigh: Weigh) -> BatchLoss:
     """A teacher's next tokens, and the true ones, from hidden states (``losses.chunked_divergence``).
 
-    Where a network changes what its head gives (soft-capping, scaling), all logits are made at once instead.
+    Where a network changes what its head gives (soft-capping, scaling), all logits are made at once instead. Rows
+    that only one of the two vocabularies has are padding, and left out.
     """
     kind, temperature, share = weigh
-    plain: list[bool] = []
+    plain = all(_head_is_all(n, sequences[:4]) for n in (student, teacher))
+    rows = min(n.get_output_embeddings().weight.shape[0] for n in (student, teacher))
 
-    def loss(student: Any, rows: Sequence[int]) -> Tensor:
-        network = student["network"]
-        batch = collate([sequences[i] for i in rows], pad, next(network.parameters()).device)
+    def loss(wrapped: Any, numbers: Sequence[int]) -> Tensor:
+        network = wrapped["network"]
+        batch = collate([sequences[i] for i in numbers], pad, next(network.parameters()).device)
         keep, truth = batch["attention_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
-        if not plain:
-            plain.append(all(_head_is_all(n, sequences[rows[0]]) for n in (network, teacher)))
-        if not plain[0]:
+        if plain:
             with torch.no_grad():
-                known = teacher(**batch).logits[:, :-1][keep].float()
-            own = network(**batch).logits[:, :-1][keep].float()
-            soft = divergence(known, own, kind, temperature) if share < 1 else own.new_zeros(())
-            return (1 - share) * soft + share * functional.cross_entropy(own, truth[keep])
+                known = teacher.base_model(**batch).last_hidden_state[:, :-1][keep]
+            own = network.base_model(**batch).last_hidden_state[:, :-1][keep]
+            heads = [_rows_of(n.get_output_embeddings(), rows) for n in (teacher, network)]
+            return chunked_divergence(known, heads[0], own, heads[1], kind, temperature, truth[keep], share)
         with torch.no_grad():
-            known = teacher.base_model(**batch).last_hidden_state[:, :-1][keep]
-        own = network.base_model(**batch).last_hidden_state[:, :-1][keep]
-        heads = teacher.get_output_embeddings(), network.get_output_embeddings()
-        return chunked_divergence(known, heads[0], own, heads[1], kind, temperature, truth[keep], share)
+            known = teacher(**batch).logits[:, :-1][keep][:, :rows].float()
+        own = network(**batch).logits[:, :-1][keep][:, :rows].float()
+        soft = divergence(known, own, kind, temperature) if share < 1 else own.new_zeros(())
+        return (1 - share) * soft + share * functional.cross_entropy(own, truth[keep])
 
     return loss
 
 
-def _head_is_all(network: Any, ids: Sequence[int]) -> bool:
+def _rows_of(head: Any, count: int) -> tuple[Tensor, Tensor | None]:
+    bias = getattr(head, "bias", None)
+    if head.weight.shape[0] == count:
+        return head.weight, bias
+    return head.weight[:count], None if bias is None else bias[:count]
+
+
+def _head_is_all(network: Any, sequences: Sequences) -> bool:
     """Whether a network's logits are what its head makes of its last hidden states."""
-    given, training = torch.tensor([list(ids[:8])], device=next(network.parameters()).device), network.training
+    training, device = network.training, next(network.parameters()).device
     network.eval()
+    same = True
     with torch.no_grad():
-        logits = network(input_ids=given).logits.float()
-        made = network.get_output_embeddings()(network.base_model(input_ids=given).last_hidden_state).float()
+        for ids in sequences:
+            given = torch.tensor([ids[:64]], device=device)
+            logits = network(input_ids=given).logits.float()
+            made = network.get_output_embeddings()(network.base_model(input_ids=given).last_hidden_state).float()
+            same &= torch.allclose(logits, made, rtol=1e-5, atol=1e-6 * float(made.abs().max()))
     network.train(training)
-    return bool(torch.allclose(logits, made, rtol=1e-2, atol=1e-3 * float(made.abs().max())))
+    return same

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fanbu.catalogue import Method, method
 from fanbu.domain import Domain
 from fanbu.errors import BoundaryError, FitError, UsageError
+from fanbu.model import open_model
 from fanbu.recipe import Recipe, Step
 
 
@@ -23,6 +24,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
     if "tfidf" in recipe.references and tasks == {"causal-lm"}:
         raise UsageError("no-tfidf", "references: tfidf is for classification", remedy="leave it out")
+    _check_teachers(recipe)
     for d in domains.values():
         if "scores" not in d.share.kinds or d.share.private:
             raise BoundaryError(
@@ -34,6 +36,20 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
         reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
         if reason:
             raise reason
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    """A way down that learns from a model needs one that is there: named, or made by a step before."""
+    for number, step in enumerate(recipe.shrink):
+        if "teacher" in method(step.method, "shrink").parameters():
+            named = step.arguments.get("teacher")
+            if named:
+                open_model(named)
+            elif not number:
+                raise UsageError(
+                    "no-teacher", f"{step.method} is the first way down and names no teacher", allowed="a model folder",
+                    got=named, remedy="name one under `teacher`, or let finetune go before",
+                )  # fmt: skip
 
 
 def misfit(

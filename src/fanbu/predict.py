@@ -56,7 +56,7 @@ def class_logits(network: Any, tokenizer: Any, texts: Sequence[str], context: Co
 
 def features(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:
     """[texts, hidden]: what the final layer is given, pooled as the network pools."""
-    with _without_head(network):
+    with without_head(network):
         rows = over_batches(
             network, tokenizer, texts, context, lambda logits, _: logits.clone().unbind(), name="features"
         )
@@ -64,7 +64,7 @@ def features(network: Any, tokenizer: Any, texts: Sequence[str], context: Contex
 
 
 @contextmanager
-def _without_head(network: Any) -> Iterator[None]:
+def without_head(network: Any) -> Iterator[None]:
     """The final layer replaced by the identity, so that the logits are the pooled features."""
     layer = final_layer(network)
     holder: Any = nn.Linear(1, 1)

@@ -333,12 +333,21 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "workspace": recipe.workspace or f"runs/{recipe.name}",
             "domains": {n: _located(s, folder) for n, s in recipe.domains.items()},
             "guards": {n: _located(s, folder) for n, s in recipe.guards.items()},
+            "shrink": [_taught(step, folder) for step in recipe.shrink],
             "probe": recipe.probe.model_copy(update={"public": public}),
             "device": device,
             "precision": precision,
             "threads": threads,
         }
     )
+
+
+def _taught(step: Step, folder: Path) -> Step:
+    """A teacher that is a folder is found from the recipe's."""
+    teacher = step.arguments.get("teacher")
+    if not teacher or not (folder / teacher).is_dir():
+        return step
+    return Step.model_validate({"method": step.method, **step.arguments, "teacher": str((folder / teacher).resolve())})
 
 
 def _absolute(source: Any, folder: Path) -> Any:

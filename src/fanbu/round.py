@@ -137,6 +137,7 @@ def grow(turn: Turn, parent: Model, domain: Domain) -> Model:
             "parent": chain[-1].digest, "domain": domain.digest, "step": number,
             "arguments": _plain(way.check(step.arguments)), **turn.settings(),
             **({"forebears": [m.digest for m in chain[:-1]]} if number else {}),
+            **({"teacher": open_model(named).digest} if (named := step.arguments.get("teacher")) else {}),
         }  # fmt: skip
         chain.append(
             turn.model(

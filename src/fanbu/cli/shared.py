@@ -30,7 +30,8 @@ def ways(way: str | None) -> Callable[[str], list[tuple[str, str]]]:
 
         known = methods()
         fitting = [m for m in known if way is None or (m.family == "shrink") == (way == "shrink")]
-        return [(m.name, m.summary) for m in fitting if m.name.startswith(incomplete)]
+        # a name that is a way down and a way back is offered once
+        return list({m.name: (m.name, m.summary) for m in fitting if m.name.startswith(incomplete)}.values())
 
     return complete
 

@@ -48,7 +48,7 @@ def show_method(name: Name, as_json: Json = False) -> None:
     ]
     if as_json:
         shown = [{"name": m.name, "family": m.family, "parameters": p} for m, p in zip(chosen, parameters, strict=True)]
-        typer.echo(json.dumps(shown[0] if len(shown) == 1 else shown, default=str))
+        typer.echo(json.dumps(shown, default=str))
         return
     for m, p in zip(chosen, parameters, strict=True):
         docs = [inspect.getdoc(f) or "" for f in m.functions]

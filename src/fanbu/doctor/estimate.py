@@ -90,11 +90,12 @@ def _shrink(step: Step, d: Domain, model: Model) -> Work:
     name = f"shrink {step.method} {d.name}"
     if plan is None:
         return Work(name, predicted=0, opened=2)
-    batches, trained = _steps(plan, len(d.train))
+    rows = len(d.train) + (len(d.unlabelled) if step.method == "distill" else 0)
+    batches, trained = _steps(plan, rows)
     kept = step.arguments.get("layers") if isinstance(step.arguments.get("layers"), int) else None
     all_layers = int(model.config.get("num_hidden_layers") or 0)
     smaller = kept / all_layers if kept and all_layers else 1.0
-    epochs = batches / max(math.ceil(len(d.train) / plan.batch_size), 1)
+    epochs = batches / max(math.ceil(rows / plan.batch_size), 1)
     return Work(name, batches, smaller * trained, smaller * epochs * len(d.valid), 2)
 
 

@@ -69,7 +69,7 @@ class _Seen:
         if self.leader.setdefault(name, leader) != name:
             return
         # pooled rows (one a text) have no padding
-        rows = x[self.mask] if x.shape[:2] == self.mask.shape else x.reshape(-1, x.shape[-1])
+        rows = x[self.mask] if x.ndim == 3 and x.shape[:2] == self.mask.shape else x.reshape(-1, x.shape[-1])
         rows = rows.float()
         product = rows.T @ rows
         self.sums[name] = self.sums[name].add_(product) if name in self.sums else product

@@ -133,10 +133,7 @@ def importances(
         return _taylor(network, tokenizer, domain, found, readers, context)
     squares = _mean_squares(network, tokenizer, domain, sorted({r for rs in readers.values() for r in rs}), context)
     return {
-        s.name: sum(
-            (_written(network, s, r, squares[r]) for r in readers[s.name] if r in squares), torch.zeros(s.units)
-        )
-        for s in found
+        s.name: sum((_written(network, s, r, squares[r]) for r in readers[s.name]), torch.zeros(s.units)) for s in found
     }
 
 
@@ -177,7 +174,12 @@ def _mean_squares(
     found: dict[str, Tensor] = {}
     for part in batches_of_layers(network, names, context):
         matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
-        found |= {n: matrices[leader[n]].diagonal().clone() for n in part if n in leader}
+        for name in part:
+            if name not in leader:
+                raise FitError(
+                    "layer-unused", f"layer {name} was given nothing by any text", remedy="take importance: magnitude"
+                )
+            found[name] = matrices[leader[name]].diagonal().clone()
     return found
 
 
@@ -309,13 +311,29 @@ def narrowed(network: Any, found: Units, keep: Keep, model: Model) -> Any:
         cut[name] = tensor
     smaller.load_state_dict(cut, strict=True)
     smaller.tie_weights()
+    _rescale_embeddings(network, smaller)
     return smaller.to(next(network.parameters()).device)
+
+
+def _rescale_embeddings(network: Any, smaller: Any) -> None:
+    """Gemma multiplies embeddings by sqrt(hidden size): what that lost goes into their rows, and, where the head is
+    the same matrix, out of the final norm, whose gain is 1 + its weight."""
+    factor = math.sqrt(network.config.hidden_size / smaller.config.hidden_size)
+    if not str(network.config.model_type).startswith("gemma") or factor == 1:
+        return
+    with torch.no_grad():
+        smaller.get_input_embeddings().weight.mul_(factor)
+        output = smaller.get_output_embeddings()
+        if output is not None and output.weight is smaller.get_input_embeddings().weight:
+            norm = smaller.base_model.norm.weight
+            norm.copy_((1 + norm) / factor - 1)
 
 
 def smaller_config(network: Any, found: Units, counts: Mapping[str, int], model: Model) -> Any:
     """The network's config with other sizes; ``counts`` are the units that stay, by the sets' names."""
     config, seen = copy.deepcopy(network.config), _described(network, model)
-    _, _, width = heads_of(seen)
+    if found.free_heads:  # said even where heads stay: some configs take it from the hidden size
+        setattr(config, head_width_of(seen), heads_of(seen)[2])
     for kind in ("neurons", "heads", "channels"):
         numbers = {counts[s.name] for s in found.of(kind) if s.name in counts}
         if len(numbers) > 1:
@@ -331,8 +349,6 @@ def smaller_config(network: Any, found: Units, counts: Mapping[str, int], model:
             group = found.of("heads")[0].group
             if getattr(config, "num_key_value_heads", None):
                 config.num_key_value_heads = number // group
-            if found.free_heads:
-                setattr(config, head_width_of(seen), width)
         if kind == "channels":
             old = hidden_of(seen)
             for other in ("pooler_hidden_size", "pooler_output_size", "embedding_size"):

@@ -38,8 +38,8 @@ def shrink(
     L = (1 - labels) t^2 D + labels CE(y) + hidden |P h_S - h_T|^2 / |h_T|^2. D compares softmax(z_T / t) with
     softmax(z_S / t): ``forward`` KL(T || S), ``reverse`` KL(S || T), ``js`` the mean of both to their middle. h are
     pooled features and P a learned matrix that is thrown away afterwards. Student and teacher need the same labels
-    and nothing else; causal models the same tokens (they have no third term, and no tensor of tokens x vocabulary
-    is held for the second).
+    and nothing else; causal models the same tokens (they have no third term, and where logits are what the head makes
+    of hidden states, no tensor of tokens x vocabulary is held). Rows that pad a vocabulary take no part.
 
     Args:
         teacher: a model folder; empty: among the models that this one came from, the best on validation rows.
@@ -71,9 +71,9 @@ def shrink(
         loss = taught_labels(sequences, h_nt, z_nl, domain.train.labels or (), pad_id(tokenizer), weigh, hidden)
         head = nn.ModuleList([final_layer(network), *([student["map"]] if hidden else [])])
     else:
+        _same_tokens(chosen, domain, tokenizer, texts[:64])
         taught = load_network(chosen).to(context.device).eval()
-        _same_tokens(chosen, tokenizer, texts[:64])
-        loss, head = taught_tokens(sequences, taught, pad_id(tokenizer), weigh), None
+        loss, head = taught_tokens(sequences, taught, network, pad_id(tokenizer), weigh), None
     history = train_network(
         student, [len(s) for s in sequences], loss, train, context, f"distill {domain.name}", head=head,
         validate=(lambda _: validation_value(network, tokenizer, domain, context)) if len(domain.valid) else None,
@@ -95,7 +95,8 @@ def _teacher(parent: Model, domain: Domain, named: str, context: Context) -> Mod
             "no-teacher", "distill: no model that this one came from knows the domain", allowed="a model folder",
             got="", remedy="name one under `teacher`, or put `finetune` before what makes the model smaller",
         )  # fmt: skip
-    values = [validation_value(load_network(m), load_tokenizer(m), domain, context) for m in known]
+    # by the domain's own rows: the large model may have those of many domains
+    values = [validation_value(*open_for(m, domain, context), domain, context) for m in known]
     return known[values.index(max(values))]
 
 
@@ -120,9 +121,11 @@ def _answers(
     return h_nt.clone(), z_nl[:, [teacher.labels.index(label) for label in domain.full_labels]].clone()
 
 
-def _same_tokens(teacher: Model, tokenizer: Any, texts: Sequence[str]) -> None:
+def _same_tokens(teacher: Model, domain: Domain, tokenizer: Any, texts: Sequence[str]) -> None:
     other = load_tokenizer(teacher)
-    if any(tokenizer(text)["input_ids"] != other(text)["input_ids"] for text in texts):
+    if not _can_teach(teacher, domain) or any(
+        tokenizer(text)["input_ids"] != other(text)["input_ids"] for text in texts
+    ):
         raise FitError(
             "other-tokenizer", f"the teacher {teacher.path} reads texts as other tokens", allowed="the same tokens",
             remedy="distil before the vocabulary is made smaller",

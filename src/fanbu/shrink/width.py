@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
+from fanbu.files import write_text
 from fanbu.merging.gram import grams, linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._latency import milliseconds_of
@@ -30,6 +32,7 @@ from fanbu.shrink._units import (
     size_of,
     units,
 )
+from fanbu.train import set_up
 from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
@@ -48,7 +51,8 @@ def shrink(
 
     The result is a smaller config of the same class, which plain transformers loads. What dropped neurons and heads
     wrote is taken over by the kept ones as well as least squares can: with X the reader's inputs on 256 texts and
-    G = X^T X, its weight W becomes W G[:, K] (G[K, K] + r I)^-1 on the kept inputs K, r = 1e-3 mean diag G.
+    G = X^T X, its weight W becomes (W G[:, K] + r W[:, K]) (G[K, K] + r I)^-1 on the kept inputs K, r = 1e-3 mean
+    diag G.
 
     ``parameters`` or ``milliseconds`` ask for a size instead of shares: with f in [0, 1] the share of each kind is
     1 - f (1 - its share), and the smallest f that fits is taken.
@@ -72,25 +76,18 @@ def shrink(
         He et al. 2017, "Channel pruning for accelerating very deep neural networks" (least squares).
     """
     network, tokenizer = open_for(parent, domain, context)
+    set_up(context, "width", domain.name)
     found = units(network, parent, channels=channels < 1)
     shares = {"neurons": neurons, "heads": heads, "channels": channels}
+    targets = {"parameters": parameters, "milliseconds": milliseconds}
     _check(network, found, shares)
 
-    def sizes(depth: float) -> dict[str, int]:
-        return _counts(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
-
-    depth = 1.0
-    if parameters:
-        most = parameters * size_of(network) if parameters <= 1 else parameters
-        depth = _least(lambda f: size_of(network, found, sizes(f)), most, "parameters", f"width: {parameters:g}")
-    if milliseconds:
-        texts = own_texts(domain, 32)
-
-        def measured(f: float) -> float:
-            return milliseconds_of(narrowed(network, found, _first(found, sizes(f)), parent), tokenizer, texts, context)
-
-        depth = max(depth if parameters else 0.0, _least(measured, milliseconds, "milliseconds", "width"))
-    counts = sizes(depth)
+    counts = _noted(context, lambda: _sizes(network, tokenizer, domain, found, parent, shares, targets, context))
+    if all(counts[s.name] == s.units for s in found.sets if s.name in counts):
+        raise UsageError(
+            "bad-parameter", "width: nothing would be dropped", allowed="shares or a target that make it smaller",
+            got={**shares, **targets}, remedy="say what may be dropped, and how small it is to be",
+        )  # fmt: skip
     keep = _kept(found, counts, importances(network, tokenizer, domain, found.chosen(counts), importance, context))
     if compensate:
         _compensate(network, tokenizer, domain, found, keep, context)
@@ -116,6 +113,42 @@ def _check(network: Any, found: Units, shares: dict[str, float]) -> None:
         )  # fmt: skip
 
 
+def _noted(context: Context, choose: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What was chosen, kept in the scratch folder: a time that is measured again after a kill may be another."""
+    note = None if context.scratch is None else context.scratch / "width.json"
+    if note is not None and note.exists():
+        return dict(json.loads(note.read_text()))
+    counts = choose()
+    if note is not None:
+        write_text(note, json.dumps(counts))
+    return counts
+
+
+def _sizes(
+    network: Any, tokenizer: Any, domain: Domain, found: Units, parent: Model, shares: dict[str, float],
+    targets: dict[str, float], context: Context,
+) -> dict[str, int]:  # fmt: skip
+    """How many units of each set stay, by the shares or by the targets."""
+    parameters, milliseconds = targets.values()
+
+    def sizes(depth: float) -> dict[str, int]:
+        return _counts(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
+
+    depths = []
+    if parameters:
+        most = parameters * size_of(network) if parameters <= 1 else parameters
+        depths.append(_least(lambda f: size_of(network, found, sizes(f)), most, "parameters"))
+    if milliseconds:
+        texts = own_texts(domain, 32)
+
+        def measured(f: float) -> float:
+            smaller = narrowed(network, found, _first(sizes(f)), parent)
+            return milliseconds_of(smaller, tokenizer, texts, context)
+
+        depths.append(_least(measured, milliseconds, "milliseconds"))
+    return sizes(max(depths, default=1.0))
+
+
 def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
     """How many units of each set stay."""
     counts: dict[str, int] = {}
@@ -136,12 +169,13 @@ def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
     return counts
 
 
-def _least(value: Callable[[float], float], most: float, what: str, who: str) -> float:
+def _least(value: Callable[[float], float], most: float, what: str) -> float:
     """The smallest f in [0, 1] whose value is at most ``most``, by bisection."""
-    if value(1.0) > most:
+    if (least := value(1.0)) > most:
         raise UsageError(
-            "target-not-met", f"{who} is not reached with these shares", allowed=f"at most {most:g} {what}",
-            got=f"{value(1.0):g} {what} at the least", remedy="give lower shares, or cut depth and vocabulary first",
+            "target-not-met", f"width: {what} of {most:g} are not reached with these shares",
+            allowed=f"at least {least:g} {what}", got=most,
+            remedy="give lower shares, or cut depth and vocabulary first",
         )  # fmt: skip
     low, high = 0.0, 1.0
     for _ in range(8):
@@ -150,7 +184,7 @@ def _least(value: Callable[[float], float], most: float, what: str, who: str) ->
     return high
 
 
-def _first(found: Units, counts: dict[str, int]) -> Keep:
+def _first(counts: dict[str, int]) -> Keep:
     """Any units, of the right numbers: how long they take does not depend on which."""
     return {name: torch.arange(count) for name, count in counts.items()}
 
@@ -186,7 +220,7 @@ def _compensate(network: Any, tokenizer: Any, domain: Domain, found: Units, keep
 
 
 def _solved(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """W G[:, K] (G[K, K] + r I)^-1 in the kept columns, zero in the others."""
+    """(W G[:, K] + r W[:, K]) (G[K, K] + r I)^-1 in the kept columns, zero in the others."""
     gram = gram.double()
     ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-12)
     inner = gram[kept][:, kept] + ridge * torch.eye(len(kept), dtype=torch.double)

@@ -1,0 +1,156 @@
+"""Which single weights become zero: by size, by what they carry (Wanda), or solved one column after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fanbu.domain import Domain
+from fanbu.errors import FitError
+from fanbu.merging.gram import grams, linear_layers, own_texts
+from fanbu.model import Model, provenance, save_network
+from fanbu.shrink._tune import open_for, tune
+from fanbu.shrink._units import batches_of_layers, columns
+from fanbu.train import set_up
+from fanbu.types import Context, Train
+
+Way = Literal["magnitude", "wanda", "sparsegpt"]
+Pattern = tuple[int, int]  # n of every m in a row stay
+
+_SAMPLE = 256
+_BLOCK = 128
+_DAMP = 0.01
+
+
+def shrink_sparsely(
+    name: str, parent: Model, domain: Domain, out: Path, context: Context, how: Way, share: float,
+    pattern: Pattern | None, train: Train | None,
+) -> Model:  # fmt: skip
+    """The whole way down: zeros, then training that leaves them zero."""
+    network, tokenizer = open_for(parent, domain, context)
+    if pattern:
+        _check(network, pattern[1])
+    set_up(context, name, domain.name)
+    masks = make_sparse(network, tokenizer, domain, how, share, pattern, context)
+    metrics: dict[str, float] = {}
+    if train is not None:
+        hold_zeros(network, masks)
+        metrics = tune(network, tokenizer, domain, train, context, f"{name} {domain.name}")
+    metrics |= {"zeros": share_of_zeros(network, list(masks))}
+    made = provenance(
+        name, [parent], context, domain=domain.name, importance=how, sparsity=share,
+        pattern=pattern and "{}:{}".format(*pattern), train=train and vars(train),
+    )  # fmt: skip
+    return save_network(network, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
+
+
+def _check(network: Any, m: int) -> None:
+    layers = linear_layers(network)
+    for name in layers_to_prune(network):
+        if width := columns(layers[name]).shape[1] % m:
+            raise FitError(
+                "not-in-groups", f"inputs of {name} do not come in groups of {m}", allowed=f"a multiple of {m}",
+                got=f"{width} more", remedy="use unstructured, or cut width to such a multiple first",
+            )  # fmt: skip
+
+
+def layers_to_prune(network: Any) -> list[str]:
+    """The weights of the body's linear layers, inside its blocks: no embeddings, poolers or heads."""
+    stacks = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
+    return [n for n in linear_layers(network) if any(n.startswith(f"{s}.") for s in stacks)]
+
+
+def make_sparse(
+    network: Any, tokenizer: Any, domain: Domain, how: Way, share: float, pattern: Pattern | None, context: Context
+) -> dict[str, Tensor]:
+    """Sets weights to zero in place; returns what stays, by the weights' names, as masks in their stored shape."""
+    layers, masks = linear_layers(network), dict[str, Tensor]()
+    for part in batches_of_layers(network, layers_to_prune(network), context):
+        found: dict[str, Tensor] = {}
+        if how != "magnitude":
+            matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
+            found = {n: matrices[leader[n]] for n in part if n in leader}
+        for name in part:
+            weight = columns(layers[name])
+            gram = found.get(name)
+            new = pruned(weight.float().cpu(), gram, how if gram is not None else "magnitude", share, pattern)
+            weight.copy_(new)
+            stored: Any = layers[name].weight
+            masks[name] = stored.detach() != 0
+    return masks
+
+
+def pruned(weight: Tensor, gram: Tensor | None, how: Way, share: float, pattern: Pattern | None) -> Tensor:
+    """weight [out, in] with a ``share`` of zeros, or with n of every m kept; gram [in, in] is E x x^T.
+
+    magnitude compares |W_ij| over the matrix, wanda |W_ij| sqrt(G_jj) within each row (Sun et al. 2024). sparsegpt
+    goes column by column: what is dropped is made good by the columns to its right, by the inverse of the Gram
+    matrix, and W_ij^2 / U_jj^2 says what matters, U the upper Cholesky factor of that inverse (Frantar and Alistarh
+    2023). A pattern is always compared within its m.
+    """
+    if how == "sparsegpt":
+        assert gram is not None
+        return _solved(weight.double(), gram.double(), share, pattern).to(weight.dtype)
+    scores = weight.abs()
+    if how == "wanda":
+        assert gram is not None
+        scores = scores * gram.diagonal().sqrt()
+    return weight * kept(scores, share, pattern, whole=how == "magnitude")
+
+
+def kept(scores: Tensor, share: float, pattern: Pattern | None, *, whole: bool) -> Tensor:
+    """Which scores [rows, columns] are high enough: of every m n, else all but a share, by row or of the ``whole``."""
+    rows, width = scores.shape
+    if pattern:
+        n, m = pattern
+        groups = scores.reshape(rows, width // m, m)
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n).indices, True).reshape(rows, width)
+    flat = scores.reshape(1, -1) if whole else scores
+    count = round(flat.shape[1] * (1 - share))
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count).indices, True).reshape(rows, width)
+
+
+def _solved(weight: Tensor, gram: Tensor, share: float, pattern: Pattern | None) -> Tensor:
+    weight, size = weight.clone(), gram.shape[0]
+    gram = gram.clone()
+    silent = gram.diagonal() == 0  # inputs that never were anything: their weights do nothing
+    gram[silent, silent] = 1
+    weight[:, silent] = 0
+    gram += _DAMP * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        inner, errors = upper[start:stop, start:stop], torch.zeros_like(weight[:, start:stop])
+        part = weight[:, start:stop]
+        mask = torch.ones_like(part, dtype=torch.bool)
+        if pattern is None:
+            mask = kept((part / inner.diagonal()).square(), share, None, whole=True)
+        for i in range(stop - start):
+            if pattern and i % pattern[1] == 0:
+                group = slice(i, i + pattern[1])
+                mask[:, group] = kept((part[:, group] / inner.diagonal()[group]).square(), 0, pattern, whole=False)
+            stays = part[:, i] * mask[:, i]
+            errors[:, i] = (part[:, i] - stays) / inner[i, i]
+            part[:, i:] -= errors[:, i, None] * inner[i, i:]
+            part[:, i] = stays
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return weight
+
+
+def hold_zeros(network: Any, masks: dict[str, Tensor]) -> None:
+    """Gradients of what is zero are zero from now on, so that training leaves it there."""
+    parameters = dict(network.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].register_hook(lambda g, m=mask: g * m.to(g.device))
+
+
+def share_of_zeros(network: Any, names: Sequence[str]) -> float:
+    """Over the weights named."""
+    weights = dict(network.named_parameters())
+    zeros = sum(int((weights[n] == 0).sum()) for n in names)
+    return zeros / max(1, sum(weights[n].numel() for n in names))
