@@ -224,8 +224,8 @@ def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ({"neurons": 1.0}, "bad-parameter"), ({"neurons": 0.0}, "bad-parameter"), ({"parameters": 1.0}, "bad-parameter"),
-        ({"neurons": 0.995}, "bad-parameter"), ({"heads": 0.5}, "heads-not-free"),
+        ({"neurons": 1.0}, "bad-parameter"), ({"neurons": 0.0}, "bad-parameter"),
+        ({"parameters": 1.0}, "bad-parameter"), ({"neurons": 0.995}, "bad-parameter"), ({"heads": 0.5}, "heads-not-free"),
         ({"neurons": 0.9, "parameters": 10.0}, "target-not-met"),
     ],
 )  # fmt: skip
