@@ -225,7 +225,8 @@ def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain
     ("arguments", "code"),
     [
         ({"neurons": 1.0}, "bad-parameter"), ({"neurons": 0.0}, "bad-parameter"),
-        ({"parameters": 1.0}, "bad-parameter"), ({"neurons": 0.995}, "bad-parameter"), ({"heads": 0.5}, "heads-not-free"),
+        ({"parameters": 1.0}, "bad-parameter"), ({"neurons": 0.995}, "bad-parameter"),
+        ({"heads": 0.5}, "heads-not-free"),
         ({"neurons": 0.9, "parameters": 10.0}, "target-not-met"),
     ],
 )  # fmt: skip

@@ -80,8 +80,11 @@ def shrink(
     found = units(network, parent, channels=channels < 1)
     shares = {"neurons": neurons, "heads": heads, "channels": channels}
     targets = {"parameters": parameters, "milliseconds": milliseconds}
-    _check(network, found, shares)
-
+    if not found.free_heads and heads < 1:
+        raise FitError(
+            "heads-not-free", f"heads of {type(network).__name__} are as wide as hidden size / heads",
+            allowed="heads: 1 (they go with the channels)", got=heads, remedy="give channels instead",
+        )  # fmt: skip
     counts = _noted(context, lambda: _sizes(network, tokenizer, domain, found, parent, shares, targets, context))
     if all(counts[s.name] == s.units for s in found.sets if s.name in counts):
         raise UsageError(
@@ -98,19 +101,6 @@ def shrink(
         compensate=compensate, parameters=size_of(smaller), train=train and vars(train),
     )  # fmt: skip
     return save_network(smaller, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
-
-
-def _check(network: Any, found: Units, shares: dict[str, float]) -> None:
-    if all(share == 1 for share in shares.values()):
-        raise UsageError(
-            "bad-parameter", "width: neurons, heads, channels", allowed="at least one share below 1", got=shares,
-            remedy="say what may be dropped",
-        )  # fmt: skip
-    if not found.free_heads and shares["heads"] < 1:
-        raise FitError(
-            "heads-not-free", f"heads of {type(network).__name__} are as wide as hidden size / heads",
-            allowed="heads: 1 (they go with the channels)", got=shares["heads"], remedy="give channels instead",
-        )  # fmt: skip
 
 
 def _noted(context: Context, choose: Callable[[], dict[str, int]]) -> dict[str, int]:
