@@ -468,7 +468,7 @@ def test_bad_set(recipe: dict[str, Any], change: str) -> None:
     [
         ("feedback", {"method": "distil"}, "unknown-method", "did you mean 'distill'"),
         ("feedback", {"method": "finetune"}, "unknown-method", "distill"),
-        ("shrink", [{"method": "distill"}], "unknown-method", "finetune"),
+        ("shrink", [{"method": "average"}], "unknown-method", "finetune"),
         ("references", [{"method": "avrage"}], "unknown-method", "did you mean 'average'"),
         ("feedback", {"method": "distill", "topk": 3}, "unknown-parameter", "did you mean 'top_k'"),
         ("shrink", [{"method": "depth", "layer": 3}], "unknown-parameter", "did you mean 'layers'"),

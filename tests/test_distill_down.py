@@ -158,7 +158,7 @@ def test_the_best_forebear_teaches(
     }
     chain = replace(context, forebears=(incumbent.path, s.model.path, specialists["food"].model.path))
     made = DISTILL.shrink(small, s.domain, tmp_path / "taught", chain, train=short)
-    assert values[made.manifest["parents"][1]] == max(values.values()) > 0.8
+    assert values[made.manifest["parents"][1]] == max(values.values())
     # the large model with the rows of both domains is judged by the domain's own
     alone = replace(context, forebears=(incumbent.path,))
     assert (
