@@ -217,4 +217,5 @@ def test_a_way_down_makes_a_plain_specialist(
     body = [{n: spec.shape for n, spec in m.tensors.items() if "classifier" not in n} for m in (made, incumbent)]
     assert ("architecture" in way.code.CHANGES) == (body[0] != body[1])
     open_model(made.path)
-    assert made.manifest["parents"][0] == incumbent.digest
+    taught = [specialists["food"].model.digest] if "teacher" in way.parameters() else []
+    assert made.manifest["parents"] == [incumbent.digest, *taught]

@@ -37,7 +37,7 @@ def by_hand(models: list[Path], formula: Callable[[str, Tensor, list[Tensor]], T
     return {n: formula(n, base[n].double(), [o[n].double() for o in others]) for n in base}
 
 
-def same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name in got:
         torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=2e-6)
@@ -53,7 +53,7 @@ def test_linear_counts_every_model(models: list[Path], tmp_path: Path) -> None:
         {"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)
     ]}  # fmt: skip
     total = by_hand(models, lambda _, b, o: (b * 1.0 + o[0] * 2.0 + o[1] * 0.5) / 3.5)
-    same(run(value, tmp_path), total)
+    assert_same(run(value, tmp_path), total)
 
 
 def test_gradients_filters_and_lambda(models: list[Path], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_gradients_filters_and_lambda(models: list[Path], tmp_path: Path) -> Non
         w = (0.0 if "layers.0." in name else 1.0) if "mlp" in name else 0.5
         return b + 0.5 * w * (o[0] - b + o[1] - b)
 
-    same(run(value, tmp_path), by_hand(models, formula))
+    assert_same(run(value, tmp_path), by_hand(models, formula))
 
 
 def test_slerp_goes_from_the_base(models: list[Path], tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_slerp_goes_from_the_base(models: list[Path], tmp_path: Path) -> None:
         angle = cosine.acos()
         return ((0.7 * angle).sin() * b + (0.3 * angle).sin() * o[0]) / angle.sin()
 
-    same(run(value, tmp_path), by_hand(models, formula))
+    assert_same(run(value, tmp_path), by_hand(models, formula))
 
 
 def test_nearswap_clips(models: list[Path], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_nearswap_clips(models: list[Path], tmp_path: Path) -> None:
         "merge_method": "nearswap", "base_model": str(models[0]), "models": [{"model": str(models[1])}],
         "parameters": {"t": 0.004},
     }  # fmt: skip
-    same(run(value, tmp_path), by_hand(models, lambda _, b, o: b + (o[0] - b).clamp(-0.004, 0.004)))
+    assert_same(run(value, tmp_path), by_hand(models, lambda _, b, o: b + (o[0] - b).clamp(-0.004, 0.004)))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -63,7 +63,7 @@ def ortho(a: Tensor) -> Tensor:
     return u @ vt
 
 
-def close(got: Tensor, want: Tensor, share: float = 1e-5) -> None:
+def assert_near(got: Tensor, want: Tensor, share: float = 1e-5) -> None:
     """Equal to a share of the largest number."""
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=share * float(want.abs().max()))
 
@@ -76,12 +76,12 @@ def parts(deltas: list[Tensor]) -> list[Any]:
 def test_the_svd_is_the_textbook_one(m: int, n: int) -> None:
     a = random(m, n)
     u, s, v = svd(a)
-    close(s, exact(a)[1], 1e-9)
-    close((u * s) @ v.T, a, 1e-9)
+    assert_near(s, exact(a)[1], 1e-9)
+    assert_near((u * s) @ v.T, a, 1e-9)
     for side in (u, v):
-        close(side.T @ side, torch.eye(len(s)), 1e-9)
+        assert_near(side.T @ side, torch.eye(len(s)), 1e-9)
     top = svd(a, 5)
-    close((top.u * top.s) @ top.v.T, (u[:, :5] * s[:5]) @ v[:, :5].T, 1e-9)
+    assert_near((top.u * top.s) @ top.v.T, (u[:, :5] * s[:5]) @ v[:, :5].T, 1e-9)
 
 
 def test_directions_that_are_rounding_noise_are_left_out() -> None:
@@ -96,9 +96,9 @@ def test_directions_that_are_rounding_noise_are_left_out() -> None:
 def test_the_svd_of_factors_is_that_of_their_product(rank: int) -> None:
     b, a = random(24, rank, 1), random(rank, 40, 2)
     found, want = factored_svd(b, a), svd(b.double() @ a.double())
-    close(found.s, want.s, 1e-8)
-    close((found.u * found.s) @ found.v.T, b.double() @ a.double(), 1e-9)
-    close(found.u.T @ found.u, torch.eye(len(found.s)), 1e-6)
+    assert_near(found.s, want.s, 1e-8)
+    assert_near((found.u * found.s) @ found.v.T, b.double() @ a.double(), 1e-9)
+    assert_near(found.u.T @ found.u, torch.eye(len(found.s)), 1e-6)
     zero = factored_svd(torch.zeros(24, 1), torch.zeros(1, 40))
     assert len(zero.s) == 0
 
@@ -106,7 +106,7 @@ def test_the_svd_of_factors_is_that_of_their_product(rank: int) -> None:
 @shapes
 def test_the_polar_factor_is_u_v(m: int, n: int) -> None:
     a = random(m, n)
-    close(polar(a), ortho(a), 1e-8)
+    assert_near(polar(a), ortho(a), 1e-8)
 
 
 @shapes
@@ -115,29 +115,29 @@ def test_tsv_m_is_its_formula(m: int, n: int) -> None:
     k = min(m, n) // 3
     cut = [(u[:, :k], s[:k], vt[:k]) for u, s, vt in map(exact, deltas)]
     u, s, vt = torch.cat([c[0] for c in cut], 1), torch.cat([c[1] for c in cut]), torch.cat([c[2] for c in cut])
-    close(tsv_m(parts(deltas)), ortho(u) @ torch.diag(s) @ ortho(vt), 1e-8)
+    assert_near(tsv_m(parts(deltas)), ortho(u) @ torch.diag(s) @ ortho(vt), 1e-8)
 
 
 def test_tsv_m_of_orthogonal_tasks_is_their_sum() -> None:
     u, v = torch.linalg.qr(torch.randn(24, 24))[0], torch.linalg.qr(torch.randn(36, 24))[0]
     tasks = [(u[:, i : i + 8] * torch.linspace(1, 0.2, 8)) @ v[:, i : i + 8].T for i in (0, 8, 16)]
-    close(tsv_m(parts(tasks)), sum_of(tasks))
+    assert_near(tsv_m(parts(tasks)), sum_of(tasks))
     assert not torch.allclose(tsv_m(parts(several(24, 36))).float(), sum_of(several(24, 36)), atol=1e-3)
 
 
 def test_tsv_m_of_the_same_task_twice_is_the_task_cut() -> None:
     one = random(24, 36)
     u, s, vt = exact(one)
-    close(tsv_m(parts([one, one])), (u[:, :12] * s[:12]) @ vt[:12], 1e-6)
+    assert_near(tsv_m(parts([one, one])), (u[:, :12] * s[:12]) @ vt[:12], 1e-6)
 
 
 @shapes
 def test_iso_c_is_flat_and_keeps_the_sum_of_singular_values(m: int, n: int) -> None:
     total = sum_of(several(m, n))
     u, s, vt = exact(total)
-    close(iso_c(total), s.mean() * u @ vt, 1e-7)
+    assert_near(iso_c(total), s.mean() * u @ vt, 1e-7)
     assert torch.allclose(torch.linalg.svdvals(iso_c(total)), s.mean(), rtol=1e-7)
-    close(iso_c(total, 0.25), (u * (0.75 * s + 0.25 * s.mean())) @ vt, 1e-7)
+    assert_near(iso_c(total, 0.25), (u * (0.75 * s + 0.25 * s.mean())) @ vt, 1e-7)
     assert torch.equal(iso_c(total, 0.0), total)
 
 
@@ -164,7 +164,7 @@ def test_iso_cts_is_its_formula(m: int, n: int, flatten: float) -> None:
     values = (1 - flatten) * values + flatten * values.mean()
     found = iso_cts(list(deltas), flatten=flatten)
     # the sum is rounded to float32 before it is taken apart, and its weakest directions feel that
-    close(found, ortho(left) @ torch.diag(values) @ ortho(right), 2e-5)
+    assert_near(found, ortho(left) @ torch.diag(values) @ ortho(right), 2e-5)
     assert (flatten == 1) == torch.allclose(torch.linalg.svdvals(found), values.mean(), rtol=1e-6)
 
 
@@ -184,14 +184,14 @@ def test_svc_is_its_formula(m: int, n: int, alpha: float) -> None:
         response = u[:, k] @ merged.double()
         own = [u[:, k] @ d.double() for d in deltas]
         factors.append(3 / sum(max(alpha, float(response @ a / (a @ a))) for a in own))
-    close(calibrated(merged, deltas, alpha), (u * s * torch.tensor(factors)) @ vt, 1e-7)
+    assert_near(calibrated(merged, deltas, alpha), (u * s * torch.tensor(factors)) @ vt, 1e-7)
     assert alpha < 1 or max(factors) <= 1 + 1e-9
 
 
 def test_svc_counts_what_all_did_once() -> None:
     one = random(20, 30)
-    close(calibrated(one * 3, [one, one, one]), one)
-    close(calibrated(one, [one]), one)
+    assert_near(calibrated(one * 3, [one, one, one]), one)
+    assert_near(calibrated(one, [one]), one)
     assert torch.isfinite(calibrated(one, [one, torch.zeros_like(one)])).all()
 
 
@@ -212,16 +212,16 @@ def reference_opcm(deltas: list[Tensor], alpha: float) -> Tensor:
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9])
 def test_opcm_is_its_formula(m: int, n: int, alpha: float) -> None:
     deltas = several(m, n)
-    close(opcm(list(deltas), alpha), reference_opcm(deltas, alpha), 1e-6)
+    assert_near(opcm(list(deltas), alpha), reference_opcm(deltas, alpha), 1e-6)
 
 
 def test_opcm_adds_only_what_is_new() -> None:
     one = random(20, 30)
-    close(opcm([one]), one, 1e-12)
-    close(opcm([one, one, one]), one, 1e-6)
+    assert_near(opcm([one]), one, 1e-12)
+    assert_near(opcm([one, one, one]), one, 1e-6)
     u, v = torch.linalg.qr(torch.randn(20, 20))[0], torch.linalg.qr(torch.randn(30, 20))[0]
     strangers = [(u[:, :9] * 2) @ v[:, :9].T, (u[:, 9:] * 3) @ v[:, 9:].T]
-    close(opcm(list(strangers)), sum_of(strangers), 1e-5)
+    assert_near(opcm(list(strangers)), sum_of(strangers), 1e-5)
     mixed = opcm([one, random(20, 30, 5)])
     assert not torch.allclose(mixed, opcm([random(20, 30, 5), one]))
 
@@ -245,15 +245,17 @@ def test_wudi_has_no_slope_left_and_is_the_smallest(m: int, n: int) -> None:
     assert float(torch.as_tensor(slope).abs().max()) < 1e-8 * float(torch.as_tensor(start).abs().max())
     assert float(loss(tau, deltas)) < 0.9 * float(loss(sum_of(deltas).double(), deltas))
     right = sum(d.double() @ g for d, g in zip(deltas, grams(deltas), strict=True))
-    close(tau, right @ torch.linalg.pinv(torch.as_tensor(sum(grams(deltas))), hermitian=True, rtol=1e-12), 1e-5)
+    assert_near(tau, right @ torch.linalg.pinv(torch.as_tensor(sum(grams(deltas))), hermitian=True, rtol=1e-12), 1e-5)
 
 
 def test_wudi_of_low_rank_and_of_nothing() -> None:
     low = [random(16, 40, seed, rank=3) for seed in range(3)]
-    close(torch.cat([wudi(list(low)) @ d.double().T - d.double() @ d.double().T for d in low]) + 1, torch.ones(48, 16))
-    close(wudi([low[0]]), low[0])
-    close(wudi([low[0].T.contiguous()]), low[0].T)
-    close(wudi([low[0], torch.zeros(16, 40)]), low[0])
+    assert_near(
+        torch.cat([wudi(list(low)) @ d.double().T - d.double() @ d.double().T for d in low]) + 1, torch.ones(48, 16)
+    )
+    assert_near(wudi([low[0]]), low[0])
+    assert_near(wudi([low[0].T.contiguous()]), low[0].T)
+    assert_near(wudi([low[0], torch.zeros(16, 40)]), low[0])
     assert not wudi([torch.zeros(4, 6), torch.zeros(4, 6)]).any()
 
 
@@ -268,7 +270,7 @@ def test_wudi_by_adam_is_torch_s_adam(m: int, n: int) -> None:
         adam.step()
     moved = wudi_adam(list(deltas), 40, 1e-4)
     assert float(loss(tau.detach(), deltas)) < 0.95 * float(loss(sum_of(deltas).double(), deltas))
-    close(moved, tau.detach(), 1e-3)
+    assert_near(moved, tau.detach(), 1e-3)
     assert torch.equal(wudi_adam([deltas[0]], 40, 1e-4), deltas[0])
 
 
@@ -356,7 +358,7 @@ def test_opcm_has_the_mean_norm_of_its_specialists(base: Model, context: Context
     ratio = float((new["model.norm.weight"] - old["model.norm.weight"]).norm()) / float(
         sum_of([c.tensors["model.norm.weight"] for c in given]).norm()
     )
-    close(found, want * ratio, 1e-4)
+    assert_near(found, want * ratio, 1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 

@@ -14,7 +14,7 @@ import transformers
 from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
-from fanbu.merging.gram import linear_layers
+from fanbu.merging.gram import grams, linear_layers
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import class_logits
 from fanbu.shrink import width
@@ -274,3 +274,15 @@ def test_counts_are_round_where_there_are_many() -> None:
     assert counted(12, 0.5) == 6
     assert counted(12, 0.01) == 1
     assert counted(4096, 0.0001) == 8
+
+
+def test_pooled_rows_are_no_tokens_where_a_text_has_as_many_as_the_hidden_size(
+    specialists: dict[str, Any], domains: dict[str, Domain]
+) -> None:
+    model = specialists["food"].model
+    network, tokenizer = load_network(model), load_tokenizer(model)
+    hidden = network.config.hidden_size
+    text = " ".join(domains["food"].train.texts)
+    found, _ = grams(network, tokenizer, [text], ["classifier.weight"], Context(max_length=hidden, threads=1))
+    assert len(tokenizer(text)["input_ids"]) >= hidden
+    assert int(torch.linalg.matrix_rank(found["classifier.weight"])) == 1  # one text, one pooled row

@@ -85,15 +85,17 @@ def chunked_divergence(
 ) -> Tensor:  # fmt: skip
     """(1 - labels) ``divergence`` + labels cross-entropy, over a vocabulary of any size, from hidden states.
 
-    teacher_nk, student_nh: [tokens, hidden] before the heads; a head is a weight [vocabulary, hidden] and a
-    bias, or None. Logits are
-    made for some tokens at a time, their gradients at once, by hand, so memory does not grow with tokens x
-    vocabulary: with q = softmax(z_S / t) and g = dD/dq, dD/dz = q (g - <q, g>) / t. ``targets_n`` are the true next
-    tokens. No gradient goes to the teacher. Raises ValueError where the vocabularies differ.
+    teacher_nk, student_nh: [tokens, hidden] before the heads; a head is a weight [vocabulary, hidden] and a bias, or
+    None. Logits are made for some tokens at a time, their gradients at once, by hand, so memory does not grow with
+    tokens x vocabulary: with q = softmax(z_S / t) and g = dD/dq, dD/dz = q (g - <q, g>) / t. ``targets_n`` are the
+    true next tokens. No gradient goes to the teacher. Raises ValueError where the vocabularies differ, and where
+    ``labels`` count and there are no targets.
     """
     weight, bias = student_head
     if teacher_head[0].shape[0] != weight.shape[0]:
         raise ValueError(f"vocabularies of {teacher_head[0].shape[0]} and {weight.shape[0]} tokens")
+    if labels and targets_n is None:
+        raise ValueError(f"labels count {labels} and there are no targets")
     loss: Tensor = _Chunked.apply(
         student_nh, weight, bias, teacher_nk.detach(), teacher_head, targets_n, kind, temperature, labels
     )
@@ -112,9 +114,10 @@ class _Chunked(torch.autograd.Function):
         size = max(_TOKENS, weight.shape[1] // 8)
         for start in range(0, len(h), size):
             part = slice(start, start + size)
-            value, dz = _chunk(
-                functional.linear(h[part], weight, bias), teacher[part], head, kind, t, labels, targets, part
-            )
+            truth = None if targets is None else targets[part]
+            z, soft = functional.linear(h[part], weight, bias), teacher[part]
+            value, dz = _chunk(z, soft, head, truth, kind, t, labels)
+            del z
             total += value / count
             dz = dz.mul_(1 / count).to(weight.dtype)
             dh[part] = dz @ weight
@@ -133,26 +136,17 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunk(
-    z: Tensor,
-    teacher: Tensor,
-    head: Matrix,
-    kind: Divergence,
-    t: float,
-    labels: float,
-    targets: Tensor | None,
-    part: slice,
+    z: Tensor, teacher: Tensor, head: Matrix, targets: Tensor | None, kind: Divergence, t: float, labels: float
 ) -> tuple[Tensor, Tensor]:
     """The loss summed over some tokens, and its gradient in their logits, which are overwritten."""
     z = z.float()
     total, hard = z.new_zeros(()), None
-    if labels:
-        assert targets is not None
+    if targets is not None and labels:
         hard = z.log_softmax(-1)
-        total -= labels * hard.gather(1, targets[part, None]).sum()
+        total -= labels * hard.gather(1, targets[:, None]).sum()
         hard.exp_()
-        hard[torch.arange(len(hard), device=z.device), targets[part]] -= 1
-    if labels == 1:
-        assert hard is not None
+        hard[torch.arange(len(hard), device=z.device), targets] -= 1
+    if hard is not None and labels == 1:
         return total, hard
     log_q = z.div_(t).log_softmax(-1)
     del z

@@ -23,6 +23,8 @@ from fanbu.model import Model
 from fanbu.tensors import Tensors, TensorSpec
 
 Kind = Literal["neurons", "heads", "channels"]
+HIDDEN = ("hidden_size", "n_embd", "dim", "d_model")  # what configs call it
+HEADS = ("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads")
 Order = Mapping[str, Tensor]  # by a symmetry's name: the new unit i is the old unit order[i]
 
 
@@ -71,12 +73,12 @@ def setting(model: Model, *names: str) -> Any:
 
 def hidden_of(model: Model) -> int:
     """How many hidden channels a model has."""
-    return int(setting(model, "hidden_size", "n_embd", "dim", "d_model") or 0)
+    return int(setting(model, *HIDDEN) or 0)
 
 
 def heads_of(model: Model) -> tuple[int, int, int]:
     """Query heads, key/value heads and numbers in a head, by the config."""
-    heads = int(setting(model, "num_attention_heads", "n_head", "n_heads", "encoder_attention_heads") or 1)
+    heads = int(setting(model, *HEADS) or 1)
     keys = int(setting(model, "num_key_value_heads") or heads)
     return heads, keys, int(setting(model, "head_dim") or hidden_of(model) // heads)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError
-from fanbu.merging.gram import grams, linear_layers, own_texts
+from fanbu.merging.gram import linear_layers
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import batches_of_layers, columns
+from fanbu.shrink._units import columns, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 
 Way = Literal["magnitude", "wanda", "sparsegpt"]
 Pattern = tuple[int, int]  # n of every m in a row stay
 
-_SAMPLE = 256
 _BLOCK = 128
 _DAMP = 0.01
 
@@ -69,19 +68,15 @@ def make_sparse(
     network: Any, tokenizer: Any, domain: Domain, how: Way, share: float, pattern: Pattern | None, context: Context
 ) -> dict[str, Tensor]:
     """Sets weights to zero in place; returns what stays, by the weights' names, as masks in their stored shape."""
-    layers, masks = linear_layers(network), dict[str, Tensor]()
-    for part in batches_of_layers(network, layers_to_prune(network), context):
-        found: dict[str, Tensor] = {}
-        if how != "magnitude":
-            matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
-            found = {n: matrices[leader[n]] for n in part if n in leader}
-        for name in part:
-            weight = columns(layers[name])
-            gram = found.get(name)
-            new = pruned(weight.float().cpu(), gram, how if gram is not None else "magnitude", share, pattern)
-            weight.copy_(new)
-            stored: Any = layers[name].weight
-            masks[name] = stored.detach() != 0
+    layers, names, masks = linear_layers(network), layers_to_prune(network), dict[str, Tensor]()
+    found: Iterable[tuple[str, Tensor | None]] = ((n, None) for n in names)
+    if how != "magnitude":
+        found = own_grams(network, tokenizer, domain, names, context)
+    for name, gram in found:
+        weight = columns(layers[name])
+        weight.copy_(pruned(weight.float().cpu(), gram, how, share, pattern))
+        stored: Any = layers[name].weight
+        masks[name] = stored.detach() != 0
     return masks
 
 

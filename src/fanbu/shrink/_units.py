@@ -20,7 +20,18 @@ from fanbu.batches import encode, evenly, pad_id, sorted_batches
 from fanbu.domain import Domain
 from fanbu.errors import FitError
 from fanbu.merging.gram import grams, linear_layers, own_texts, stores_input_first
-from fanbu.merging.permute import Axis, Kind, Symmetry, head_width_of, heads_of, hidden_of, symmetries, units_of
+from fanbu.merging.permute import (
+    HEADS,
+    HIDDEN,
+    Axis,
+    Kind,
+    Symmetry,
+    head_width_of,
+    heads_of,
+    hidden_of,
+    symmetries,
+    units_of,
+)
 from fanbu.model import Model
 from fanbu.objectives import labelled, language
 from fanbu.predict import limit
@@ -36,8 +47,8 @@ _AFTER_POOLER = re.compile(r"(?:^|\.)(?:classifier|classifier\.out_proj|qa_outpu
 _VALUES = re.compile(r"\.value\.weight$")
 _SIZES: dict[Kind, tuple[str, ...]] = {
     "neurons": ("intermediate_size", "n_inner", "hidden_dim", "encoder_ffn_dim"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads"),
-    "channels": ("hidden_size", "n_embd", "dim", "d_model"),
+    "heads": HEADS,
+    "channels": HIDDEN,
 }
 
 
@@ -85,6 +96,8 @@ def units(network: Any, model: Model, *, channels: bool) -> Units:
         for s in layers
         if s.kind == "heads" and any(_VALUES.search(a.tensor) and follows(state[a.tensor]) for a in s.axes)
     ]
+    if len(following) == sum(s.kind == "heads" for s in layers):
+        following = []  # then they are all the heads there are, and go as heads
     followers = [
         replace(s, kind="channels", units=hidden_of(seen), axes=tuple(replace(a, block=1) for a in s.axes))
         for s in following
@@ -171,20 +184,27 @@ def _written(network: Any, symmetry: Symmetry, reader: str, squares: Tensor) -> 
 def _mean_squares(
     network: Any, tokenizer: Any, domain: Domain, names: Sequence[str], context: Context
 ) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for part in batches_of_layers(network, names, context):
+    return {n: g.diagonal().clone() for n, g in own_grams(network, tokenizer, domain, names, context)}
+
+
+def own_grams(
+    network: Any, tokenizer: Any, domain: Domain, names: Sequence[str], context: Context
+) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's G [in, in] = E x x^T over the domain's texts, as many at a time as ``context.memory`` holds.
+
+    Raises FitError for a layer that no text reaches.
+    """
+    for part in _parts(network, names, context):
         matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
         for name in part:
             if name not in leader:
                 raise FitError(
                     "layer-unused", f"layer {name} was given nothing by any text", remedy="take importance: magnitude"
                 )
-            found[name] = matrices[leader[name]].diagonal().clone()
-    return found
+            yield name, matrices[leader[name]]
 
 
-def batches_of_layers(network: Any, names: Sequence[str], context: Context) -> Iterator[list[str]]:
-    """Layers whose Gram matrices fit into ``context.memory`` together; at least one at a time."""
+def _parts(network: Any, names: Sequence[str], context: Context) -> Iterator[list[str]]:
     layers, part, room = linear_layers(network), list[str](), context.memory
     for name in names:
         size = 4 * columns(layers[name]).shape[1] ** 2
@@ -250,9 +270,14 @@ def best(scores: Tensor, count: int, group: int = 1) -> Tensor:
     return (chosen[:, None] * group + torch.arange(group)).flatten()
 
 
-def counted(total: int, share: float, unit: int = 1) -> int:
-    """How many of ``total`` stay: multiples of ``unit``, or of 8 where there are many, and at least one."""
-    unit = unit if unit > 1 or total < 64 else 8
+def first_units(counts: Mapping[str, int]) -> Keep:
+    """Any units, of the right numbers: sizes and times do not depend on which."""
+    return {name: torch.arange(count) for name, count in counts.items()}
+
+
+def counted(total: int, share: float) -> int:
+    """How many of ``total`` stay: a multiple of 8 where there are many, and at least one (or eight)."""
+    unit = 1 if total < 64 else 8
     return max(unit, min(total, round(total * share / unit) * unit))
 
 
@@ -288,8 +313,7 @@ def indices(found: Iterable[Symmetry], keep: Keep, shapes: Mapping[str, Sequence
 def size_of(network: Any, found: Units | None = None, counts: Mapping[str, int] | None = None) -> int:
     """How many parameters a network has, tied ones once; with ``counts`` how many it would have with so many units."""
     state, seen, total = network.state_dict(), set[int](), 0
-    keep = {name: torch.arange(count) for name, count in (counts or {}).items()}
-    places = indices(found.sets if found else (), keep, {n: t.shape for n, t in state.items()})
+    places = indices(found.sets if found else (), first_units(counts or {}), {n: t.shape for n, t in state.items()})
     for name, tensor in state.items():
         if tensor.data_ptr() not in seen:
             sizes = [len(places.get(name, {}).get(dim, range(size))) for dim, size in enumerate(tensor.shape)]

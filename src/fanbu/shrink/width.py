@@ -15,7 +15,7 @@ from torch import Tensor
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import write_text
-from fanbu.merging.gram import grams, linear_layers, own_texts
+from fanbu.merging.gram import linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._latency import milliseconds_of
 from fanbu.shrink._tune import open_for, tune
@@ -23,12 +23,13 @@ from fanbu.shrink._units import (
     Importance,
     Keep,
     Units,
-    batches_of_layers,
     best,
     columns,
     counted,
+    first_units,
     importances,
     narrowed,
+    own_grams,
     size_of,
     units,
 )
@@ -36,7 +37,6 @@ from fanbu.train import set_up
 from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
-_SAMPLE = 256
 _RIDGE = 1e-3
 Share = Annotated[float, Gt(0), Le(1)]
 
@@ -132,7 +132,7 @@ def _sizes(
         texts = own_texts(domain, 32)
 
         def measured(f: float) -> float:
-            smaller = narrowed(network, found, _first(sizes(f)), parent)
+            smaller = narrowed(network, found, first_units(sizes(f)), parent)
             return milliseconds_of(smaller, tokenizer, texts, context)
 
         depths.append(_least(measured, milliseconds, "milliseconds"))
@@ -145,16 +145,16 @@ def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
     for s in found.of("neurons"):
         if shares["neurons"] < 1:
             counts[s.name] = counted(s.units, shares["neurons"])
+    heads = found.of("heads")
     share = shares["heads"] if found.free_heads else shares["channels"]
-    width = 1
-    for s in found.of("heads"):
+    for s in heads:
         if share < 1:
-            counts[s.name] = counted(s.units // s.group, share, 1 if s.units // s.group < 64 else 8) * s.group
-        width = (found.channels.units if found.channels else 0) // s.units
-        number = counts.get(s.name, s.units)
+            counts[s.name] = counted(s.units // s.group, share) * s.group
     if found.channels and shares["channels"] < 1:
         total = found.channels.units
-        hidden = counted(total, shares["channels"]) if found.free_heads else number * width
+        hidden = counted(total, shares["channels"])
+        if not found.free_heads:  # heads keep their width
+            hidden = counts[heads[0].name] * (total // heads[0].units)
         counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
     return counts
 
@@ -172,11 +172,6 @@ def _least(value: Callable[[float], float], most: float, what: str) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if value(middle) <= most else (middle, high)
     return high
-
-
-def _first(counts: dict[str, int]) -> Keep:
-    """Any units, of the right numbers: how long they take does not depend on which."""
-    return {name: torch.arange(count) for name, count in counts.items()}
 
 
 def _kept(found: Units, counts: dict[str, int], scores: dict[str, Tensor]) -> Keep:
@@ -198,13 +193,11 @@ def _compensate(network: Any, tokenizer: Any, domain: Domain, found: Units, keep
     layers = linear_layers(network)
     readers = {s.reader: s for s in found.layers if s.name in keep}
     solved: dict[str, Tensor] = {}
-    for part in batches_of_layers(network, list(readers), context):
-        matrices, leader = grams(network, tokenizer, own_texts(domain, _SAMPLE), part, context)
-        for name in part:
-            s, weight = readers[name], columns(layers[name])
-            block = weight.shape[1] // s.units
-            kept = (keep[s.name][:, None] * block + torch.arange(block)).flatten()
-            solved[name] = _solved(weight.cpu(), matrices[leader[name]], kept)
+    for name, gram in own_grams(network, tokenizer, domain, list(readers), context):
+        s, weight = readers[name], columns(layers[name])
+        block = weight.shape[1] // s.units
+        kept = (keep[s.name][:, None] * block + torch.arange(block)).flatten()
+        solved[name] = _solved(weight.cpu(), gram, kept)
     for name, weight in solved.items():
         columns(layers[name]).copy_(weight)
 

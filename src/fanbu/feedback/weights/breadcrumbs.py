@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -26,7 +26,7 @@ NEUTRAL = {"scale": 1.0, "density": 1.0, "gamma": 0.0}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 0.3,
-    density: Dial = 0.9, gamma: Dial = 0.01, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    density: Dial = 0.9, gamma: Dial = 0.01, weights: Mapping[str, Dial] = {},
     elect: bool = False, normalise: bool = False,
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i b_i, b_i = delta_i where its magnitude is neither small nor an outlier.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -26,7 +26,7 @@ NEUTRAL = {"density": 1.0, "epsilon": 0.0}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
-    density: Dial = 0.5, epsilon: Dial = 0.1, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    density: Dial = 0.5, epsilon: Dial = 0.1, weights: Mapping[str, Dial] = {},
     elect: bool = True, normalise: bool = True,
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i m_i delta_i / p_i / sum of w_i, with m_i ~ Bernoulli(p_i).

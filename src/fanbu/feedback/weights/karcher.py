@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fanbu.contribution import Contribution
@@ -23,7 +23,7 @@ NEUTRAL: dict[str, float] = {}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    weights: Mapping[str, Dial] = {},
     steps: int = 10, tolerance: float = 1e-5,
 ) -> Model:  # fmt: skip
     """theta = (sum of a_i |theta_i|) u, u the unit vector with sum of a_i log_u(theta_i / |theta_i|) = 0.

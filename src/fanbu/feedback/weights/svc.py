@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,7 +25,7 @@ NEUTRAL = {"scale": 1.0, "alpha": 1.0}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
-    alpha: Dial = 1.0, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    alpha: Dial = 1.0, weights: Mapping[str, Dial] = {},
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * U diag(c) U^T D, where D = U diag(s) V^T = sum of w_i delta_i.
 

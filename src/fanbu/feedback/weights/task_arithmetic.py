@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fanbu.contribution import Contribution
@@ -22,7 +22,7 @@ NEUTRAL = {"scale": 1.0}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 0.3,
-    weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    weights: Mapping[str, Dial] = {},
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum over the specialists of w_i delta_i; each domain's label rows as they came.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ NEUTRAL = {"scale": 1.0, "density": 1.0}
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
-    density: Dial = 0.2, weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    density: Dial = 0.2, weights: Mapping[str, Dial] = {},
     scope: Literal["tensor", "model"] = "tensor", normalise: bool = True,
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * sum of w_i t_i / sum of w_i, over the specialists i that agree in sign.

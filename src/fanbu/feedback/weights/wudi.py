@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ NEUTRAL = {"scale": 1.0, "solver": "closed"}
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *, scale: Dial = 1.0,
     solver: Literal["closed", "adam"] = "closed", steps: int = 300, lr: float = 1e-5,
-    weights: dict[str, Dial] = {},  # noqa: B006 - never changed; it is the schema's default
+    weights: Mapping[str, Dial] = {},
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale * tau, tau = argmin of sum over i of |(tau - D_i) D_i^T|^2 / |D_i|^2.
 
