@@ -23,6 +23,17 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TOLD))
+def test_every_example_says_how_it_is_run(name: str) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Run: python examples/{name}.py" in done.stdout
+
+
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("own_classifier", "private_domains")]
+
+
+@pytest.mark.parametrize("name", ["causal", *SLOW])
 def test_an_example_runs_in_two_minutes(name: str, tmp_path: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--work", str(tmp_path)]

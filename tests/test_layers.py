@@ -14,6 +14,7 @@ LAYERS = [
     {"fingerprint", "ledger"},
     {"heads", "losses", "metrics", "batches"},
     {"train", "objectives", "predict", "probing"},
+    {"deploy"},
     {"merging"},
     {"shrink"},
     {"feedback"},

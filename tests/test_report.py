@@ -421,3 +421,24 @@ def test_numbers_are_written_for_people() -> None:
     assert format.p_value(0.0001) == "<0.001"
     assert format.moment("2026-11-22T19:00:00Z") == "2026-11-22 19:00:00 UTC"
     assert format.number(True) is None
+
+
+def test_what_a_search_tried_is_drawn(tmp_path: Path) -> None:
+    from fanbu.report.pareto import frontier
+
+    points = [(1.0, 0.2), (2.0, 0.1), (2.0, 0.5), (3.0, 0.5), (4.0, 0.9)]
+    assert frontier(points) == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9)]
+    value = full_record()
+    name = next(n for n, d in value["domains"].items() if d.get("specialist"))
+    value["domains"][name]["specialist"] |= {
+        "searched_by": "milliseconds", "searched": [{"size": x, "score": y} for x, y in points],
+    }  # fmt: skip
+    page = write_report(value, tmp_path).read_text()
+    assert (
+        page.count('<circle class="dot champion"')
+        - write_report(full_record(), tmp_path).read_text().count('<circle class="dot champion"')
+        == 3
+    )
+    assert "5 sub-networks" in page
+    value["domains"][name]["specialist"] |= {"searched": "x", "searched_by": 3}
+    assert "sub-networks" not in write_report(value, tmp_path).read_text()

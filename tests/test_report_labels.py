@@ -47,6 +47,9 @@ def odd_records() -> list[dict[str, Any]]:
     for row in worse["verdict"]["domains"].values():
         del row["floor"]
         row["smallest_detectable"], row["incumbent"] = None, 0.99
+    for name, kind in (("d3", "milliseconds"), ("d4", "bytes"), ("d5", "parameters")):
+        tried = [{"size": 10.0 + n, "score": 0.1 * n} for n in range(4)]
+        worse["domains"][name]["specialist"] |= {"searched_by": kind, "searched": tried}
     bits = full_record(("legal",))
     bits["verdict"]["domains"]["legal"] |= {"metric": "bits_per_byte", "higher_is_better": False}
     mixed = full_record(("code", "legal"))

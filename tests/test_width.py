@@ -215,10 +215,10 @@ def test_a_time_is_met(
     assert caught.value.code == "target-not-met"
 
 
-def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain], context: Context) -> None:
+def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain]) -> None:
     model = specialists["food"].model
-    network, tokenizer, texts = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4]
-    assert 0 < width.milliseconds_of(network, tokenizer, texts, context) < 10_000
+    network, batch = load_network(model), load_tokenizer(model)(domains["food"].test.texts[0], return_tensors="pt")
+    assert 0 < width.milliseconds_of(network, [dict(batch)]) < 10_000
 
 
 @pytest.mark.parametrize(

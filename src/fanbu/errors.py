@@ -5,6 +5,9 @@ Exit codes of the command line: 0 done, 1 error, 2 usage, 3 the gate refused, 4 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FanbuError(Exception):
     """Base of all errors that fanbu raises on purpose.
@@ -61,6 +64,17 @@ class RetryError(FanbuError):
     """The machine, not the input: disk full, a lock that did not come free. Finished work is kept."""
 
     exit_code = 75
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Within it a library that is missing is an error that names the extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            "extra-missing", f"the library {error.name} is not installed", remedy=f"pip install 'fanbu[{name}]'"
+        ) from None
 
 
 def _short(value: object, limit: int = 300) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from fanbu.errors import DataError, IntegrityError, UsageError
+from fanbu.errors import DataError, IntegrityError, UsageError, needs_extra
 from fanbu.files import disk_error, file_sha256, sync, write_text
 from fanbu.tensors import TensorSpec, index_tensors, write_tensors
 from fanbu.types import Context, Task, digest
@@ -65,7 +65,24 @@ class Model:
         """How many numbers it holds."""
         import math
 
-        return sum(math.prod(spec.shape) for spec in self.tensors.values())
+        return sum(self._numbers(name, math.prod(spec.shape)) for name, spec in self.tensors.items())
+
+    def _numbers(self, name: str, stored: int) -> int:
+        """How many weights a tensor stands for: packed ones (compressed-tensors) lie in whole words of 32 bits."""
+        groups = (self.config.get("quantization_config") or {}).get("config_groups")
+        if not groups:
+            return stored
+        if name.endswith((".weight_scale", ".weight_shape")):
+            return 0
+        if not name.endswith(".weight_packed"):
+            return stored
+        bits: Any = ((groups.get("group_0") or {}).get("weights") or {}).get("num_bits")
+        if bits not in range(1, 9):
+            raise IntegrityError(
+                "checkpoint-config", f"{self.path} does not say how many bits its packed weights have",
+                allowed="1 to 8", got=bits, remedy=_RESTORE,
+            )  # fmt: skip
+        return int(stored * 32 // bits)
 
     @property
     def bytes(self) -> int:
@@ -254,6 +271,7 @@ def load_strictly(auto: Any, model: Model, allowed_missing: Sequence[str] = (), 
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise IntegrityError("checkpoint-broken", f"{model.path} does not load: {error}", remedy=_RESTORE) from None
+    _in_floats(network, model)
     missing = [n for n in info["missing_keys"] if not n.startswith(tuple(allowed_missing) or ("\0",))]
     if missing or info["mismatched_keys"]:
         raise IntegrityError(
@@ -265,6 +283,28 @@ def load_strictly(auto: Any, model: Model, allowed_missing: Sequence[str] = (), 
     for name, tensor in network.state_dict().items():
         check_finite(name, tensor, model.path)
     return network.eval()
+
+
+def _in_floats(network: Any, model: Model) -> None:
+    """A quantized checkpoint as the floats that its whole numbers stand for, in place."""
+    kind = (model.config.get("quantization_config") or {}).get("quant_method")
+    if kind is None:
+        return
+    if kind != "compressed-tensors":
+        raise IntegrityError(
+            "quantized-otherwise", f"{model.path} is quantized by {kind}", allowed="compressed-tensors, or floats",
+            got=kind, remedy="take the checkpoint that it was quantized from",
+        )  # fmt: skip
+    with needs_extra("quantize"):
+        from compressed_tensors.compressors import decompress_module
+
+    network.hf_quantizer.compressor.remove_decompression_hook(network)
+    for module in network.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            decompress_module(module, leave_decompressed=False)
+    del network.hf_quantizer, network.config.quantization_config
+    network.is_quantized = False
+    network.float()
 
 
 def _quieten() -> None:

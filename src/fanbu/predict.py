@@ -47,6 +47,11 @@ def limit(network: Any, context: Context) -> int:
     return int(min(context.max_length, positions - offset))
 
 
+def longest(network: Any, tokenizer: Any, context: Context) -> int:
+    """``limit``, and no more than the tokenizer says that the model was trained on."""
+    return int(min(limit(network, context), tokenizer.model_max_length))
+
+
 def class_logits(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:
     """[texts, labels]."""
     if not texts:

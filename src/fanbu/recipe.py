@@ -343,11 +343,10 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _taught(step: Step, folder: Path) -> Step:
-    """A teacher that is a folder is found from the recipe's."""
-    teacher = step.arguments.get("teacher")
-    if not teacher or not (folder / teacher).is_dir():
-        return step
-    return Step.model_validate({"method": step.method, **step.arguments, "teacher": str((folder / teacher).resolve())})
+    """A teacher that is a folder is found from the recipe's; so are the places that a way down writes to and reads."""
+    paths = {n: step.arguments[n] for n in ("teacher", "table", "history", "cache") if step.arguments.get(n)}
+    found = {n: str((folder / p).resolve()) for n, p in paths.items() if n != "teacher" or (folder / p).is_dir()}
+    return Step.model_validate({"method": step.method, **step.arguments, **found})
 
 
 def _absolute(source: Any, folder: Path) -> Any:

@@ -100,12 +100,22 @@ def _specialist(turn: Turn, result: Result, birth: Birth) -> dict[str, Any]:
         **_model(birth.specialist.model), "method": " > ".join(step.method for step in turn.recipe.shrink),
         "score": _told(result.outcomes["specialists"][name]), "born": birth.how, "forerunner": None,
         "valid": birth.valid["forerunner" if birth.how == "carried on" else "reborn"],
-        "reborn_valid": birth.valid["reborn"],
+        "reborn_valid": birth.valid["reborn"], **_searched(birth.specialist.model),
     }  # fmt: skip
     if before is not None:
         old = {"digest": before.digest, "path": str(before.path), "score": _told(result.forerunners[name])}
         found["forerunner"] = {**old, "valid": birth.valid["forerunner"]}
     return found
+
+
+def _searched(model: Model) -> dict[str, Any]:
+    """What a search tried before it chose this model: sizes and scores."""
+    trials = model.manifest.get("metrics", {}).get("trials") if model.manifest.get("method") == "search" else None
+    if not trials:
+        return {}
+    made = model.manifest["parameters"]
+    kind = next(k for k in ("milliseconds", "bytes", "parameters") if made[k])
+    return {"searched_by": kind, "searched": [{"size": t[kind], "score": t["score"]} for t in trials]}
 
 
 def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanbu.errors import RetryError, UsageError
+from fanbu.errors import RetryError, UsageError, needs_extra
 from fanbu.files import write_text
 from fanbu.ledger import Workspace
 from fanbu.record import read_records
@@ -73,15 +73,11 @@ def _connected(uri: str) -> Iterator[MlflowClient]:
     """A client of its own, so that nothing of the caller's MLflow is changed."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    try:
+    with needs_extra("track"):
         import_module("alembic")  # MLflow's SQL store needs it and asks for it late
         import sqlalchemy
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
-    except ImportError as error:
-        raise UsageError(
-            "extra-missing", f"tracking needs MLflow ({error.name} is missing)", remedy="pip install 'fanbu[track]'"
-        ) from None
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:

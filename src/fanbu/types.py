@@ -14,9 +14,11 @@ from fanbu.errors import UsageError
 Task = Literal["text-classification", "causal-lm"]
 Kind = Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]
 Precision = Literal["fp32", "bf16"]
+Form = Literal["copy", "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4"]  # what `fanbu export` makes
 Progress = Callable[[str, int, int], None]
 
 TASKS: tuple[Task, ...] = ("text-classification", "causal-lm")
+FORMS: tuple[Form, ...] = ("copy", "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4")
 KINDS: tuple[Kind, ...] = ("weights", "updates", "predictions", "samples", "modules", "statistics", "scores")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fanbu.errors import DataError, UsageError
+from fanbu.errors import DataError, UsageError, needs_extra
 
 MAX_TEXT = 1_000_000
 MAX_FILE = 4 * 2**30
@@ -147,12 +147,8 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _hub(source: str) -> Iterator[Mapping[str, Any]]:
-    try:
+    with needs_extra("datasets"):
         import datasets
-    except ImportError:
-        raise UsageError(
-            "extra-missing", f"{source} needs the datasets library", remedy="pip install 'fanbu[datasets]'"
-        ) from None
     name, _, split = source.removeprefix("datasets:").rpartition(":")
     if not name:
         raise UsageError("data-name", f"{source} names no split", allowed="datasets:NAME:SPLIT", remedy="add :train")

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanbu.report import charts, comparison, detail, run, verdict, workspace
+from fanbu.report import charts, comparison, detail, pareto, run, verdict, workspace
 from fanbu.report import format as f
 from fanbu.report.words import Say, counted, words
 
@@ -117,6 +117,7 @@ def sections(record: Mapping[str, Any], t: Say) -> dict[str, Any]:
         "comparison": comparison.comparison(record, t),
         "arrivals": detail.arrivals(record, t),
         "specialists": run.specialists(record, t),
+        "searches": pareto.searches(record, t),
         "crossings": run.crossings(record, t),
         "costs": run.costs(record),
         "warnings": run.warnings(record),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fanbu.batches import encode, pad_id
+from fanbu.batches import Sequences, encode, pad_id
 from fanbu.domain import Domain
 from fanbu.errors import DataError
 from fanbu.heads import final_layer, get_head, set_head
@@ -12,7 +13,7 @@ from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.objectives import labelled, language
 from fanbu.predict import limit, validation_value
 from fanbu.probing import fit_probe
-from fanbu.train import train
+from fanbu.train import BatchLoss, train
 from fanbu.types import Context, Train
 
 
@@ -40,14 +41,18 @@ def tune(network: Any, tokenizer: Any, domain: Domain, plan: Train, context: Con
     """Trains on the domain's training rows and keeps the epoch that is best on its validation rows."""
     network.to(context.device)
     sequences = encode(tokenizer, domain.train.texts, limit(network, context))
-    pad = pad_id(tokenizer)
-    if domain.task == "text-classification":
-        loss = labelled(sequences, domain.train.labels or (), pad, context.device)
-        head = final_layer(network)
-    else:
-        loss, head = language(sequences, pad, context.device), None
+    loss = of_rows(domain, sequences, range(len(sequences)), pad_id(tokenizer), context.device)
+    head = final_layer(network) if domain.task == "text-classification" else None
     history = train(
         network, [len(s) for s in sequences], loss, plan, context, name, head=head,
         validate=(lambda n: validation_value(n, tokenizer, domain, context)) if len(domain.valid) else None,
     )  # fmt: skip
     return {"steps": history.steps, "valid": max(history.values)} if history.values else {"steps": history.steps}
+
+
+def of_rows(domain: Domain, sequences: Sequences, numbers: Sequence[int], pad: int, device: str) -> BatchLoss:
+    """The task's loss over some training rows, whose tokens are given."""
+    if domain.task == "text-classification":
+        labels = domain.train.labels or ()
+        return labelled(sequences, [labels[i] for i in numbers], pad, device)
+    return language(sequences, pad, device)

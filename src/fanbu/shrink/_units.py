@@ -33,8 +33,8 @@ from fanbu.merging.permute import (
     units_of,
 )
 from fanbu.model import Model
-from fanbu.objectives import labelled, language
 from fanbu.predict import limit
+from fanbu.shrink._tune import of_rows
 from fanbu.tensors import TensorSpec
 from fanbu.types import Context
 
@@ -223,11 +223,7 @@ def _taylor(
 ) -> dict[str, Tensor]:  # fmt: skip
     numbers = evenly(range(len(domain.train)), _SAMPLE)
     sequences = encode(tokenizer, [domain.train.texts[i] for i in numbers], limit(network, context))
-    if domain.task == "text-classification":
-        labels = [(domain.train.labels or ())[i] for i in numbers]
-        loss = labelled(sequences, labels, pad_id(tokenizer), context.device)
-    else:
-        loss = language(sequences, pad_id(tokenizer), context.device)
+    loss = of_rows(domain, sequences, numbers, pad_id(tokenizer), context.device)
     totals = {s.name: torch.zeros(s.units) for s in found}
     layers, given = linear_layers(network), dict[str, Tensor]()
 
@@ -310,16 +306,35 @@ def indices(found: Iterable[Symmetry], keep: Keep, shapes: Mapping[str, Sequence
     return {name: {dim: mask.nonzero()[:, 0] for dim, mask in dims.items()} for name, dims in stay.items()}
 
 
+Shapes = dict[str, list[int]]
+
+
+def shapes_of(network: Any) -> Shapes:
+    """Shapes by name, of tied tensors once."""
+    seen, shapes = set[int](), Shapes()
+    for name, tensor in network.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            shapes[name] = list(tensor.shape)
+        seen.add(tensor.data_ptr())
+    return shapes
+
+
+def shapes_with(shapes: Shapes, found: Units, counts: Mapping[str, int]) -> Shapes:
+    """What they would be with so many units."""
+    cut = [replace(s, axes=tuple(a for a in s.axes if a.tensor in shapes)) for s in found.sets]
+    places = indices(cut, first_units(counts), shapes)
+    return {
+        name: [len(places.get(name, {}).get(dim, range(size))) for dim, size in enumerate(shape)]
+        for name, shape in shapes.items()
+    }
+
+
 def size_of(network: Any, found: Units | None = None, counts: Mapping[str, int] | None = None) -> int:
     """How many parameters a network has, tied ones once; with ``counts`` how many it would have with so many units."""
-    state, seen, total = network.state_dict(), set[int](), 0
-    places = indices(found.sets if found else (), first_units(counts or {}), {n: t.shape for n, t in state.items()})
-    for name, tensor in state.items():
-        if tensor.data_ptr() not in seen:
-            sizes = [len(places.get(name, {}).get(dim, range(size))) for dim, size in enumerate(tensor.shape)]
-            total += math.prod(sizes)
-        seen.add(tensor.data_ptr())
-    return total
+    shapes = shapes_of(network)
+    if found is not None and counts is not None:
+        shapes = shapes_with(shapes, found, counts)
+    return sum(map(math.prod, shapes.values()))
 
 
 def narrowed(network: Any, found: Units, keep: Keep, model: Model) -> Any:

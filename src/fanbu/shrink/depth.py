@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,15 +12,16 @@ import torch
 from annotated_types import Ge
 from torch import nn
 
-from fanbu.batches import collate, encode, pad_id
+from fanbu.batches import collate, encode, evenly, pad_id, sorted_batches
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.model import Model, provenance, save_network
 from fanbu.predict import limit
-from fanbu.shrink._tune import open_for, tune
+from fanbu.shrink._tune import of_rows, open_for, tune
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 
+Importance = Literal["influence", "contiguous", "loss", "even"]
 _SAMPLE = 256
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
@@ -27,42 +29,99 @@ CHANGES: frozenset[str] = frozenset({"architecture"})
 
 def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
-    layers: Annotated[int, Ge(1)] = 4, importance: Literal["influence", "even"] = "influence",
-    train: Train = Train(epochs=4, lr=2e-4),
+    layers: Annotated[int, Ge(1)] = 4, importance: Importance = "influence",
+    train: Train | None = Train(epochs=4, lr=2e-4),
 ) -> Model:  # fmt: skip
     """Keeps ``layers`` of the parent's layers and fine-tunes what is left on the domain.
 
-    Importance ``influence`` of layer l is 1 - E cos(x_l, x_{l+1}) over the tokens of 256 training texts; ``even``
-    keeps evenly spaced layers. The last layer, which feeds the head, always stays.
+    With x_l what layer l is given, over the tokens of 256 training texts: ``influence`` drops the layers with the least
+    1 - E cos(x_l, x_{l+1}); ``contiguous`` the run of n layers with the least 1 - E cos(x_l, x_{l+n}); ``loss`` one
+    layer after the other, each time the one without which the loss on the training rows rises least; ``even`` keeps
+    evenly spaced layers. The last layer, which feeds the head, always stays.
 
     Args:
         layers: how many layers stay, at least 1.
         importance: which layers those are.
-        train: how training continues.
+        train: how training continues; None leaves that to a later step.
 
     Raises:
         UsageError: more layers are asked for than there are.
         FitError: the network has no plain list of layers.
 
-    Reference: Men et al. 2024, "ShortGPT" (block influence).
+    References: Men et al. 2024, "ShortGPT" (block influence); Gromov et al. 2024, "The unreasonable ineffectiveness of
+        the deeper layers" (contiguous).
     """
     network, tokenizer = open_for(parent, domain, context)
     stack, count = layers_of(network), network.config.num_hidden_layers
     if not 1 <= layers <= count:
         raise UsageError("layers", "depth: layers", allowed=f"1 to {count}", got=layers, remedy="take fewer")
-    if importance == "even":
-        kept = sorted({round((i + 1) * count / layers) - 1 for i in range(layers)})
-    else:
-        texts = domain.train.texts[:_SAMPLE]
-        scores = influence(network, tokenizer, texts, stack, context)
-        ranked = sorted(range(count - 1), key=lambda i: -scores[i])
-        kept = sorted([*ranked[: layers - 1], count - 1])
+    kept = _kept(network, tokenizer, domain, stack, layers, importance, context)
     keep_layers(network, stack, kept)
-    metrics = tune(network, tokenizer, domain, train, context, f"depth {domain.name}")
+    metrics = {} if train is None else tune(network, tokenizer, domain, train, context, f"depth {domain.name}")
     made = provenance(
-        "depth", [parent], context, domain=domain.name, kept=kept, importance=importance, train=vars(train)
+        "depth", [parent], context, domain=domain.name, kept=kept, importance=importance, train=train and vars(train)
     )
     return save_network(network, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
+
+
+def _kept(
+    network: Any, tokenizer: Any, domain: Domain, stack: nn.ModuleList, layers: int, importance: Importance,
+    context: Context,
+) -> list[int]:  # fmt: skip
+    """Which layers stay, ascending."""
+    count = len(stack)
+    drop = count - layers
+    if importance == "even" or not drop:
+        return sorted({round((i + 1) * count / layers) - 1 for i in range(layers)})
+    set_up(context, "depth", domain.name)
+    if importance == "loss":
+        return _by_loss(network, tokenizer, domain, stack, layers, context)
+    texts = domain.train.texts[:_SAMPLE]
+    if importance == "contiguous":
+        scores = influence(network, tokenizer, texts, stack, context, drop)[: count - drop]
+        first = scores.index(min(scores))
+        return [i for i in range(count) if not first <= i < first + drop]
+    scores = influence(network, tokenizer, texts, stack, context)
+    ranked = sorted(range(count - 1), key=lambda i: -scores[i])
+    return sorted([*ranked[: layers - 1], count - 1])
+
+
+def _by_loss(
+    network: Any, tokenizer: Any, domain: Domain, stack: nn.ModuleList, layers: int, context: Context
+) -> list[int]:
+    """Greedily: the layer goes without which the loss is least, until so many are left."""
+    network.to(context.device).eval()
+    numbers = evenly(range(len(domain.train)), _SAMPLE // 2)
+    sequences = encode(tokenizer, [domain.train.texts[i] for i in numbers], limit(network, context))
+    loss = of_rows(domain, sequences, numbers, pad_id(tokenizer), context.device)
+    gone: set[int] = set()
+
+    def without(layer: int) -> float:
+        with _skipped(stack, {*gone, layer}), torch.inference_mode():
+            parts = sorted_batches([len(s) for s in sequences], 32)
+            return sum(float(loss(network, rows)) * len(rows) for rows in parts)
+
+    while len(stack) - len(gone) > layers:
+        losses = {i: without(i) for i in range(len(stack) - 1) if i not in gone}
+        gone.add(min(losses, key=lambda i: losses[i]))
+        context.progress("depth", len(gone), len(stack) - layers)
+    return [i for i in range(len(stack)) if i not in gone]
+
+
+@contextmanager
+def _skipped(stack: nn.ModuleList, gone: set[int]) -> Iterator[None]:
+    """These layers give what they are given."""
+
+    def hook(_: nn.Module, given: Any, kwargs: Any, returned: Any) -> Any:
+        before = given[0] if given else kwargs["hidden_states"]
+        return (before, *returned[1:]) if isinstance(returned, tuple) else before
+
+    handles = [stack[i].register_forward_hook(hook, with_kwargs=True) for i in gone]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def layers_of(network: nn.Module) -> nn.ModuleList:
@@ -78,30 +137,30 @@ def layers_of(network: nn.Module) -> nn.ModuleList:
 
 
 def influence(
-    network: Any, tokenizer: Any, texts: Sequence[str], stack: nn.ModuleList, context: Context
+    network: Any, tokenizer: Any, texts: Sequence[str], stack: nn.ModuleList, context: Context, run: int = 1
 ) -> list[float]:
-    """1 - mean cosine between what each layer is given and what it returns, over unpadded tokens."""
+    """1 - mean cosine between what each layer is given and what the ``run`` layers from it on return, over unpadded
+    tokens; as many values as there are such runs."""
     set_up(context, "influence")
     seen: list[torch.Tensor] = []
-    mask = torch.zeros(0)
 
     def hook(_: nn.Module, given: Any, kwargs: Any, returned: Any) -> None:
-        before = given[0] if given else kwargs["hidden_states"]
-        after = returned[0] if isinstance(returned, tuple) else returned
-        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        seen.append((1 - cosine)[mask.bool()].mean())
+        if not seen:
+            seen.append((given[0] if given else kwargs["hidden_states"]).float())
+        seen.append((returned[0] if isinstance(returned, tuple) else returned).float())
 
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in stack]
     sequences = encode(tokenizer, texts, limit(network, context))
-    totals = torch.zeros(len(stack))
+    totals = torch.zeros(len(stack) - run + 1)
     network.eval()
     with torch.inference_mode():
         for start in range(0, len(sequences), 32):
             batch = collate(sequences[start : start + 32], pad_id(tokenizer), next(network.parameters()).device)
-            mask = batch["attention_mask"]
+            mask = batch["attention_mask"].bool()
             seen.clear()
             network(**batch)
-            totals += torch.stack(seen).cpu()
+            pairs = zip(seen, seen[run:], strict=False)
+            totals += torch.stack([(1 - torch.cosine_similarity(a, b, dim=-1))[mask].mean() for a, b in pairs]).cpu()
     for handle in handles:
         handle.remove()
     return [float(t) for t in totals]

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from fanbu.batches import encode, pad_id
+from fanbu.data.augment import augmented
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.heads import final_layer
@@ -20,9 +21,10 @@ from fanbu.model import Model, load_network, load_tokenizer, open_model, provena
 from fanbu.objectives import taught_labels, taught_tokens
 from fanbu.predict import features, limit, validation_value
 from fanbu.shrink._tune import open_for
+from fanbu.tensors import load_tensors, save_tensors
 from fanbu.train import BatchLoss, set_up
 from fanbu.train import train as train_network
-from fanbu.types import Context, Train
+from fanbu.types import Context, Train, digest
 
 CHANGES: frozenset[str] = frozenset()
 
@@ -31,7 +33,8 @@ def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
     teacher: str = "", divergence: Divergence = "forward", temperature: Annotated[float, Gt(0)] = 2.0,
     labels: Annotated[float, Ge(0), Le(1)] = 0.0, hidden: Annotated[float, Ge(0)] = 1.0,
-    train: Train = Train(epochs=20, lr=3e-4, patience=6),
+    augment: Annotated[int, Ge(0)] = 0,
+    cache: str = "", train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
 ) -> Model:  # fmt: skip
     """Trains the parent, which keeps its size, on a teacher's answers to the training and unlabelled texts.
 
@@ -47,6 +50,9 @@ def shrink(
         temperature: t.
         labels: how much true labels (next tokens) count; texts without labels have the teacher alone.
         hidden: how much features count.
+        augment: so many variants of each text are added, which the teacher labels (``data.augment``).
+        cache: a folder for the teacher's answers; those that are there, of the same teacher to the same texts, are
+            taken again.
         train: how to train; the epoch that is best on validation rows is kept.
 
     Raises:
@@ -59,12 +65,13 @@ def shrink(
     network, tokenizer = open_for(parent, domain, context)
     chosen = _teacher(parent, domain, teacher, context)
     texts = [*domain.train.texts, *domain.unlabelled.texts]
+    texts += augmented(texts, augment, context.seeded("augment", domain.name))
     sequences = encode(tokenizer, texts, limit(network, context))
     network.to(context.device)
     student, weigh = nn.ModuleDict({"network": network}), (divergence, temperature, labels)
     loss: BatchLoss
     if domain.task == "text-classification":
-        h_nt, z_nl = _answers(chosen, domain, texts, context)
+        h_nt, z_nl = _kept(cache, chosen, domain, texts, context)
         if hidden:
             set_up(context, "distill", domain.name)
             student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
@@ -80,7 +87,7 @@ def shrink(
     )  # fmt: skip
     made = provenance(
         "distill", [parent, chosen], context, domain=domain.name, divergence=divergence, temperature=temperature,
-        labels=labels, hidden=hidden, train=vars(train),
+        labels=labels, hidden=hidden, augment=augment, train=vars(train),
     )  # fmt: skip
     metrics = {"steps": history.steps, **({"valid": max(history.values)} if history.values else {})}
     return save_network(network, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
@@ -102,6 +109,22 @@ def _teacher(parent: Model, domain: Domain, named: str, context: Context) -> Mod
 
 def _can_teach(model: Model, domain: Domain) -> bool:
     return model.task == domain.task and (domain.task == "causal-lm" or set(domain.full_labels) <= set(model.labels))
+
+
+def _kept(
+    cache: str, teacher: Model, domain: Domain, texts: Sequence[str], context: Context
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_answers``, kept on disk under a name that says whose they are, to what, and read how."""
+    if not cache:
+        return _answers(teacher, domain, texts, context)
+    asked = {"teacher": teacher.digest, "labels": domain.full_labels, "texts": list(texts), "most": context.max_length}
+    path = Path(cache) / f"answers-{digest(asked)[:32]}.safetensors"
+    if not path.exists():
+        h_nt, z_nl = _answers(teacher, domain, texts, context)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"features": h_nt, "logits": z_nl})
+    known = load_tensors(path)
+    return known["features"], known["logits"]
 
 
 def _answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,14 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from fanbu.batches import collate, encode, pad_id
+from fanbu.deploy.latency import milliseconds as measure
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import write_text
 from fanbu.merging.gram import linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
-from fanbu.shrink._latency import milliseconds_of
+from fanbu.predict import limit
 from fanbu.shrink._tune import open_for, tune
 from fanbu.shrink._units import (
     Importance,
@@ -38,6 +40,8 @@ from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
 _RIDGE = 1e-3
+_Value = Callable[[float], float]
+_Limit = tuple[Callable[[dict[str, int]], float], float, str]  # what is measured, its limit, its name
 Share = Annotated[float, Gt(0), Le(1)]
 
 
@@ -55,7 +59,8 @@ def shrink(
     diag G.
 
     ``parameters`` or ``milliseconds`` ask for a size instead of shares: with f in [0, 1] the share of each kind is
-    1 - f (1 - its share), and the smallest f that fits is taken.
+    1 - f (1 - its share), and the smallest f that fits is taken; heads and channels go in large steps, and the
+    room that they leave is filled up with neurons.
 
     Args:
         neurons: share of the feed-forward neurons that stay.
@@ -124,19 +129,28 @@ def _sizes(
     def sizes(depth: float) -> dict[str, int]:
         return _counts(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
 
-    depths = []
+    limits: list[_Limit] = []
     if parameters:
         most = parameters * size_of(network) if parameters <= 1 else parameters
-        depths.append(_least(lambda f: size_of(network, found, sizes(f)), most, "parameters"))
+        limits.append((lambda counts: size_of(network, found, counts), most, "parameters"))
     if milliseconds:
-        texts = own_texts(domain, 32)
+        texts = encode(tokenizer, own_texts(domain, 32), limit(network, context))
+        batches = [collate([ids], pad_id(tokenizer), context.device) for ids in texts]
 
-        def measured(f: float) -> float:
-            smaller = narrowed(network, found, first_units(sizes(f)), parent)
-            return milliseconds_of(smaller, tokenizer, texts, context)
+        def measured(counts: dict[str, int]) -> float:
+            smaller = narrowed(network, found, first_units(counts), parent).to(context.device).eval()
+            return milliseconds_of(smaller, batches)
 
-        depths.append(_least(measured, milliseconds, "milliseconds"))
-    return sizes(max(depths, default=1.0))
+        limits.append((measured, milliseconds, "milliseconds"))
+    if not limits:
+        return sizes(1.0)
+    counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
+    return _filled(found, counts, limits) if shares["neurons"] < 1 else counts
+
+
+def milliseconds_of(network: Any, batches: Sequence[dict[str, Tensor]]) -> float:
+    """How long a network takes for one text."""
+    return measure(lambda batch: network(**batch), batches)
 
 
 def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
@@ -159,7 +173,22 @@ def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
     return counts
 
 
-def _least(value: Callable[[float], float], most: float, what: str) -> float:
+def _filled(found: Units, counts: dict[str, int], limits: Sequence[_Limit]) -> dict[str, int]:
+    """Heads and channels go in large steps: the room that they leave below the limits is filled up with neurons."""
+    neurons = found.of("neurons")
+
+    def filled(f: float) -> dict[str, int]:
+        share = f * counts[neurons[0].name] / neurons[0].units + 1 - f
+        return {**counts, **{s.name: counted(s.units, share) for s in neurons}}
+
+    return filled(max(_bisected(_after(filled, value), most) for value, most, _ in limits))
+
+
+def _after(counts: Callable[[float], dict[str, int]], value: Callable[[dict[str, int]], float]) -> _Value:
+    return lambda f: value(counts(f))
+
+
+def _least(value: _Value, most: float, what: str) -> float:
     """The smallest f in [0, 1] whose value is at most ``most``, by bisection."""
     if (least := value(1.0)) > most:
         raise UsageError(
@@ -167,6 +196,10 @@ def _least(value: Callable[[float], float], most: float, what: str) -> float:
             allowed=f"at least {least:g} {what}", got=most,
             remedy="give lower shares, or cut depth and vocabulary first",
         )  # fmt: skip
+    return _bisected(value, most)
+
+
+def _bisected(value: _Value, most: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(8):
         middle = (low + high) / 2

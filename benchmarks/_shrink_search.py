@@ -1,0 +1,91 @@
+"""The searching part of benchmarks/shrink.py: times that are met, and what earlier searches are worth."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _common import bar, table
+from fanbu.catalogue import method
+from fanbu.deploy.runner import milliseconds_of, open_runner
+from fanbu.domain import Domain
+from fanbu.merging.gram import own_texts
+from fanbu.model import Model, open_model
+from fanbu.types import Context
+
+TRIALS = 24
+SHORT = {"finalists": 1, "augment": 0, "train": {"epochs": 1, "max_steps": 1}}  # trials are what is looked at
+
+
+def _made(name: str, out: Path, teacher: Model, domain: Domain, context: Context, **arguments: Any) -> Model:
+    if not (out / "fanbu.json").exists():
+        scratch = out.with_name(f"{out.name}.scratch")
+        scratch.mkdir(parents=True, exist_ok=True)
+        method(name, "shrink").shrink(teacher, domain, out, replace(context, scratch=scratch), **arguments)
+        shutil.rmtree(scratch)
+    return open_model(out)
+
+
+def _took(model: Model, domain: Domain, context: Context) -> float:
+    return milliseconds_of(open_runner(model.path, replace(context, threads=1)), own_texts(domain, 32), 1)
+
+
+def searching(
+    large: Mapping[str, tuple[Model, Domain]], most: int, work: Path, context: Context
+) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Table, values and bars. Budgets of time are measured again afterwards, in a runner of its own."""
+    context = replace(context, threads=1)
+    rows = [["milliseconds, batch 1", "large", "asked for", "by", "measured afterwards", "beside"]]
+    off = []
+    for name, (teacher, domain) in list(large.items())[:2]:
+        whole = _took(teacher, domain, context)
+        for share in (0.6, 0.35):
+            for way, more in (("width", {"neurons": 0.02, "channels": 0.15, "train": None}),
+                              ("search", {**SHORT, "trials": 10})):  # fmt: skip
+                out = work / "timed" / f"{name}-{way}-{share}"
+                shutil.rmtree(out, ignore_errors=True)  # a time of another day is no measure
+                made = _made(way, out, teacher, domain, context, milliseconds=share * whole, **more)
+                took = _took(made, domain, context)
+                off.append(took / (share * whole))
+                rows.append([name, f"{whole:.2f}", f"{share * whole:.2f}", way, f"{took:.2f}", f"{off[-1]:.2f}"])
+                print(rows[-1], flush=True)
+    gains, text = _warm(large, most, work, context)
+    widest = max(off)
+    bars = [
+        bar("longest time beside the budget", f"{widest:.2f}", "<= 1.10", widest <= 1.10),
+        bar("nearest to the budget, at least", f"{min(off):.2f}", ">= 0.90", min(off) >= 0.90),
+    ]
+    return f"{table(rows)}\n\n{text}", {"beside_budget": off, "warm": gains}, bars
+
+
+def _warm(
+    large: Mapping[str, tuple[Model, Domain]], most: int, work: Path, context: Context
+) -> tuple[dict[str, Any], str]:
+    """The best score after so many trials, cold and with the history of the other domains."""
+    found: dict[str, dict[str, list[float]]] = {}
+    folder = work / "searched"
+    for kind in ("cold", "warm"):
+        for name, (teacher, domain) in large.items():
+            history = folder / f"history-{kind}-{name}"
+            if kind == "warm":
+                history.mkdir(parents=True, exist_ok=True)
+                for other in set(large) - {name}:
+                    for file in (folder / f"history-cold-{other}").glob("*.json"):
+                        shutil.copyfile(file, history / file.name)
+            made = _made(
+                "search", folder / f"{kind}-{name}", teacher, domain, context, parameters=float(most), tokens=[4000],
+                trials=TRIALS, history=str(history), **SHORT,
+            )  # fmt: skip
+            scores = [t["score"] for t in made.manifest["metrics"]["trials"]]
+            found.setdefault(name, {})[kind] = [max(scores[:k]) for k in range(1, len(scores) + 1)]
+            print(name, kind, [round(s, 3) for s in found[name][kind]], flush=True)
+    rows = [["best score after", *(f"{k} trials" for k in (1, 3, 6, 12)), "all", "trials until cold's best"]]
+    for name, both in found.items():
+        for kind, best in both.items():
+            until = next((k for k, s in enumerate(best, 1) if s >= both["cold"][-1]), None)
+            cells = [f"{best[min(k, len(best)) - 1]:.3f}" for k in (1, 3, 6, 12)]
+            rows.append([f"{name}, {kind}", *cells, f"{best[-1]:.3f}", str(until or f"over {len(best)}")])
+    return found, table(rows)

@@ -1,0 +1,390 @@
+"""Search: the mix of depth, width, vocabulary and bits that keeps most within a budget, found without training."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from fanbu.domain import Domain
+from fanbu.errors import DataError, FitError, UsageError, needs_extra
+from fanbu.files import write_text
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_model
+from fanbu.predict import validation_value
+from fanbu.shrink import depth, distill, quantize, vocabulary, width
+from fanbu.shrink._space import Choice, Space, bytes_of, fitted, parameters_of, shape_row
+from fanbu.tensors import Tensors
+from fanbu.types import Context, Train, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHANGES: frozenset[str] = frozenset({"architecture", "tokenizer"})
+Bits = Literal[32, 8, 4]
+_NEURONS = (0.02, 1.0)
+_CHANNELS = (0.2, 1.0)
+_WARM = 6  # choices of earlier searches that are tried first
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds; 0 stands for none. ``factors`` are those of ``_space.shape_row``."""
+
+    parameters: float
+    bytes: int
+    milliseconds: float
+    factors: tuple[float, ...] = ()
+    here: bool = True  # whether the milliseconds are those of this machine
+
+    def allows(self, space: Space, choice: Choice) -> bool:
+        """Whether a sub-network is within all bounds."""
+        shapes, hidden, neurons = space.sketch(choice)
+        if self.parameters and parameters_of(shapes) > self.parameters:
+            return False
+        if self.bytes and bytes_of(shapes, choice.bits) > self.bytes:
+            return False
+        return not self.milliseconds or self.predicted(choice, hidden, neurons) <= self.milliseconds
+
+    def predicted(self, choice: Choice, hidden: int, neurons: int) -> float:
+        """Milliseconds, by the factors."""
+        row = shape_row(choice.layers, hidden, neurons)
+        return sum(f * v for f, v in zip(self.factors, row, strict=True))
+
+
+def shrink(
+    parent: Model, domain: Domain, out: Path, context: Context, *,
+    parameters: Annotated[float, Ge(0)] = 0.0, bytes: Annotated[int, Ge(0)] = 0,
+    milliseconds: Annotated[float, Ge(0)] = 0.0, table: str = "", tokens: Sequence[int] = (),
+    bits: Sequence[Bits] = (32,), trials: Annotated[int, Ge(1)] = 40, finalists: Annotated[int, Ge(1)] = 2,
+    history: str = "", augment: Annotated[int, Ge(0)] = 3, train: Train = Train(epochs=4, lr=1e-3, dropout=0.0),
+) -> Model:  # fmt: skip
+    """Finds the sub-network within a budget that promises most, and distils it from the parent.
+
+    Layers and units are ordered by importance once; a trial draws layers, channels, tokens and bits, takes as many
+    neurons as the budget allows, and is scored untrained (``_space.Space.score``), so that all trials share the
+    parent's weights. Trials are drawn by a tree-structured Parzen estimator (Optuna), and kept in the scratch folder:
+    a search that was stopped goes on, with the same result. The best few are cut as ``vocabulary``, ``depth`` and
+    ``width`` cut, distilled, and compared on validation rows; a choice with fewer bits is then quantized.
+
+    Args:
+        parameters: at most so many; up to 1 as a share of the parent's.
+        bytes: at most so many for the weights on disk.
+        milliseconds: at most so long for one text at batch 1 on this machine, or on that of ``table``.
+        table: a JSON file of another machine: [{"layers": 6, "hidden": 384, "neurons": 1536, "milliseconds": 5.1},
+            ...], at least four rows. A time is fitted as a + b L + c L h^2 + d L h n.
+        tokens: sizes of vocabulary to choose between (``vocabulary``'s max_tokens); none: it is left alone.
+        bits: what to choose between for the weights on disk (``quantize``).
+        trials: how many sub-networks are scored.
+        finalists: how many of them are distilled.
+        history: a folder; what this search found is written there, and choices that earlier searches of the same
+            task found best, of the most similar domains and budgets, are tried first.
+        augment: variants of each text for distilling.
+        train: how finalists are distilled.
+
+    ``metrics`` of the result hold all trials: parameters, predicted milliseconds, score.
+
+    Raises:
+        UsageError: no budget, or one that no sub-network meets.
+        FitError: units of the architecture are not known, or the parent does not know the domain.
+
+    References: Cai et al. 2020 (Once-for-all; weight sharing); Bergstra et al. 2011 (the sampler).
+    """
+    if not (parameters or bytes or milliseconds):
+        raise UsageError(
+            "bad-parameter", "search has no budget", allowed="parameters, bytes or milliseconds", got=0,
+            remedy="say how small or how fast it is to be",
+        )  # fmt: skip
+    if domain.task == "text-classification" and not set(domain.full_labels) <= set(parent.labels):
+        raise FitError(
+            "teacher-labels", f"{parent.path} does not know the labels of {domain.name}, so it teaches nothing",
+            allowed=sorted(domain.full_labels), got=sorted(parent.labels)[:20], remedy="let `finetune` go before",
+        )  # fmt: skip
+    with _places(context) as place:
+        spaces = _spaces(parent, domain, tokens, place, context)
+        most = parameters * parent.parameters if parameters <= 1 else parameters
+        factors = _factors(spaces[0], table, place) if milliseconds else ()
+        budget = Budget(most, bytes, milliseconds, factors, not table)
+        asked = _asked(domain, parent, budget)
+        found = _trials(spaces, budget, list(bits), trials, _earlier(history, asked), place, context)
+        _remember(history, asked, found)
+        chosen = sorted(found, key=lambda t: -t["score"])[:finalists]
+        made = [
+            _made(n, Choice(**t["choice"]), spaces, parent, domain, budget, place, context, augment, train)
+            for n, t in enumerate(chosen)
+        ]
+        values = [_value(m, domain, context) for m in made]
+        best = values.index(max(values))
+        metrics = {"valid": values[best], "trials": found, "choice": chosen[best]["choice"]}
+        told = provenance(
+            "search", [parent], context, domain=domain.name, parameters=parameters, bytes=bytes, tokens=list(tokens),
+            milliseconds=milliseconds, bits=list(bits), finalists=finalists, augment=augment, train=vars(train),
+        )  # fmt: skip
+        told = replace(told, metrics=metrics, data={domain.name: domain.digest})
+        model = made[best]
+        return save_model(out, model.config, Tensors(model.path), model.path, told)
+
+
+@contextmanager
+def _places(context: Context) -> Iterator[Path]:
+    """A folder for what a search makes on its way: the scratch folder, which outlives a kill, or a passing one."""
+    if context.scratch is not None:
+        yield context.scratch
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _step(name: str, place: Path, context: Context, make: Callable[[Path, Context], Model]) -> Model:
+    """A model on the way, made once; its training has a scratch folder of its own."""
+    done = place / name
+    if (done / "fanbu.json").exists():
+        return open_model(done)
+    scratch = place / f"{name}.scratch"
+    scratch.mkdir(exist_ok=True)
+    return make(done, replace(context, scratch=scratch))
+
+
+def _spaces(parent: Model, domain: Domain, tokens: Sequence[int], place: Path, context: Context) -> list[Space]:
+    if not tokens:
+        return [Space(parent, domain, context)]
+    return [
+        Space(
+            _step(
+                f"tokens-{n}", place, context,
+                partial(vocabulary.shrink, parent, domain, max_tokens=n),
+            ),
+            domain, context,
+        )
+        for n in tokens
+    ]  # fmt: skip
+
+
+def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
+    """Of the table, or measured here once."""
+    if table:
+        return tuple(fitted(*_table(Path(table))))
+    note = place / "times.json"
+    if not note.exists():
+        whole = space.count
+        rows, times = [], []
+        for layers in dict.fromkeys((whole, max(1, whole // 2), 1)):
+            for channels, neurons in ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25), (0.5, 0.1)):
+                network = space.cut(Choice(layers, channels, neurons))
+                rows.append(_row(network, layers))
+                times.append(space.milliseconds(network))
+        write_text(note, json.dumps(fitted(rows, times)))
+    return tuple(json.loads(note.read_text()))
+
+
+def _row(network: Any, layers: int) -> list[float]:
+    return shape_row(layers, network.config.hidden_size, _neurons_of(network.config))
+
+
+def _neurons_of(config: Any) -> int:
+    for name in ("intermediate_size", "n_inner", "hidden_dim", "encoder_ffn_dim"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 4 * int(config.hidden_size)
+
+
+def _table(path: Path) -> tuple[list[list[float]], list[float]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        known = [(float(r["milliseconds"]), shape_row(int(r["layers"]), int(r["hidden"]), int(r["neurons"])))
+                 for r in rows]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "latency-table", f"{path}: {type(error).__name__}: {error}",
+            allowed='a JSON list of {"layers", "hidden", "neurons", "milliseconds"}', got=path,
+            remedy="repair the file",
+        ) from None  # fmt: skip
+    if len(known) < 4 or not all(math.isfinite(t) and t > 0 for t, _ in known):
+        raise DataError(
+            "latency-table", f"{path} has too few times, or some that are not above 0", allowed="at least 4",
+            got=len(known), remedy="measure more sizes",
+        )  # fmt: skip
+    return [row for _, row in known], [t for t, _ in known]
+
+
+# Trials
+
+
+def _trials(
+    spaces: list[Space], budget: Budget, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
+    context: Context,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All trials that met the budget, in their order."""
+    with needs_extra("search"):
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(place / "trials.log")))
+    study = optuna.create_study(direction="maximize", storage=storage, study_name="search", load_if_exists=True)
+    if not study.trials:
+        for choice in warm:
+            study.enqueue_trial({**choice, "layers": min(choice["layers"], spaces[0].count)})
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    for number in range(len(study.get_trials(states=ended)), trials):
+        # a sampler of its own for each, so that a search that was stopped draws the same
+        study.sampler = optuna.samplers.TPESampler(seed=context.seeded("search", number), n_startup_trials=8)
+        trial = study.ask()
+        told = _trial(trial, spaces, budget, bits)
+        if told is None:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            trial.set_user_attr("told", told)
+            study.tell(trial, told["score"])
+        context.progress("search", number + 1, trials)
+    complete = study.get_trials(states=ended[:1])
+    if not complete:
+        raise UsageError(
+            "target-not-met", f"search: none of {trials} sub-networks is within the budget",
+            allowed="a larger budget", got=f"{budget.parameters:g} parameters, {budget.bytes} bytes, "
+            f"{budget.milliseconds:g} ms", remedy="raise it, or choose a smaller vocabulary under `tokens`",
+        )  # fmt: skip
+    return [t.user_attrs["told"] for t in complete]
+
+
+def _trial(trial: Any, spaces: list[Space], budget: Budget, bits: list[int]) -> dict[str, Any] | None:
+    tokens = trial.suggest_int("tokens", 0, len(spaces) - 1) if len(spaces) > 1 else 0
+    width_of_words = trial.suggest_categorical("bits", bits) if len(bits) > 1 else bits[0]
+    space = spaces[tokens]
+    layers = trial.suggest_int("layers", 1, space.count)
+    channels = trial.suggest_float("channels", *_CHANNELS)
+    choice = _filled(space, Choice(layers, channels, 1.0, tokens, width_of_words), budget)
+    if choice is None:
+        return None
+    shapes, hidden, neurons = space.sketch(choice)
+    return {
+        "choice": choice.as_dict(), "score": space.score(choice), "parameters": parameters_of(shapes),
+        "bytes": bytes_of(shapes, choice.bits),
+        **({"milliseconds": budget.predicted(choice, hidden, neurons)} if budget.milliseconds else {}),
+    }  # fmt: skip
+
+
+def _filled(space: Space, choice: Choice, budget: Budget) -> Choice | None:
+    """The choice with as many neurons as the budget allows; None where it allows none."""
+    low, high = _NEURONS
+    if budget.allows(space, replace(choice, neurons=high)):
+        return replace(choice, neurons=high)
+    if not budget.allows(space, replace(choice, neurons=low)):
+        return None
+    for _ in range(7):
+        middle = (low + high) / 2
+        low, high = (middle, high) if budget.allows(space, replace(choice, neurons=middle)) else (low, middle)
+    return replace(choice, neurons=low)
+
+
+# What earlier searches found
+
+
+def _asked(domain: Domain, parent: Model, budget: Budget) -> dict[str, Any]:
+    """What a search was about, in numbers that can be compared: logarithms of counts and of budgets."""
+    lengths = [len(t.split()) for t in domain.train.texts[:500]]
+    most = budget.parameters or budget.bytes / 4 or 1e6 * budget.milliseconds
+    return {
+        "task": domain.task, "domain": domain.name,
+        "features": {
+            "rows": math.log(len(domain.train)), "labels": math.log(1 + len(domain.labels)),
+            "words": math.log(1 + sum(lengths) / len(lengths)), "parameters": math.log(parent.parameters),
+            "budget": math.log(most / parent.parameters),
+        },
+    }  # fmt: skip
+
+
+def _earlier(history: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The best choices of the nearest earlier searches."""
+    found = []
+    for path in sorted(Path(history).glob("search-*.json")) if history else []:
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if told["asked"]["task"] != asked["task"] or told["asked"]["domain"] == asked["domain"]:
+                continue
+            far = sum(abs(v - told["asked"]["features"][k]) for k, v in asked["features"].items())
+            best = [Choice(**c).as_dict() for c in told["best"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                "history-broken", f"{path}: {type(error).__name__}: {error}", allowed="a file that search wrote",
+                got=path, remedy="remove it",
+            ) from None  # fmt: skip
+        found.append((far, path.name, best))
+    near = [choice for _, _, best in sorted(found)[:3] for choice in best[:2]]
+    return [{"layers": c["layers"], "channels": c["channels"]} for c in near][:_WARM]
+
+
+def _remember(history: str, asked: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    if not history:
+        return
+    folder = Path(history)
+    folder.mkdir(parents=True, exist_ok=True)
+    best = [t["choice"] for t in sorted(found, key=lambda t: -t["score"])[:5]]
+    write_text(folder / f"search-{digest(asked)[:16]}.json", json.dumps({"asked": asked, "best": best}, indent=1))
+
+
+# The finalists
+
+
+def _made(
+    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, budget: Budget, place: Path,
+    context: Context, augment: int, train: Train,
+) -> Model:  # fmt: skip
+    """A finalist: cut, distilled and quantized."""
+    model = spaces[choice.tokens].model
+    if choice.layers < spaces[choice.tokens].count:
+        start = model
+        model = _step(
+            f"{number}-depth", place, context,
+            lambda out, c: depth.shrink(start, domain, out, c, layers=choice.layers, train=None),
+        )  # fmt: skip
+    cut = _narrower(f"{number}-width", choice, model, domain, budget, place, context)
+    small = _step(
+        f"{number}-distill", place, context,
+        lambda out, c: distill.shrink(
+            cut, domain, out, c, teacher=str(parent.path), augment=augment, cache=str(place / "answers"), train=train
+        ),
+    )  # fmt: skip
+    if choice.bits == 32:
+        return small
+    fewer: Any = choice.bits
+    group = 32 if fewer == 4 else 0
+    return _step(
+        f"{number}-quantize", place, context,
+        lambda out, c: quantize.shrink(small, domain, out, c, bits=fewer, group=group, rounding="gptq"),
+    )  # fmt: skip
+
+
+def _narrower(
+    name: str, choice: Choice, model: Model, domain: Domain, budget: Budget, place: Path, context: Context
+) -> Model:
+    """Cut by ``width``; what takes longer than predicted is cut further."""
+    if choice.neurons == 1 and choice.channels == 1:
+        return model
+    neurons = choice.neurons
+    for tried in range(4):
+        part = neurons
+        cut = _step(
+            f"{name}-{tried}" if tried else name,
+            place,
+            context,
+            partial(width.shrink, model, domain, neurons=part, channels=choice.channels, train=None),
+        )
+        if not (budget.milliseconds and budget.here):
+            return cut
+        took = Space(cut, domain, context).milliseconds(load_network(cut))
+        if took <= 1.05 * budget.milliseconds or neurons <= _NEURONS[0]:
+            return cut
+        neurons = max(_NEURONS[0], neurons * budget.milliseconds / took * 0.95)
+    return cut
+
+
+def _value(model: Model, domain: Domain, context: Context) -> float:
+    return validation_value(load_network(model), load_tokenizer(model), domain, context)

@@ -1,0 +1,174 @@
+"""Search: budgets are met, a stopped search goes on as if nothing had happened, earlier searches are tried first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanbu.catalogue import method
+from fanbu.domain import Domain
+from fanbu.errors import DataError, FanbuError, UsageError
+from fanbu.model import Model, load_network
+from fanbu.shrink import _space, search
+from fanbu.shrink._space import Choice, Space, bytes_of, fitted, parameters_of, shape_row
+from fanbu.shrink._units import size_of
+from fanbu.types import Context
+
+SEARCH = method("search")
+SHORT: dict[str, Any] = {"trials": 6, "finalists": 1, "augment": 1, "train": {"epochs": 1, "lr": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def model(specialists: dict[str, Any]) -> Model:
+    found: Model = specialists["food"].model
+    return found
+
+
+@pytest.fixture
+def space(model: Model, domains: dict[str, Domain], context: Context) -> Space:
+    return Space(model, domains["food"], context)
+
+
+def test_a_sketch_says_what_the_network_will_be(space: Space) -> None:
+    for choice in (Choice(1, 0.5, 0.25), Choice(2, 0.75, 1.0), Choice(2, 1.0, 0.1)):
+        shapes, hidden, neurons = space.sketch(choice)
+        network = space.cut(choice)
+        assert parameters_of(shapes) == size_of(network)
+        assert (hidden, neurons) == (network.config.hidden_size, network.config.intermediate_size)
+        assert network.config.num_hidden_layers == choice.layers
+
+
+def test_the_whole_network_scores_best(space: Space) -> None:
+    whole, some, few = (space.score(c) for c in (Choice(space.count, 1, 1), Choice(2, 0.75, 0.5), Choice(1, 0.25, 0.1)))
+    assert whole > max(some, few)
+
+
+def test_bytes_are_those_of_the_file(
+    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, space: Space
+) -> None:
+    shapes, _, _ = space.sketch(Choice(space.count, 1, 1))
+    assert bytes_of(shapes, 32) == model.bytes
+    for bits, group in ((8, 0), (4, 0)):
+        small = method("quantize").shrink(model, domains["food"], tmp_path / str(bits), context, bits=bits, group=group)
+        assert bytes_of(shapes, bits) == pytest.approx(small.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "bytes"])
+def test_a_budget_is_met(kind: str, model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path) -> None:
+    most = {"parameters": {"parameters": 0.5}, "bytes": {"bytes": model.bytes // 4, "bits": [32, 8]}}[kind]
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **SHORT, **most)
+    trials = made.manifest["metrics"]["trials"]
+    assert 1 <= len(trials) <= 6
+    if kind == "parameters":
+        assert made.parameters <= 0.5 * model.parameters
+        assert all(t["parameters"] <= 0.5 * model.parameters for t in trials)
+    else:
+        assert made.bytes <= 1.05 * (model.bytes // 4)
+        assert made.manifest["metrics"]["choice"]["bits"] in {32, 8}
+    assert load_network(made).config.num_labels == len(domains["food"].labels)
+
+
+def test_a_stopped_search_goes_on_with_the_same_result(
+    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> Model:
+        here = tmp_path / name
+        here.mkdir(exist_ok=True)
+        known: dict[str, Any] = {**SHORT, "parameters": 0.5}
+        out, scratch = tmp_path / f"{name}-out", replace(context, scratch=here)
+        return SEARCH.shrink(model, domains["food"], out, scratch, **known)
+
+    made, left, real = {"whole": run("whole")}, iter(range(3)), Space.score
+    with monkeypatch.context() as patched:
+        patched.setattr(Space, "score", lambda self, c: (next(left), real(self, c))[1])
+        with pytest.raises(StopIteration):
+            run("stopped")
+    made["stopped"] = run("stopped")
+    assert made["stopped"].digest == made["whole"].digest
+    assert made["stopped"].manifest["metrics"] == made["whole"].manifest["metrics"]
+
+
+def test_what_earlier_searches_found_is_tried_first(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    history = str(tmp_path / "history")
+    known: dict[str, Any] = {**SHORT, "parameters": 0.5, "history": history}
+    first = SEARCH.shrink(specialists["food"].model, domains["food"], tmp_path / "a", context, **known)
+    best = max(first.manifest["metrics"]["trials"], key=lambda t: t["score"])["choice"]
+    second = SEARCH.shrink(specialists["rail"].model, domains["rail"], tmp_path / "b", context, **known)
+    tried = [t["choice"] for t in second.manifest["metrics"]["trials"]]
+    assert {k: tried[0][k] for k in ("layers", "channels")} == {k: best[k] for k in ("layers", "channels")}
+    assert len(list(Path(history).glob("search-*.json"))) == 2
+    (tmp_path / "history" / "search-x.json").write_text(json.dumps({"asked": {"task": "text-classification"}}))
+    with pytest.raises(DataError) as caught:
+        SEARCH.shrink(specialists["rail"].model, domains["rail"], tmp_path / "c", context, **known)
+    assert caught.value.code == "history-broken"
+
+
+def test_a_time_is_met_when_it_is_measured(
+    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretended(self: Space, network: Any) -> float:
+        config = network.config
+        row = shape_row(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+        return sum(f * v for f, v in zip((0.2, 0.5, 40, 60), row, strict=True)) * slow
+
+    slow = 1.0
+    monkeypatch.setattr(Space, "milliseconds", pretended)
+    space = Space(model, domains["food"], context)
+    whole = space.milliseconds(space.cut(Choice(space.count, 1, 1)))
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, milliseconds=0.6 * whole, **SHORT)
+    assert space.milliseconds(load_network(made)) <= 1.05 * 0.6 * whole
+    trials = made.manifest["metrics"]["trials"]
+    assert max(t["milliseconds"] for t in trials) <= 0.6 * whole
+
+
+def test_a_table_of_another_machine(model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path) -> None:
+    rows = [
+        {"layers": n, "hidden": h, "neurons": f, "milliseconds": 1 + 2 * n + n * h * h / 1e5 + 3 * n * h * f / 1e5}
+        for n in (1, 3) for h in (16, 32) for f in (8, 64)
+    ]  # fmt: skip
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(rows))
+    assert search._factors(Space(model, domains["food"], context), str(table), tmp_path) == pytest.approx((1, 2, 1, 3))
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, milliseconds=3.2, table=str(table), **SHORT)
+    assert made.config["num_hidden_layers"] == 1  # two take at least five milliseconds there
+    for text in ("[]", "{", '[{"layers": 1}]', json.dumps([{**r, "milliseconds": 0} for r in rows])):
+        table.write_text(text)
+        with pytest.raises(DataError) as caught:
+            SEARCH.shrink(model, domains["food"], tmp_path / "n", context, milliseconds=3, table=str(table))
+        assert caught.value.code == "latency-table"
+
+
+def test_times_are_fitted_by_relative_error() -> None:
+    rows = [shape_row(n, h, f) for n in (1, 2, 6) for h in (64, 384) for f in (128, 1536)]
+    true = (0.5, 0.1, 2.0, 1.5)
+    times = [sum(a * b for a, b in zip(true, r, strict=True)) for r in rows]
+    assert fitted(rows, times) == pytest.approx(true, rel=1e-6)
+    assert min(fitted(rows, [t * (1.2 if i % 2 else 0.8) for i, t in enumerate(times)])) >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [({}, "bad-parameter"), ({"parameters": 10.0}, "target-not-met"), ({"bits": [5]}, "bad-parameter")],
+)
+def test_what_cannot_be_meant(
+    arguments: dict[str, Any], code: str, model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    with pytest.raises(FanbuError) as caught:
+        SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **{**SHORT, **arguments})
+    assert isinstance(caught.value, UsageError)
+    assert caught.value.code == code
+    assert not (tmp_path / "m").exists()
+
+
+def test_sub_networks_that_come_to_the_same_are_scored_once(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    real = _space.Space._scored
+    monkeypatch.setattr(Space, "_scored", lambda self, n: (scored.append(n), real(self, n))[1])
+    assert space.score(Choice(1, 0.5, 0.25)) == space.score(Choice(1, 0.51, 0.25))
+    assert len(scored) == 1
