@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fanbu.batches import Sequences, collate
@@ -54,17 +54,28 @@ def language(sequences: Sequences, pad: int, device: str) -> BatchLoss:
     return loss
 
 
-def soft_language(sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]], pad: int, device: str) -> BatchLoss:
-    """KL to the teacher's top-k next tokens (``losses.top_k_divergence``)."""
+def soft_language(
+    sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]], pad: int, device: str, share: float = 0.0
+) -> BatchLoss:
+    """(1 - share) KL to the teacher's top-k next tokens (``losses.top_k_divergence``) + share x that to true ones."""
 
     def loss(network: Any, rows: Sequence[int]) -> Tensor:
         batch = collate([sequences[i] for i in rows], pad, device)
         keep = batch["attention_mask"][:, 1:].bool()
         indices = torch.cat([targets[i][0] for i in rows]).long().to(device)
         probs = torch.cat([targets[i][1].float() for i in rows]).to(device)  # autocast does not join float16
-        return top_k_divergence(network(**batch).logits[:, :-1][keep], indices, probs)
+        logits = _of(network)(**batch).logits[:, :-1][keep]
+        soft = top_k_divergence(logits, indices, probs)
+        if not share:
+            return soft
+        return (1 - share) * soft + share * functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][keep])
 
     return loss
+
+
+def _of(network: Any) -> Any:
+    """The network itself, where it is trained together with other modules."""
+    return network["network"] if isinstance(network, nn.ModuleDict) else network
 
 
 Weigh = tuple[Divergence, float, float]  # which divergence, at what temperature, and how much true labels count

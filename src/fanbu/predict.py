@@ -96,12 +96,20 @@ def token_losses(network: Any, tokenizer: Any, texts: Sequence[str], context: Co
 
 
 def top_tokens(
-    network: Any, tokenizer: Any, texts: Sequence[str], context: Context, k: int
+    network: Any, tokenizer: Any, texts: Sequence[str], context: Context, k: int, *, sampled: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each text: indices [tokens - 1, k] and probabilities of the k likeliest next tokens."""
+    """For each text: indices [tokens - 1, k] and probabilities of the k likeliest next tokens; ``sampled``: of k that
+    are drawn, each with probability 1 / k."""
+    generator = torch.Generator().manual_seed(context.seeded("sampled tokens"))
 
     def reduce(logits_btv: Tensor, batch: dict[str, Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
         probs, indices = logits_btv.softmax(-1).topk(min(k, logits_btv.shape[-1]))
+        if sampled:
+            flat = logits_btv.softmax(-1).flatten(0, 1)
+            indices = torch.multinomial(flat, k, replacement=True, generator=generator).reshape(
+                *logits_btv.shape[:2], k
+            )
+            probs = torch.full(indices.shape, 1 / k)
         lengths = batch["attention_mask"].sum(1).tolist()
         return [(indices[i, : n - 1].int(), probs[i, : n - 1].half()) for i, n in enumerate(lengths)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,15 +11,17 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import nn
 
-from fanbu.batches import encode, pad_id
+from fanbu.batches import Sequences, encode, pad_id
 from fanbu.data.augment import augmented
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.heads import final_layer
 from fanbu.losses import Divergence
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
-from fanbu.objectives import taught_labels, taught_tokens
+from fanbu.objectives import Weigh, soft_language, taught_labels, taught_tokens
 from fanbu.predict import features, limit, validation_value
+from fanbu.shrink._teaching import likely_tokens, with_relations
+from fanbu.shrink._teaching import on_policy as written_anew
 from fanbu.shrink._tune import open_for
 from fanbu.tensors import load_tensors, save_tensors
 from fanbu.train import BatchLoss, set_up
@@ -33,8 +35,9 @@ def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
     teacher: str = "", divergence: Divergence = "forward", temperature: Annotated[float, Gt(0)] = 2.0,
     labels: Annotated[float, Ge(0), Le(1)] = 0.0, hidden: Annotated[float, Ge(0)] = 1.0,
-    augment: Annotated[int, Ge(0)] = 0,
-    cache: str = "", train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
+    relations: Annotated[float, Ge(0)] = 0.0, top_k: Annotated[int, Ge(0)] = 0, sampled: bool = False,
+    on_policy: Annotated[float, Ge(0), Le(1)] = 0.0, augment: Annotated[int, Ge(0)] = 0, cache: str = "",
+    train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
 ) -> Model:  # fmt: skip
     """Trains the parent, which keeps its size, on a teacher's answers to the training and unlabelled texts.
 
@@ -50,6 +53,12 @@ def shrink(
         temperature: t.
         labels: how much true labels (next tokens) count; texts without labels have the teacher alone.
         hidden: how much features count.
+        relations: how much relations between tokens in the last layer count (``_teaching.with_relations``); for
+            networks with separate queries, keys and values that read the same tokens.
+        top_k: causal models: the teacher says so many next tokens once, before training, instead of all at each step.
+            D is then the forward one at temperature 1.
+        sampled: whether those are drawn from its distribution (unbiased) instead of the likeliest.
+        on_policy: causal models: the share of texts whose second half the student writes anew each time.
         augment: so many variants of each text are added, which the teacher labels (``data.augment``).
         cache: a folder for the teacher's answers; those that are there, of the same teacher to the same texts, are
             taken again.
@@ -62,35 +71,92 @@ def shrink(
     References: Hinton et al. 2015; Romero et al. 2015 (FitNets, features through a learned map); Agarwal et al. 2024
         (GKD, divergences).
     """
+    asked = _Asked((divergence, temperature, labels), hidden, relations, top_k, sampled, on_policy, cache)
+    _check(domain, asked)
     network, tokenizer = open_for(parent, domain, context)
     chosen = _teacher(parent, domain, teacher, context)
     texts = [*domain.train.texts, *domain.unlabelled.texts]
     texts += augmented(texts, augment, context.seeded("augment", domain.name))
     sequences = encode(tokenizer, texts, limit(network, context))
     network.to(context.device)
-    student, weigh = nn.ModuleDict({"network": network}), (divergence, temperature, labels)
-    loss: BatchLoss
-    if domain.task == "text-classification":
-        h_nt, z_nl = _kept(cache, chosen, domain, texts, context)
-        if hidden:
-            set_up(context, "distill", domain.name)
-            student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
-        loss = taught_labels(sequences, h_nt, z_nl, domain.train.labels or (), pad_id(tokenizer), weigh, hidden)
-        head = nn.ModuleList([final_layer(network), *([student["map"]] if hidden else [])])
-    else:
-        _same_tokens(chosen, domain, tokenizer, texts[:64])
-        taught = load_network(chosen).to(context.device).eval()
-        loss, head = taught_tokens(sequences, taught, network, pad_id(tokenizer), weigh), None
+    student = nn.ModuleDict({"network": network})
+    taught = _by_labels if domain.task == "text-classification" else _by_tokens
+    loss, head = taught(student, tokenizer, chosen, domain, texts, sequences, asked, context)
     history = train_network(
         student, [len(s) for s in sequences], loss, train, context, f"distill {domain.name}", head=head,
         validate=(lambda _: validation_value(network, tokenizer, domain, context)) if len(domain.valid) else None,
     )  # fmt: skip
     made = provenance(
         "distill", [parent, chosen], context, domain=domain.name, divergence=divergence, temperature=temperature,
-        labels=labels, hidden=hidden, augment=augment, train=vars(train),
+        labels=labels, hidden=hidden, relations=relations, top_k=top_k, sampled=sampled, on_policy=on_policy,
+        augment=augment, train=vars(train),
     )  # fmt: skip
     metrics = {"steps": history.steps, **({"valid": max(history.values)} if history.values else {})}
     return save_network(network, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asked for, in the words of ``shrink``."""
+
+    weigh: Weigh
+    hidden: float
+    relations: float
+    top_k: int
+    sampled: bool
+    on_policy: float
+    cache: str
+
+
+Taught = tuple[BatchLoss, nn.Module | None]
+
+
+def _by_labels(
+    student: nn.ModuleDict, tokenizer: Any, teacher: Model, domain: Domain, texts: list[str], sequences: Sequences,
+    asked: _Asked, context: Context,
+) -> Taught:  # fmt: skip
+    """A classifier's loss, and the layers that learn at the head's rate."""
+    network, pad = student["network"], pad_id(tokenizer)
+    h_nt, z_nl = _kept(asked.cache, teacher, domain, texts, context)
+    if asked.hidden:
+        set_up(context, "distill", domain.name)
+        student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
+    loss = taught_labels(sequences, h_nt, z_nl, domain.train.labels or (), pad, asked.weigh, asked.hidden)
+    if asked.relations:
+        whole, other = load_network(teacher).to(context.device).eval(), load_tokenizer(teacher)
+        theirs = encode(other, texts, limit(network, context))
+        loss = with_relations(loss, asked.relations, network, whole, (sequences, theirs), (pad, pad_id(other)))
+    return loss, nn.ModuleList([final_layer(network), *([student["map"]] if asked.hidden else [])])
+
+
+def _by_tokens(
+    student: nn.ModuleDict, tokenizer: Any, teacher: Model, domain: Domain, texts: list[str], sequences: Sequences,
+    asked: _Asked, context: Context,
+) -> Taught:  # fmt: skip
+    """A causal model's loss."""
+    _same_tokens(teacher, domain, tokenizer, texts[:64])
+    network, pad = student["network"], pad_id(tokenizer)
+    if asked.top_k:
+        targets = likely_tokens(asked.cache, teacher, domain, texts, asked.top_k, asked.sampled, context)
+        return soft_language(sequences, targets, pad, context.device, asked.weigh[2]), None
+    whole = load_network(teacher).to(context.device).eval()
+    loss = taught_tokens(sequences, whole, network, pad, asked.weigh)
+    if asked.relations:
+        loss = with_relations(loss, asked.relations, network, whole, (sequences, sequences), (pad, pad))
+    if asked.on_policy:
+        loss = written_anew(loss, asked.on_policy, network, sequences, tokenizer.eos_token_id)
+    return loss, None
+
+
+def _check(domain: Domain, asked: _Asked) -> None:
+    wrong = {
+        "top_k and on_policy are for causal models": domain.task != "causal-lm" and (asked.top_k or asked.on_policy),
+        "sampled needs top_k": asked.sampled and not asked.top_k,
+        "answers that were kept know nothing of what the student writes, nor of relations": asked.top_k
+        and (asked.on_policy or asked.relations),
+    }
+    if said := [why for why, is_so in wrong.items() if is_so]:
+        raise UsageError("bad-parameter", f"distill: {said[0]}", remedy="leave one out")
 
 
 def _teacher(parent: Model, domain: Domain, named: str, context: Context) -> Model:
