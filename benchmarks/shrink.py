@@ -3,7 +3,8 @@
 Every small model comes from the same fine-tuned large model, whose rarely used tokens went first, and is distilled from
 it with the same plan; sizes are shares of the large encoder's parameters as it ships. Beside ours: Torch-Pruning
 (its Taylor importance and grouping), a random cut of our sizes, fresh weights in our sizes, TF-IDF regression.
-Milliseconds are for one text on one thread, tokenizing left out. The second part halves a small causal model.
+Milliseconds are for one text on one thread, tokenizing left out; beside the sizes stands a "fast" one of two wide
+layers. The other parts look at searches, and halve a small causal model.
 
 Run: python benchmarks/shrink.py [--quick] [--data DIR] [--domains NAME ...] [--work DIR] [--only PART ...]
 Parts: cut, speed, search, causal. A second run resumes; two runs on the same work folder with different --domains
@@ -53,6 +54,7 @@ class Size:
     """One ratio: how ours gets there after the vocabulary, and on what everything is distilled for how long.
 
     ``augment`` variants of each text come to the training texts, so an epoch has 1 + augment passes over as many rows.
+    A ratio of 0 stands for sizes by shares alone.
     """
 
     ratio: int
@@ -79,6 +81,14 @@ SIZES = {
         Size(8, (_width(8, neurons=0.1, channels=0.3),), 3, 2, 1e-3),
     )
 }
+# for speed alone: few wide layers, whose cost does not lie in small steps; no peers
+FAST = Size(
+    0,
+    (("depth", {"layers": 2, "train": None}), ("width", {"neurons": 0.5, "channels": 0.9, "train": None})),
+    4,
+    2,
+    1e-3,
+)
 PARTS = ("cut", "speed", "search", "causal")
 OURS, PEERS = "fanbu", ("Torch-Pruning", "random cut", "from scratch")
 
@@ -133,9 +143,7 @@ def large_model(bench: Bench) -> Model:
 def small_models(bench: Bench, teacher: Model, size: Size) -> dict[str, Model]:
     """Ours and the peers' at one size, all distilled alike."""
     fewer = bench.step("vocabulary", teacher, **VOCABULARY)
-    cut = fewer
-    for name, arguments in size.steps:
-        cut = bench.step(name, cut, **arguments)
+    cut = _cut(bench, fewer, size)
     cuts = {OURS: cut}
     cuts["Torch-Pruning"] = bench.model(
         "torch-pruning", "fanbu.model", {"parent": fewer.digest, "most": size.most},
@@ -149,6 +157,12 @@ def small_models(bench: Bench, teacher: Model, size: Size) -> dict[str, Model]:
         "scratch", "fanbu.model", {"like": cut.digest}, lambda out, c: from_scratch(cut, out, c)
     )
     return {name: bench.distilled(m, teacher, size) for name, m in cuts.items()}
+
+
+def _cut(bench: Bench, fewer: Model, size: Size) -> Model:
+    for name, arguments in size.steps:
+        fewer = bench.step(name, fewer, **arguments)
+    return fewer
 
 
 def judged(bench: Bench, model: Model) -> Contribution:
@@ -227,8 +241,10 @@ def speed_part(benches: Mapping[str, Bench], models: Any) -> tuple[str, dict[str
     large, found = models
     measured: dict[str, dict[str, list[dict[str, float]]]] = {"large": {f: [] for f in FORMS}}
     for name, bench in benches.items():
-        by_size = {"large": large[name][0], **{f"1/{r}": by[OURS][name][0] for r, by in found.items()}}
-        for which, model in by_size.items():
+        fewer = bench.step("vocabulary", large[name][0], **VOCABULARY)
+        fast = bench.distilled(_cut(bench, fewer, FAST), large[name][0], FAST)
+        by_size = {"large": large[name][0], **{f"1/{r}": by[OURS][name][0] for r, by in found.items() if r > 2}}
+        for which, model in {**by_size, "fast": fast}.items():
             for form in FORMS:
                 measured.setdefault(which, {f: [] for f in FORMS})[form].append(_measured(bench, model, form))
                 print(name, which, form, measured[which][form][-1], flush=True)
@@ -321,11 +337,11 @@ def main() -> int:
             text, got, holds = causal(args.quick, args.work, context)
             texts, values, bars = [*texts, text], {**values, "causal": got}, [*bars, *holds]
     print("\n\n".join(texts), flush=True)
-    part = args.domains or args.ratios or len(args.only) < len(PARTS)
-    if part:
-        write_text(args.work / f"shrink-part-{'-'.join(names)}.json", json.dumps(values, indent=1))
+    if args.domains or args.ratios:  # a share of the work, for a later run to put together
+        write_text(args.work / f"shrink-{'-'.join(names)}.json", json.dumps(values, indent=1))
         return 0 if all(b["holds"] for b in bars) else 1
-    return finish("shrink-quick" if args.quick else "shrink", "\n\n".join(texts), values, bars)
+    name = "-".join(["shrink", *(args.only if len(args.only) < len(PARTS) else []), *(["quick"] if args.quick else [])])
+    return finish(name, "\n\n".join(texts), values, bars)
 
 
 if __name__ == "__main__":
