@@ -50,7 +50,8 @@ def by_torch_pruning(parent: Model, domain: Domain, out: Path, context: Context,
     attention = [layer.attention.self for layer in network.bert.encoder.layer]
     share = heads / network.config.num_attention_heads + 1e-6  # it takes the whole part of heads x share
     ratios = {
-        layer.intermediate.dense: 1 - neurons / network.config.intermediate_size for layer in network.bert.encoder.layer
+        layer.intermediate.dense: 1 - neurons / network.config.intermediate_size - 1e-6
+        for layer in network.bert.encoder.layer
     }
     ids = torch.tensor([tokenizer("a text of a few words")["input_ids"]])
     pruner = tp.pruner.MetaPruner(

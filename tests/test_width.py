@@ -15,7 +15,7 @@ from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.merging.gram import grams, linear_layers
-from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import class_logits
 from fanbu.shrink import width
 from fanbu.shrink._units import Keep, best, columns, counted, follows, importances, narrowed, size_of, units
@@ -286,3 +286,14 @@ def test_pooled_rows_are_no_tokens_where_a_text_has_as_many_as_the_hidden_size(
     found, _ = grams(network, tokenizer, [text], ["classifier.weight"], Context(max_length=hidden, threads=1))
     assert len(tokenizer(text)["input_ids"]) >= hidden
     assert int(torch.linalg.matrix_rank(found["classifier.weight"])) == 1  # one text, one pooled row
+
+
+def test_channels_stay_a_multiple_of_heads_as_configs_insist(
+    llama: Path, texts: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    model = open_model(llama)
+    for share, hidden in ((0.7, 24), (0.55, 16), (0.05, 4)):
+        made = WIDTH.shrink(model, texts["food"], tmp_path / str(share), context, channels=share, **BARE)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(made.path)
+        assert plain.config.hidden_size == hidden
+        assert plain(torch.tensor([[3, 4, 5]])).logits.isfinite().all()

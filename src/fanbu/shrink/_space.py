@@ -20,7 +20,19 @@ from fanbu.model import Model
 from fanbu.predict import features, limit, token_losses
 from fanbu.shrink._rounding import on_grid
 from fanbu.shrink._tune import open_for
-from fanbu.shrink._units import Keep, Shapes, Units, best, counted, importances, narrowed, shapes_of, shapes_with, units
+from fanbu.shrink._units import (
+    Keep,
+    Shapes,
+    Units,
+    best,
+    channels_counted,
+    counted,
+    importances,
+    narrowed,
+    shapes_of,
+    shapes_with,
+    units,
+)
 from fanbu.shrink.depth import influence, keep_layers, layers_of
 from fanbu.types import Context
 
@@ -81,9 +93,9 @@ class Space:
         """How many units of each set stay."""
         assert found.channels is not None
         counts = {s.name: counted(s.units, choice.neurons) for s in found.of("neurons")}
-        hidden = counted(found.channels.units, choice.channels)
         heads = found.of("heads")
-        if heads and not found.free_heads:
+        hidden = channels_counted(found.channels.units, choice.channels, heads[0].units)
+        if not found.free_heads:
             some = counted(heads[0].units // heads[0].group, choice.channels) * heads[0].group
             counts |= {s.name: some for s in heads}
             hidden = some * (found.channels.units // heads[0].units)

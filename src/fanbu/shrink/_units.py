@@ -277,6 +277,12 @@ def counted(total: int, share: float) -> int:
     return max(unit, min(total, round(total * share / unit) * unit))
 
 
+def channels_counted(total: int, share: float, heads: int) -> int:
+    """How many channels stay where heads are free: a multiple of the number of heads, which plain configs insist on."""
+    wanted = counted(total, share)
+    return max(heads, min(total // heads, round(wanted / heads)) * heads)
+
+
 # The smaller network
 
 

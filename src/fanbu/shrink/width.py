@@ -26,6 +26,7 @@ from fanbu.shrink._units import (
     Keep,
     Units,
     best,
+    channels_counted,
     columns,
     counted,
     first_units,
@@ -166,9 +167,11 @@ def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
             counts[s.name] = counted(s.units // s.group, share) * s.group
     if found.channels and shares["channels"] < 1:
         total = found.channels.units
-        hidden = counted(total, shares["channels"])
-        if not found.free_heads:  # heads keep their width
-            hidden = counts[heads[0].name] * (total // heads[0].units)
+        some = counts.get(heads[0].name, heads[0].units)
+        # heads keep their width, where the config has none for them
+        hidden = (
+            channels_counted(total, shares["channels"], some) if found.free_heads else some * (total // heads[0].units)
+        )
         counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
     return counts
 
