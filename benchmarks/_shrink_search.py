@@ -43,11 +43,14 @@ def searching(
     for name, (teacher, domain) in list(large.items())[:2]:
         whole = _took(teacher, domain, context)
         for share in (0.6, 0.35):
-            for way, more in (("width", {"neurons": 0.02, "channels": 0.15, "train": None}),
-                              ("search", {**SHORT, "trials": 10})):  # fmt: skip
+            for way in ("width", "search"):
                 out = work / "timed" / f"{name}-{way}-{share}"
                 shutil.rmtree(out, ignore_errors=True)  # a time of another day is no measure
-                made = _made(way, out, teacher, domain, context, milliseconds=share * whole, **more)
+                most = {"milliseconds": share * whole}
+                more = {**most, "neurons": 0.02, "channels": 0.15, "train": None}
+                if way == "search":
+                    more = {"budget": most, **SHORT, "trials": 10}
+                made = _made(way, out, teacher, domain, context, **more)
                 took = _took(made, domain, context)
                 off.append(took / (share * whole))
                 rows.append([name, f"{whole:.2f}", f"{share * whole:.2f}", way, f"{took:.2f}", f"{off[-1]:.2f}"])
@@ -76,7 +79,8 @@ def _warm(
                     for file in (folder / f"history-cold-{other}").glob("*.json"):
                         shutil.copyfile(file, history / file.name)
             made = _made(
-                "search", folder / f"{kind}-{name}", teacher, domain, context, parameters=float(most), tokens=[4000],
+                "search", folder / f"{kind}-{name}", teacher, domain, context,
+                budget={"parameters": float(most)}, tokens=[4000],
                 trials=TRIALS, history=str(history), **SHORT,
             )  # fmt: skip
             scores = [t["score"] for t in made.manifest["metrics"]["trials"]]

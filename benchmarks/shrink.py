@@ -115,18 +115,20 @@ class Bench:
         """One way down."""
         way = method(name, "shrink")
         inputs = {"parent": parent.digest, "arguments": json.dumps(arguments, sort_keys=True)}
-        more = {"cache": str(self.work / "answers")} if name == "distill" else {}
+        given = dict(arguments)
+        if name == "distill":
+            given["extra"] = {**given["extra"], "cache": str(self.work / "answers")}
 
         def make(out: Path, context: Context) -> Model:
             known = replace(context, forebears=tuple(m.path for m in forebears))
-            return way.shrink(parent, self.domain, out, known, **arguments, **more)
+            return way.shrink(parent, self.domain, out, known, **given)
 
         return self.model(name, way.module, inputs, make)
 
     def distilled(self, cut: Model, teacher: Model, size: Size) -> Model:
         """The same for all."""
         plan = {**PLAN, "epochs": size.epochs, "lr": size.lr}
-        return self.step("distill", cut, (teacher,), augment=size.augment, train=plan)
+        return self.step("distill", cut, (teacher,), extra={"augment": size.augment}, train=plan)
 
 
 def large_model(bench: Bench) -> Model:

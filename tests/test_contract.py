@@ -208,7 +208,8 @@ def test_a_way_down_makes_a_plain_specialist(
     way: Method, incumbent: Model, specialists: dict[str, Specialist], domains: dict[str, Domain], context: Context,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    arguments = {**quick(way), **({"layers": 2} if way.name == "depth" else {})}
+    needed: dict[str, dict[str, Any]] = {"depth": {"layers": 2}, "search": {"budget": {"parameters": 0.6}, "trials": 3}}
+    arguments = {**quick(way), **needed.get(way.name, {})}
     context = dataclasses.replace(context, forebears=(specialists["food"].model.path,))
     made = way.shrink(incumbent, domains["food"], tmp_path / "one", context, **arguments)
     again = way.shrink(incumbent, domains["food"], tmp_path / "two", context, **arguments)

@@ -173,9 +173,16 @@ def test_answers_are_kept_and_told_apart(
     model, asked = specialists["food"].model, []
     real = distill._answers
     monkeypatch.setattr(distill, "_answers", lambda *a: (asked.append(1), real(*a))[1])
-    known: dict[str, Any] = {"teacher": str(model.path), "cache": str(tmp_path / "answers"), "train": Train(epochs=1)}
+    known: dict[str, Any] = {"teacher": str(model.path), "train": Train(epochs=1)}
     made = [
-        DISTILL.shrink(model, domains["food"], tmp_path / str(n), context, augment=augment, **known)
+        DISTILL.shrink(
+            model,
+            domains["food"],
+            tmp_path / str(n),
+            context,
+            extra={"augment": augment, "cache": str(tmp_path / "answers")},
+            **known,
+        )
         for n, augment in enumerate((0, 0, 1))
     ]
     assert len(asked) == 2

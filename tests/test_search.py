@@ -59,7 +59,10 @@ def test_bytes_are_those_of_the_file(
 
 @pytest.mark.parametrize("kind", ["parameters", "bytes"])
 def test_a_budget_is_met(kind: str, model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path) -> None:
-    most = {"parameters": {"parameters": 0.5}, "bytes": {"bytes": model.bytes // 4, "bits": [32, 8]}}[kind]
+    most: dict[str, Any] = {
+        "parameters": {"budget": {"parameters": 0.5}},
+        "bytes": {"budget": {"bytes": model.bytes // 4}, "bits": [32, 8]},
+    }[kind]
     made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **SHORT, **most)
     trials = made.manifest["metrics"]["trials"]
     assert 1 <= len(trials) <= 6
@@ -78,7 +81,7 @@ def test_a_stopped_search_goes_on_with_the_same_result(
     def run(name: str) -> Model:
         here = tmp_path / name
         here.mkdir(exist_ok=True)
-        known: dict[str, Any] = {**SHORT, "parameters": 0.5}
+        known: dict[str, Any] = {**SHORT, "budget": {"parameters": 0.5}}
         out, scratch = tmp_path / f"{name}-out", replace(context, scratch=here)
         return SEARCH.shrink(model, domains["food"], out, scratch, **known)
 
@@ -96,7 +99,7 @@ def test_what_earlier_searches_found_is_tried_first(
     specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path
 ) -> None:
     history = str(tmp_path / "history")
-    known: dict[str, Any] = {**SHORT, "parameters": 0.5, "history": history}
+    known: dict[str, Any] = {**SHORT, "budget": {"parameters": 0.5}, "history": history}
     first = SEARCH.shrink(specialists["food"].model, domains["food"], tmp_path / "a", context, **known)
     best = max(first.manifest["metrics"]["trials"], key=lambda t: t["score"])["choice"]
     second = SEARCH.shrink(specialists["rail"].model, domains["rail"], tmp_path / "b", context, **known)
@@ -121,7 +124,7 @@ def test_a_time_is_met_when_it_is_measured(
     monkeypatch.setattr(Space, "milliseconds", pretended)
     space = Space(model, domains["food"], context)
     whole = space.milliseconds(space.cut(Choice(space.count, 1, 1)))
-    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, milliseconds=0.6 * whole, **SHORT)
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, budget={"milliseconds": 0.6 * whole}, **SHORT)
     assert space.milliseconds(load_network(made)) <= 1.05 * 0.6 * whole
     trials = made.manifest["metrics"]["trials"]
     assert max(t["milliseconds"] for t in trials) <= 0.6 * whole
@@ -135,12 +138,16 @@ def test_a_table_of_another_machine(model: Model, domains: dict[str, Domain], co
     table = tmp_path / "table.json"
     table.write_text(json.dumps(rows))
     assert search._factors(Space(model, domains["food"], context), str(table), tmp_path) == pytest.approx((1, 2, 1, 3))
-    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, milliseconds=3.2, table=str(table), **SHORT)
+    made = SEARCH.shrink(
+        model, domains["food"], tmp_path / "m", context, budget={"milliseconds": 3.2, "table": str(table)}, **SHORT
+    )
     assert made.config["num_hidden_layers"] == 1  # two take at least five milliseconds there
     for text in ("[]", "{", '[{"layers": 1}]', json.dumps([{**r, "milliseconds": 0} for r in rows])):
         table.write_text(text)
         with pytest.raises(DataError) as caught:
-            SEARCH.shrink(model, domains["food"], tmp_path / "n", context, milliseconds=3, table=str(table))
+            SEARCH.shrink(
+                model, domains["food"], tmp_path / "n", context, budget={"milliseconds": 3.0, "table": str(table)}
+            )
         assert caught.value.code == "latency-table"
 
 
@@ -154,7 +161,12 @@ def test_times_are_fitted_by_relative_error() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [({}, "bad-parameter"), ({"parameters": 10.0}, "target-not-met"), ({"bits": [5]}, "bad-parameter")],
+    [
+        ({}, "bad-parameter"),
+        ({"budget": {"parameters": 10.0}}, "target-not-met"),
+        ({"budget": {"weight": 1}}, "bad-parameter"),
+        ({"bits": [5]}, "bad-parameter"),
+    ],
 )
 def test_what_cannot_be_meant(
     arguments: dict[str, Any], code: str, model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path

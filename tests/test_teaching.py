@@ -82,7 +82,7 @@ def test_a_student_learns_relations(
     off = {}
     for name, weight in {"without": 0.0, "with": 3.0}.items():
         made = DISTILL.shrink(
-            cut, domain, tmp_path / name, context, teacher=str(model.path), relations=weight, train=TRAIN
+            cut, domain, tmp_path / name, context, teacher=str(model.path), extra={"relations": weight}, train=TRAIN
         )
         with torch.no_grad():
             off[name] = float(_relations_of(load_network(made), whole, sequences))
@@ -110,7 +110,8 @@ def test_kept_tokens_teach(
     real = _teaching.top_tokens
     monkeypatch.setattr(_teaching, "top_tokens", lambda *a, **k: (asked.append(1), real(*a, **k))[1])
     known: dict[str, Any] = {
-        "teacher": str(tuned.path), "top_k": 8, "sampled": sampled, "cache": str(tmp_path / "kept"),
+        "teacher": str(tuned.path),
+        "extra": {"top_k": 8, "sampled": sampled, "cache": str(tmp_path / "kept")},
         "train": Train(epochs=8, lr=5e-3, batch_size=8, patience=0),
     }  # fmt: skip
     made = [DISTILL.shrink(base, domain, tmp_path / f"m{n}", context, **known) for n in range(2)]
@@ -156,7 +157,14 @@ def test_the_students_own_texts_are_taught(
         assert len(new) <= len(old)
     assert seen != before[:6]
     made = DISTILL.shrink(
-        base, domain, tmp_path / "m", context, teacher=str(tuned.path), divergence="reverse", on_policy=0.5, train=TRAIN
+        base,
+        domain,
+        tmp_path / "m",
+        context,
+        teacher=str(tuned.path),
+        divergence="reverse",
+        extra={"on_policy": 0.5},
+        train=TRAIN,
     )
     sums = [token_losses(load_network(m), tokenizer, domain.test.texts, context).sum(0) for m in (base, made)]
     assert sums[1][0] < sums[0][0]
@@ -170,7 +178,7 @@ def test_what_does_not_go_together(
     arguments: dict[str, Any], tuned: Model, texts: dict[str, Domain], context: Context, tmp_path: Path
 ) -> None:
     with pytest.raises(FanbuError, match="bad-parameter"):
-        DISTILL.shrink(tuned, texts["food"], tmp_path / "m", context, teacher=str(tuned.path), **arguments)
+        DISTILL.shrink(tuned, texts["food"], tmp_path / "m", context, teacher=str(tuned.path), extra=arguments)
 
 
 def test_relations_need_the_same_tokens(
@@ -179,6 +187,8 @@ def test_relations_need_the_same_tokens(
     model, domain = specialists["food"].model, domains["food"]
     fewer = method("vocabulary").shrink(model, domain, tmp_path / "v", context, max_tokens=90)
     with pytest.raises(FitError, match="other-tokenizer"):
-        DISTILL.shrink(fewer, domain, tmp_path / "m", context, teacher=str(model.path), relations=1.0, train=TRAIN)
+        DISTILL.shrink(
+            fewer, domain, tmp_path / "m", context, teacher=str(model.path), extra={"relations": 1.0}, train=TRAIN
+        )
     with pytest.raises(FanbuError, match="bad-parameter"):
-        DISTILL.shrink(model, domain, tmp_path / "m", context, teacher=str(model.path), top_k=4)
+        DISTILL.shrink(model, domain, tmp_path / "m", context, teacher=str(model.path), extra={"top_k": 4})

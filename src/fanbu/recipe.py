@@ -344,9 +344,15 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
 
 def _taught(step: Step, folder: Path) -> Step:
     """A teacher that is a folder is found from the recipe's; so are the places that a way down writes to and reads."""
-    paths = {n: step.arguments[n] for n in ("teacher", "table", "history", "cache") if step.arguments.get(n)}
-    found = {n: str((folder / p).resolve()) for n, p in paths.items() if n != "teacher" or (folder / p).is_dir()}
-    return Step.model_validate({"method": step.method, **step.arguments, **found})
+    found = dict(step.arguments)
+    for name in ("teacher", "history"):
+        if (path := found.get(name)) and (name != "teacher" or (folder / path).is_dir()):
+            found[name] = str((folder / path).resolve())
+    for block, name in (("extra", "cache"), ("budget", "table")):
+        inner = found.get(block)
+        if isinstance(inner, Mapping) and inner.get(name):
+            found[block] = {**inner, name: str((folder / str(inner[name])).resolve())}
+    return Step.model_validate({"method": step.method, **found})
 
 
 def _absolute(source: Any, folder: Path) -> Any:

@@ -113,8 +113,8 @@ def _searched(model: Model) -> dict[str, Any]:
     trials = model.manifest.get("metrics", {}).get("trials") if model.manifest.get("method") == "search" else None
     if not trials:
         return {}
-    made = model.manifest["parameters"]
-    kind = next(k for k in ("milliseconds", "bytes", "parameters") if made[k])
+    budget = model.manifest["parameters"]["budget"]
+    kind = next(k for k in ("milliseconds", "bytes", "parameters") if budget[k])
     return {"searched_by": kind, "searched": [{"size": t[kind], "score": t["score"]} for t in trials]}
 
 

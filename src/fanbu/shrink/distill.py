@@ -31,13 +31,34 @@ from fanbu.types import Context, Train, digest
 CHANGES: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What else a student is taught on, and by.
+
+    ``augment``: so many variants of each text are added, which the teacher labels (``data.augment``). ``cache``: a
+    folder for the teacher's answers; those that are there, of the same teacher to the same texts, are taken again.
+    ``relations``: how much relations between tokens in the last layer count (``_teaching.with_relations``); for
+    networks with separate queries, keys and values that read the same tokens. Causal models: ``top_k``: the teacher
+    says so many next tokens once, before training, instead of all at each step, and D is the forward one at
+    temperature 1; ``sampled``: these are drawn from its distribution (unbiased) instead of the likeliest;
+    ``on_policy``: the share of texts whose second half the student writes anew each time.
+    """
+
+    augment: Annotated[int, Ge(0)] = 0
+    cache: str = ""
+    relations: Annotated[float, Ge(0)] = 0.0
+    top_k: Annotated[int, Ge(0)] = 0
+    sampled: bool = False
+    on_policy: Annotated[float, Ge(0), Le(1)] = 0.0
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it
+
+
 def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
     teacher: str = "", divergence: Divergence = "forward", temperature: Annotated[float, Gt(0)] = 2.0,
     labels: Annotated[float, Ge(0), Le(1)] = 0.0, hidden: Annotated[float, Ge(0)] = 1.0,
-    relations: Annotated[float, Ge(0)] = 0.0, top_k: Annotated[int, Ge(0)] = 0, sampled: bool = False,
-    on_policy: Annotated[float, Ge(0), Le(1)] = 0.0, augment: Annotated[int, Ge(0)] = 0, cache: str = "",
-    train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
+    extra: Extra = Extra(), train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
 ) -> Model:  # fmt: skip
     """Trains the parent, which keeps its size, on a teacher's answers to the training and unlabelled texts.
 
@@ -53,15 +74,7 @@ def shrink(
         temperature: t.
         labels: how much true labels (next tokens) count; texts without labels have the teacher alone.
         hidden: how much features count.
-        relations: how much relations between tokens in the last layer count (``_teaching.with_relations``); for
-            networks with separate queries, keys and values that read the same tokens.
-        top_k: causal models: the teacher says so many next tokens once, before training, instead of all at each step.
-            D is then the forward one at temperature 1.
-        sampled: whether those are drawn from its distribution (unbiased) instead of the likeliest.
-        on_policy: causal models: the share of texts whose second half the student writes anew each time.
-        augment: so many variants of each text are added, which the teacher labels (``data.augment``).
-        cache: a folder for the teacher's answers; those that are there, of the same teacher to the same texts, are
-            taken again.
+        extra: what else it is taught on, and by (``Extra``).
         train: how to train; the epoch that is best on validation rows is kept.
 
     Raises:
@@ -71,12 +84,12 @@ def shrink(
     References: Hinton et al. 2015; Romero et al. 2015 (FitNets, features through a learned map); Agarwal et al. 2024
         (GKD, divergences).
     """
-    asked = _Asked((divergence, temperature, labels), hidden, relations, top_k, sampled, on_policy, cache)
-    _check(domain, asked)
+    _check(domain, extra)
+    asked = _Asked((divergence, temperature, labels), hidden, extra)
     network, tokenizer = open_for(parent, domain, context)
     chosen = _teacher(parent, domain, teacher, context)
     texts = [*domain.train.texts, *domain.unlabelled.texts]
-    texts += augmented(texts, augment, context.seeded("augment", domain.name))
+    texts += augmented(texts, extra.augment, context.seeded("augment", domain.name))
     sequences = encode(tokenizer, texts, limit(network, context))
     network.to(context.device)
     student = nn.ModuleDict({"network": network})
@@ -88,8 +101,7 @@ def shrink(
     )  # fmt: skip
     made = provenance(
         "distill", [parent, chosen], context, domain=domain.name, divergence=divergence, temperature=temperature,
-        labels=labels, hidden=hidden, relations=relations, top_k=top_k, sampled=sampled, on_policy=on_policy,
-        augment=augment, train=vars(train),
+        labels=labels, hidden=hidden, extra={k: v for k, v in vars(extra).items() if k != "cache"}, train=vars(train),
     )  # fmt: skip
     metrics = {"steps": history.steps, **({"valid": max(history.values)} if history.values else {})}
     return save_network(network, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
@@ -101,11 +113,7 @@ class _Asked:
 
     weigh: Weigh
     hidden: float
-    relations: float
-    top_k: int
-    sampled: bool
-    on_policy: float
-    cache: str
+    extra: Extra
 
 
 Taught = tuple[BatchLoss, nn.Module | None]
@@ -117,15 +125,15 @@ def _by_labels(
 ) -> Taught:  # fmt: skip
     """A classifier's loss, and the layers that learn at the head's rate."""
     network, pad = student["network"], pad_id(tokenizer)
-    h_nt, z_nl = _kept(asked.cache, teacher, domain, texts, context)
+    h_nt, z_nl = _kept(asked.extra.cache, teacher, domain, texts, context)
     if asked.hidden:
         set_up(context, "distill", domain.name)
         student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
     loss = taught_labels(sequences, h_nt, z_nl, domain.train.labels or (), pad, asked.weigh, asked.hidden)
-    if asked.relations:
+    if asked.extra.relations:
         whole, other = load_network(teacher).to(context.device).eval(), load_tokenizer(teacher)
         theirs = encode(other, texts, limit(network, context))
-        loss = with_relations(loss, asked.relations, network, whole, (sequences, theirs), (pad, pad_id(other)))
+        loss = with_relations(loss, asked.extra.relations, network, whole, (sequences, theirs), (pad, pad_id(other)))
     return loss, nn.ModuleList([final_layer(network), *([student["map"]] if asked.hidden else [])])
 
 
@@ -136,24 +144,26 @@ def _by_tokens(
     """A causal model's loss."""
     _same_tokens(teacher, domain, tokenizer, texts[:64])
     network, pad = student["network"], pad_id(tokenizer)
-    if asked.top_k:
-        targets = likely_tokens(asked.cache, teacher, domain, texts, asked.top_k, asked.sampled, context)
+    if asked.extra.top_k:
+        targets = likely_tokens(
+            asked.extra.cache, teacher, domain, texts, asked.extra.top_k, asked.extra.sampled, context
+        )
         return soft_language(sequences, targets, pad, context.device, asked.weigh[2]), None
     whole = load_network(teacher).to(context.device).eval()
     loss = taught_tokens(sequences, whole, network, pad, asked.weigh)
-    if asked.relations:
-        loss = with_relations(loss, asked.relations, network, whole, (sequences, sequences), (pad, pad))
-    if asked.on_policy:
-        loss = written_anew(loss, asked.on_policy, network, sequences, tokenizer.eos_token_id)
+    if asked.extra.relations:
+        loss = with_relations(loss, asked.extra.relations, network, whole, (sequences, sequences), (pad, pad))
+    if asked.extra.on_policy:
+        loss = written_anew(loss, asked.extra.on_policy, network, sequences, tokenizer.eos_token_id)
     return loss, None
 
 
-def _check(domain: Domain, asked: _Asked) -> None:
+def _check(domain: Domain, extra: Extra) -> None:
     wrong = {
-        "top_k and on_policy are for causal models": domain.task != "causal-lm" and (asked.top_k or asked.on_policy),
-        "sampled needs top_k": asked.sampled and not asked.top_k,
-        "answers that were kept know nothing of what the student writes, nor of relations": asked.top_k
-        and (asked.on_policy or asked.relations),
+        "top_k and on_policy are for causal models": domain.task != "causal-lm" and (extra.top_k or extra.on_policy),
+        "sampled needs top_k": extra.sampled and not extra.top_k,
+        "answers that were kept know nothing of what the student writes, nor of relations": extra.top_k
+        and (extra.on_policy or extra.relations),
     }
     if said := [why for why, is_so in wrong.items() if is_so]:
         raise UsageError("bad-parameter", f"distill: {said[0]}", remedy="leave one out")

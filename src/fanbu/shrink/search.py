@@ -36,7 +36,24 @@ _WARM = 6  # choices of earlier searches that are tried first
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds; 0 stands for none. ``factors`` are those of ``_space.shape_row``."""
+    """Upper bounds; 0 stands for none.
+
+    ``parameters``: at most so many; up to 1 as a share of the parent's. ``bytes``: for the weights on disk.
+    ``milliseconds``: for one text at batch 1, on this machine or on that of ``table``, a JSON file:
+    [{"layers": 6, "hidden": 384, "neurons": 1536, "milliseconds": 5.1}, ...], at least four rows.
+    """
+
+    parameters: Annotated[float, Ge(0)] = 0.0
+    bytes: Annotated[int, Ge(0)] = 0
+    milliseconds: Annotated[float, Ge(0)] = 0.0
+    table: str = ""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """A budget in numbers: ``factors`` are those of ``_space.shape_row``."""
 
     parameters: float
     bytes: int
@@ -61,10 +78,9 @@ class Budget:
 
 def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
-    parameters: Annotated[float, Ge(0)] = 0.0, bytes: Annotated[int, Ge(0)] = 0,
-    milliseconds: Annotated[float, Ge(0)] = 0.0, table: str = "", tokens: Sequence[int] = (),
-    bits: Sequence[Bits] = (32,), trials: Annotated[int, Ge(1)] = 40, finalists: Annotated[int, Ge(1)] = 2,
-    history: str = "", augment: Annotated[int, Ge(0)] = 3, train: Train = Train(epochs=4, lr=1e-3, dropout=0.0),
+    budget: Budget = Budget(), tokens: Sequence[int] = (), bits: Sequence[Bits] = (32,),
+    trials: Annotated[int, Ge(1)] = 40, finalists: Annotated[int, Ge(1)] = 2, history: str = "",
+    augment: Annotated[int, Ge(0)] = 3, train: Train = Train(epochs=4, lr=1e-3, dropout=0.0),
 ) -> Model:  # fmt: skip
     """Finds the sub-network within a budget that promises most, and distils it from the parent.
 
@@ -75,11 +91,7 @@ def shrink(
     ``width`` cut, distilled, and compared on validation rows; a choice with fewer bits is then quantized.
 
     Args:
-        parameters: at most so many; up to 1 as a share of the parent's.
-        bytes: at most so many for the weights on disk.
-        milliseconds: at most so long for one text at batch 1 on this machine, or on that of ``table``.
-        table: a JSON file of another machine: [{"layers": 6, "hidden": 384, "neurons": 1536, "milliseconds": 5.1},
-            ...], at least four rows. A time is fitted as a + b L + c L h^2 + d L h n.
+        budget: what it is to fit (``Budget``). A time is fitted as a + b L + c L h^2 + d L h n.
         tokens: sizes of vocabulary to choose between (``vocabulary``'s max_tokens); none: it is left alone.
         bits: what to choose between for the weights on disk (``quantize``).
         trials: how many sub-networks are scored.
@@ -97,9 +109,9 @@ def shrink(
 
     References: Cai et al. 2020 (Once-for-all; weight sharing); Bergstra et al. 2011 (the sampler).
     """
-    if not (parameters or bytes or milliseconds):
+    if not (budget.parameters or budget.bytes or budget.milliseconds):
         raise UsageError(
-            "bad-parameter", "search has no budget", allowed="parameters, bytes or milliseconds", got=0,
+            "bad-parameter", "search has no budget", allowed="budget: parameters, bytes or milliseconds", got=0,
             remedy="say how small or how fast it is to be",
         )  # fmt: skip
     if domain.task == "text-classification" and not set(domain.full_labels) <= set(parent.labels):
@@ -109,23 +121,21 @@ def shrink(
         )  # fmt: skip
     with _places(context) as place:
         spaces = _spaces(parent, domain, tokens, place, context)
-        most = parameters * parent.parameters if parameters <= 1 else parameters
-        factors = _factors(spaces[0], table, place) if milliseconds else ()
-        budget = Budget(most, bytes, milliseconds, factors, not table)
-        asked = _asked(domain, parent, budget)
-        found = _trials(spaces, budget, list(bits), trials, _earlier(history, asked), place, context)
+        bounds = _bounds(budget, parent, spaces[0], place)
+        asked = _asked(domain, parent, bounds)
+        found = _trials(spaces, bounds, list(bits), trials, _earlier(history, asked), place, context)
         _remember(history, asked, found)
         chosen = sorted(found, key=lambda t: -t["score"])[:finalists]
         made = [
-            _made(n, Choice(**t["choice"]), spaces, parent, domain, budget, place, context, augment, train)
+            _made(n, Choice(**t["choice"]), spaces, parent, domain, bounds, place, context, augment, train)
             for n, t in enumerate(chosen)
         ]
         values = [_value(m, domain, context) for m in made]
         best = values.index(max(values))
         metrics = {"valid": values[best], "trials": found, "choice": chosen[best]["choice"]}
         told = provenance(
-            "search", [parent], context, domain=domain.name, parameters=parameters, bytes=bytes, tokens=list(tokens),
-            milliseconds=milliseconds, bits=list(bits), finalists=finalists, augment=augment, train=vars(train),
+            "search", [parent], context, domain=domain.name, budget=vars(budget), tokens=list(tokens), bits=list(bits),
+            trials=trials, finalists=finalists, augment=augment, train=vars(train),
         )  # fmt: skip
         told = replace(told, metrics=metrics, data={domain.name: domain.digest})
         model = made[best]
@@ -165,6 +175,12 @@ def _spaces(parent: Model, domain: Domain, tokens: Sequence[int], place: Path, c
         )
         for n in tokens
     ]  # fmt: skip
+
+
+def _bounds(budget: Budget, parent: Model, space: Space, place: Path) -> _Bounds:
+    most = budget.parameters * parent.parameters if budget.parameters <= 1 else budget.parameters
+    factors = _factors(space, budget.table, place) if budget.milliseconds else ()
+    return _Bounds(most, budget.bytes, budget.milliseconds, factors, not budget.table)
 
 
 def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
@@ -218,7 +234,7 @@ def _table(path: Path) -> tuple[list[list[float]], list[float]]:
 
 
 def _trials(
-    spaces: list[Space], budget: Budget, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
+    spaces: list[Space], budget: _Bounds, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
     context: Context,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """All trials that met the budget, in their order."""
@@ -254,7 +270,7 @@ def _trials(
     return [t.user_attrs["told"] for t in complete]
 
 
-def _trial(trial: Any, spaces: list[Space], budget: Budget, bits: list[int]) -> dict[str, Any] | None:
+def _trial(trial: Any, spaces: list[Space], budget: _Bounds, bits: list[int]) -> dict[str, Any] | None:
     tokens = trial.suggest_int("tokens", 0, len(spaces) - 1) if len(spaces) > 1 else 0
     width_of_words = trial.suggest_categorical("bits", bits) if len(bits) > 1 else bits[0]
     space = spaces[tokens]
@@ -271,7 +287,7 @@ def _trial(trial: Any, spaces: list[Space], budget: Budget, bits: list[int]) -> 
     }  # fmt: skip
 
 
-def _filled(space: Space, choice: Choice, budget: Budget) -> Choice | None:
+def _filled(space: Space, choice: Choice, budget: _Bounds) -> Choice | None:
     """The choice with as many neurons as the budget allows; None where it allows none."""
     low, high = _NEURONS
     if budget.allows(space, replace(choice, neurons=high)):
@@ -287,7 +303,7 @@ def _filled(space: Space, choice: Choice, budget: Budget) -> Choice | None:
 # What earlier searches found
 
 
-def _asked(domain: Domain, parent: Model, budget: Budget) -> dict[str, Any]:
+def _asked(domain: Domain, parent: Model, budget: _Bounds) -> dict[str, Any]:
     """What a search was about, in numbers that can be compared: logarithms of counts and of budgets."""
     lengths = [len(t.split()) for t in domain.train.texts[:500]]
     most = budget.parameters or budget.bytes / 4 or 1e6 * budget.milliseconds
@@ -334,7 +350,7 @@ def _remember(history: str, asked: dict[str, Any], found: list[dict[str, Any]]) 
 
 
 def _made(
-    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, budget: Budget, place: Path,
+    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, budget: _Bounds, place: Path,
     context: Context, augment: int, train: Train,
 ) -> Model:  # fmt: skip
     """A finalist: cut, distilled and quantized."""
@@ -349,7 +365,8 @@ def _made(
     small = _step(
         f"{number}-distill", place, context,
         lambda out, c: distill.shrink(
-            cut, domain, out, c, teacher=str(parent.path), augment=augment, cache=str(place / "answers"), train=train
+            cut, domain, out, c, teacher=str(parent.path), train=train,
+            extra=distill.Extra(augment=augment, cache=str(place / "answers")),
         ),
     )  # fmt: skip
     if choice.bits == 32:
@@ -363,7 +380,7 @@ def _made(
 
 
 def _narrower(
-    name: str, choice: Choice, model: Model, domain: Domain, budget: Budget, place: Path, context: Context
+    name: str, choice: Choice, model: Model, domain: Domain, budget: _Bounds, place: Path, context: Context
 ) -> Model:
     """Cut by ``width``; what takes longer than predicted is cut further."""
     if choice.neurons == 1 and choice.channels == 1:
