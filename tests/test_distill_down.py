@@ -125,7 +125,7 @@ def test_a_student_comes_closer_to_its_teacher(
 ) -> None:
     s = specialists["food"]
     small, texts = narrow(s, tmp_path / "small", context), s.domain.test.texts
-    train = {"epochs": 24, "lr": 3e-3, "head_lr": 1e-2, "batch_size": 8}
+    train = {"epochs": 12, "lr": 3e-3, "head_lr": 1e-2, "batch_size": 8}
     made = DISTILL.shrink(
         small, s.domain, tmp_path / "taught", replace(context, forebears=(s.model.path,)), train=train, **settings
     )

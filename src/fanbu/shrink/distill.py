@@ -58,7 +58,7 @@ def shrink(
     parent: Model, domain: Domain, out: Path, context: Context, *,
     teacher: str = "", divergence: Divergence = "forward", temperature: Annotated[float, Gt(0)] = 2.0,
     labels: Annotated[float, Ge(0), Le(1)] = 0.0, hidden: Annotated[float, Ge(0)] = 1.0,
-    extra: Extra = Extra(), train: Train = Train(epochs=20, lr=5e-4, patience=6, dropout=0.0),
+    extra: Extra = Extra(), train: Train = Train(epochs=20, lr=3e-4, patience=6),
 ) -> Model:  # fmt: skip
     """Trains the parent, which keeps its size, on a teacher's answers to the training and unlabelled texts.
 
