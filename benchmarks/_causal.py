@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from _common import bar, finish, table
 from fanbu.batches import encode, pad_id
 from fanbu.domain import load_domain
@@ -36,35 +38,31 @@ def tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>", model_max_length=LENGTH)
 
 
-def large_model(out: Path, context: Context) -> Model:
-    """Trains the large model on general text and a little of each area; test rows stay unseen."""
+def pretrained(out: Path, texts: list[str], context: Context, plan: Train, **sizes: int) -> Model:
+    """A Llama of these sizes with a tokenizer of its own, trained on the texts; two heads share a key."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    general = load_domain(GENERAL, python=GENERAL, test=0.2, task="causal-lm")
-    texts = list(general.train.texts)
-    for area in AREAS:
-        texts += load_domain(area, python=area, test=0.2, task="causal-lm", limit={"train": 150}).train.texts
     tokens = tokenizer(texts)
-    import torch
-
     torch.manual_seed(context.seeded("large model"))
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0,
+        vocab_size=len(tokens), num_key_value_heads=sizes["num_attention_heads"] // 2, max_position_embeddings=LENGTH,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes,
     )  # fmt: skip
     network = LlamaForCausalLM(config).to(context.device)
     sequences = encode(tokens, texts, LENGTH)
-    plan = Train(epochs=10, batch_size=16, lr=2e-3, patience=0)
-    train(
-        network,
-        [len(s) for s in sequences],
-        language(sequences, pad_id(tokens), context.device),
-        plan,
-        context,
-        "large model",
-    )
+    loss = language(sequences, pad_id(tokens), context.device)
+    train(network, [len(s) for s in sequences], loss, plan, context, "large model")
     return save_network(network, tokens, out, provenance("pretrained", [], context))
+
+
+def large_model(out: Path, context: Context) -> Model:
+    """Trains the large model on general text and a little of each area; test rows stay unseen."""
+    texts = list(load_domain(GENERAL, python=GENERAL, test=0.2, task="causal-lm").train.texts)
+    for area in AREAS:
+        texts += load_domain(area, python=area, test=0.2, task="causal-lm", limit={"train": 150}).train.texts
+    plan = Train(epochs=10, batch_size=16, lr=2e-3, patience=0)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return pretrained(out, texts, context, plan, **sizes)
 
 
 def recipe(model: Path, quick: bool, work: Path) -> dict[str, Any]:

@@ -12,20 +12,14 @@ from typing import Any
 
 import torch
 
-from _causal import tokenizer
+from _causal import LENGTH, pretrained
 from _common import bar, table
-from fanbu.batches import encode, pad_id
 from fanbu.catalogue import method
 from fanbu.domain import Domain, load_domain
 from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
-from fanbu.objectives import language
 from fanbu.predict import token_losses
-from fanbu.train import train
 from fanbu.types import Context, Train
-
-LENGTH = 96
-TOKENS = 4096
 
 
 def documentation(folder: Path, quick: bool) -> Domain:
@@ -50,31 +44,6 @@ def documentation(folder: Path, quick: bool) -> Domain:
     return load_domain("docs", train=str(folder / "docs.jsonl"), valid=0.05, test=0.2, task="causal-lm")
 
 
-def large(domain: Domain, out: Path, context: Context, quick: bool) -> Model:
-    """Trained on the spot."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokens = tokenizer(list(domain.train.texts))
-    torch.manual_seed(context.seeded("large"))
-    config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=3, max_position_embeddings=LENGTH, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0,
-    )  # fmt: skip
-    network = LlamaForCausalLM(config)
-    fit(network, tokens, domain, context, Train(epochs=3 if quick else 8, batch_size=16, lr=2e-3, patience=0), "large")
-    return save_network(network, tokens, out, provenance("pretrained", [], context))
-
-
-def fit(network: Any, tokens: Any, domain: Domain, context: Context, plan: Train, name: str) -> None:
-    """Next tokens of the training texts."""
-    sequences = encode(tokens, domain.train.texts, LENGTH)
-    train(
-        network.to(context.device), [len(s) for s in sequences], language(sequences, pad_id(tokens), context.device),
-        plan, context, name,
-    )  # fmt: skip
-
-
 def perplexity(model: Model, domain: Domain, context: Context) -> float:
     """On test texts."""
     total, count = token_losses(load_network(model), load_tokenizer(model), domain.test.texts, context).sum(0)
@@ -96,7 +65,12 @@ def causal(quick: bool, work: Path, context: Context) -> tuple[str, dict[str, An
 
         return open_model(ledger.stage(f"causal {name}", module, inputs, produce).path / "model")
 
-    whole = stage("large", "fanbu.train", {}, lambda out, c: large(domain, out, c, quick))
+    training = Train(epochs=3 if quick else 8, batch_size=16, lr=2e-3, patience=0)
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6}
+    whole = stage(
+        "large", "fanbu.train", {"plan": vars(training), "sizes": sizes},
+        lambda out, c: pretrained(out, list(domain.train.texts), c, training, **sizes),
+    )  # fmt: skip
     half = stage(
         "width", "fanbu.shrink.width", {"parent": whole.digest},
         lambda out, c: method("width").shrink(

@@ -45,7 +45,7 @@ def by_torch_pruning(parent: Model, domain: Domain, out: Path, context: Context,
     """
     tp = torch_pruning(work)
     network, tokenizer = load_network(parent), load_tokenizer(parent)
-    heads, neurons = _sizes(network, most)
+    heads, neurons = _sizes(network, parent, most)
     _accumulate_gradients(network, tokenizer, domain, context)
     attention = [layer.attention.self for layer in network.bert.encoder.layer]
     share = heads / network.config.num_attention_heads + 1e-6  # it takes the whole part of heads x share
@@ -70,23 +70,19 @@ def by_torch_pruning(parent: Model, domain: Domain, out: Path, context: Context,
     return save_network(plain, tokenizer, out, provenance("torch-pruning", [parent], context))
 
 
-def _sizes(network: Any, most: int) -> tuple[int, int]:
+def _sizes(network: Any, parent: Model, most: int) -> tuple[int, int]:
     """(heads, neurons): the largest uniform share that fits, in whole heads; the rest goes to neurons."""
-    config = network.config
-    layers, width = config.num_hidden_layers, config.hidden_size // config.num_attention_heads
-    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    labels = config.num_labels
+    config, found = network.config, units(network, parent, channels=True)
+    width = config.hidden_size // config.num_attention_heads
+    per_head = config.intermediate_size // config.num_attention_heads
 
     def parameters(heads: int, neurons: int) -> int:
-        h = heads * width
-        layer = 4 * (h * h + h) + 2 * h * neurons + neurons + h + 4 * h
-        return rows * h + 2 * h + layers * layer + h * h + h + labels * (h + 1)
+        numbers = {"neurons": neurons, "heads": heads, "channels": heads * width}
+        return size_of(network, found, {s.name: numbers[s.kind] for s in found.sets})
 
-    assert parameters(config.num_attention_heads, config.intermediate_size) == size_of(network)
-    per_head = config.intermediate_size // config.num_attention_heads
     heads = max(n for n in range(1, config.num_attention_heads + 1) if parameters(n, n * per_head) <= most)
-    neurons = max(n for n in range(heads * per_head, config.intermediate_size + 1, 8) if parameters(heads, n) <= most)
-    return heads, neurons
+    neurons = range(heads * per_head, config.intermediate_size + 1, 8)
+    return heads, max(n for n in neurons if parameters(heads, n) <= most)
 
 
 def _accumulate_gradients(network: Any, tokenizer: Any, domain: Domain, context: Context) -> None:

@@ -46,10 +46,10 @@ def searching(
             for way in ("width", "search"):
                 out = work / "timed" / f"{name}-{way}-{share}"
                 shutil.rmtree(out, ignore_errors=True)  # a time of another day is no measure
-                most = {"milliseconds": share * whole}
-                more = {**most, "neurons": 0.02, "channels": 0.15, "train": None}
+                asked = {"milliseconds": share * whole}
+                more = {**asked, "neurons": 0.02, "channels": 0.15, "train": None}
                 if way == "search":
-                    more = {"budget": most, **SHORT, "trials": 10}
+                    more = {"budget": asked, **SHORT, "trials": 10}
                 made = _made(way, out, teacher, domain, context, **more)
                 took = _took(made, domain, context)
                 off.append(took / (share * whole))

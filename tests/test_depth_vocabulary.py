@@ -160,7 +160,7 @@ def test_variants_are_made_of_the_domains_words() -> None:
     assert exchanged != texts
     assert all(j.split()[:3] == t.split()[:3] for j, t in zip(joined, texts, strict=True))
     assert [t for t in augmented(["汉字没有空格"], 1, 0) if " " in t] == []
-    assert augmented(["one"], 4, 0) == ["one"] * 4 or all(augmented(["one"], 4, 0))
+    assert all(t and set(t) <= set("one") for t in augmented(["one"], 4, 0))
     assert augmented([], 3, 0) == []
 
 

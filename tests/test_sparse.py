@@ -13,8 +13,8 @@ from fanbu.domain import Specialist
 from fanbu.errors import FitError
 from fanbu.merging.gram import linear_layers
 from fanbu.model import load_network
-from fanbu.shrink._sparse import Way, _check, kept, layers_to_prune, pruned
-from fanbu.shrink._units import columns
+from fanbu.shrink._sparse import Way, _check, kept, pruned
+from fanbu.shrink._units import columns, inner_layers
 from fanbu.types import Context
 
 WAYS: list[Way] = ["magnitude", "wanda", "sparsegpt"]
@@ -97,7 +97,7 @@ def test_training_leaves_zeros_where_they_are(
     train = {"epochs": 2, "lr": 3e-3, "batch_size": 8}
     made = shrink(s.model, s.domain, tmp_path / "tuned", context, train=train)
     before, after = (load_network(m) for m in (bare, made))
-    names, moved = layers_to_prune(before), 0.0
+    names, moved = inner_layers(before), 0.0
     assert names
     assert not [n for n in names if "embed" in n or "classifier" in n or "pooler" in n]
     for name in names:

@@ -200,14 +200,16 @@ def test_a_time_is_met(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = specialists["food"].model
-    monkeypatch.setattr(width, "milliseconds_of", lambda network, *_: size_of(network) / 1000)
+    monkeypatch.setattr(width, "network_milliseconds", lambda network, *_: size_of(network) / 1000)
     most = 0.85 * model.parameters / 1000
     made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
     assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most
     slow = replace(context, scratch=tmp_path / "scratch")
     slow.scratch.mkdir()
     first = WIDTH.shrink(model, domains["food"], tmp_path / "k", slow, neurons=0.1, milliseconds=most, **BARE)
-    monkeypatch.setattr(width, "milliseconds_of", lambda network, *_: size_of(network) / 900)  # another program runs
+    monkeypatch.setattr(
+        width, "network_milliseconds", lambda network, *_: size_of(network) / 900
+    )  # another program runs
     again = WIDTH.shrink(model, domains["food"], tmp_path / "l", slow, neurons=0.1, milliseconds=most, **BARE)
     assert again.digest == first.digest == made.digest  # what was chosen before a kill stays
     with pytest.raises(UsageError, match=r"milliseconds of 0\.001.*remedy") as caught:
@@ -215,10 +217,10 @@ def test_a_time_is_met(
     assert caught.value.code == "target-not-met"
 
 
-def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain]) -> None:
+def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain], context: Context) -> None:
     model = specialists["food"].model
-    network, batch = load_network(model), load_tokenizer(model)(domains["food"].test.texts[0], return_tensors="pt")
-    assert 0 < width.milliseconds_of(network, [dict(batch)]) < 10_000
+    network, tokenizer, texts = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4]
+    assert 0 < width.network_milliseconds(network, tokenizer, texts, context) < 10_000
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from fanbu.deploy.to_onnx import Numbers, OnnxModel
 
 
+_NUMBERS: dict[Form, Numbers] = {
+    "onnx": "float32", "onnx-int8": "int8", "onnx-int8-static": "int8-static", "onnx-int4": "int4",
+}  # fmt: skip
+
+
 def export(
     source: Path, out: Path, *, domain: str | None = None, model: str | None = None, force: bool = False,
     to: Form = "copy", texts: Sequence[str] = (), context: Context | None = None,
@@ -71,8 +76,7 @@ def _as_onnx(model: Model, out: Path, to: Form, texts: Sequence[str], context: C
         raise UsageError("no-texts", "ranges of activations are measured on texts", allowed="the domain's own texts",
                          got=0, remedy="name a file with --texts, or take onnx-int8")  # fmt: skip
     known = list(texts) or [row.text for row in function_bodies("numbers")[:64]]
-    numbers: Numbers = {"onnx": "float32", "onnx-int8": "int8", "onnx-int8-static": "int8-static"}.get(to, "int4")  # type: ignore[assignment]
-    return to_onnx(model, out, context, known, numbers)
+    return to_onnx(model, out, context, known, _NUMBERS[to])
 
 
 def _champion(ledger: Workspace) -> Path:

@@ -139,14 +139,15 @@ def open_model(source: str | Path, *, verify: bool = True) -> Model:
     model = Model(folder, config, manifest)
     _ = model.tensors
     if verify and manifest:
-        _verify(folder, manifest["files"])
+        verify_files(folder, manifest["files"])
     return model
 
 
 _RESTORE = "restore the folder from where it came from, or make it again"
 
 
-def _verify(folder: Path, files: Mapping[str, str]) -> None:
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raises IntegrityError where a file of a manifest is missing, changed, or not in its folder."""
     for name, expected in sorted(files.items()):
         path = folder / name
         if "/" in name or "\\" in name or not path.is_file():

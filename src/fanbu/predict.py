@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fanbu.batches import collate, encode, pad_id, sorted_batches
+from fanbu.batches import Sequences, collate, encode, pad_id, sorted_batches
 from fanbu.domain import Domain
 from fanbu.heads import final_layer, replace_final_layer
 from fanbu.train import set_up
@@ -26,17 +26,28 @@ def over_batches(
 ) -> list[T]:  # fmt: skip
     """``reduce(logits, batch)`` gives one value a row; returns them in the order of ``texts``."""
     set_up(context, "predict")
-    sequences = encode(tokenizer, texts, limit(network, context))
-    results: dict[int, T] = {}
     training = network.training
     network.to(context.device).eval()
+
+    def run(batch: dict[str, Tensor]) -> Sequence[T]:
+        return reduce(network(**batch).logits.float().cpu(), {k: v.cpu() for k, v in batch.items()})
+
+    results = by_batches(run, tokenizer, encode(tokenizer, texts, limit(network, context)), context, name, size)
+    network.train(training)
+    return results
+
+
+def by_batches(
+    run: Callable[[dict[str, Tensor]], Sequence[T]], tokenizer: Any, sequences: Sequences, context: Context, name: str,
+    size: int,
+) -> list[T]:  # fmt: skip
+    """``run(batch)`` gives one value a row; returns them in the order of ``sequences``, which may be of any lengths."""
+    results: dict[int, T] = {}
     with torch.inference_mode():
         for rows in sorted_batches([len(s) for s in sequences], size):
             batch = collate([sequences[i] for i in rows], pad_id(tokenizer), context.device)
-            values = reduce(network(**batch).logits.float().cpu(), {k: v.cpu() for k, v in batch.items()})
-            results.update(zip(rows, values, strict=True))
+            results.update(zip(rows, run(batch), strict=True))
             context.progress(name, len(results), len(sequences))
-    network.train(training)
     return [results[i] for i in range(len(sequences))]
 
 
@@ -103,13 +114,13 @@ def top_tokens(
     generator = torch.Generator().manual_seed(context.seeded("sampled tokens"))
 
     def reduce(logits_btv: Tensor, batch: dict[str, Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
-        probs, indices = logits_btv.softmax(-1).topk(min(k, logits_btv.shape[-1]))
+        probs_btv = logits_btv.softmax(-1)
         if sampled:
-            flat = logits_btv.softmax(-1).flatten(0, 1)
-            indices = torch.multinomial(flat, k, replacement=True, generator=generator).reshape(
-                *logits_btv.shape[:2], k
-            )
+            drawn = torch.multinomial(probs_btv.flatten(0, 1), k, replacement=True, generator=generator)
+            indices = drawn.reshape(*probs_btv.shape[:2], k)
             probs = torch.full(indices.shape, 1 / k)
+        else:
+            probs, indices = probs_btv.topk(min(k, probs_btv.shape[-1]))
         lengths = batch["attention_mask"].sum(1).tolist()
         return [(indices[i, : n - 1].int(), probs[i, : n - 1].half()) for i, n in enumerate(lengths)]
 

@@ -333,7 +333,7 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "workspace": recipe.workspace or f"runs/{recipe.name}",
             "domains": {n: _located(s, folder) for n, s in recipe.domains.items()},
             "guards": {n: _located(s, folder) for n, s in recipe.guards.items()},
-            "shrink": [_taught(step, folder) for step in recipe.shrink],
+            "shrink": [_placed(step, folder) for step in recipe.shrink],
             "probe": recipe.probe.model_copy(update={"public": public}),
             "device": device,
             "precision": precision,
@@ -342,7 +342,7 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _taught(step: Step, folder: Path) -> Step:
+def _placed(step: Step, folder: Path) -> Step:
     """A teacher that is a folder is found from the recipe's; so are the places that a way down writes to and reads."""
     found = dict(step.arguments)
     for name in ("teacher", "history"):

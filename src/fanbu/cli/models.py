@@ -77,6 +77,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy the champion, or another model, to a plain Hugging Face folder, or make an ONNX file of it."""
+    from fanbu.data.load import load_texts
     from fanbu.export import export as copy
     from fanbu.model import Model
 
@@ -89,7 +90,7 @@ def export(
             model=model,
             force=force,
             to=to,
-            texts=shared.texts_of(texts),
+            texts=load_texts(str(texts)) if texts else (),
             context=replace(context, max_length=ANY_LENGTH),
         )
     if isinstance(made, Model):
@@ -112,10 +113,11 @@ def predict(
     """Ask a model: one JSON object a text on stdout."""
     import sys
 
+    from fanbu.data.load import load_texts
     from fanbu.deploy.runner import answers_of, open_runner
     from fanbu.types import Context
 
-    asked = [*(text or []), *shared.texts_of(texts)]
+    asked = [*(text or []), *(load_texts(str(texts)) if texts else [])]
     if not asked:
         asked = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     runner = open_runner(model, Context(threads=threads, max_length=ANY_LENGTH), "int8" if int8 else "as-it-is")

@@ -122,20 +122,6 @@ def domains_of(path: Path, names: list[str] | None) -> dict[str, Domain]:
     return {n: known[n]() for n in (names or known)}
 
 
-def texts_of(path: Path | None) -> list[str]:
-    """The texts of a file: of the column ``text`` (or what stands for it), or the lines of a .txt."""
-    from fanbu.data.load import load_rows
-    from fanbu.errors import DataError
-
-    if path is None:
-        return []
-    if path.suffix != ".txt":
-        return [row.text for row in load_rows(str(path), None, labelled=False)]
-    if not path.is_file():
-        raise DataError("data-not-found", f"no file {path}", got=path, remedy="check the path")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 @contextmanager
 def context_of(seed: int | None, device: str | None) -> Iterator[Context]:
     """What a single step works with, while its progress shows."""

@@ -43,6 +43,14 @@ def load_rows(
     return _load_file(source, columns, labelled, "")
 
 
+def load_texts(source: str) -> list[str]:
+    """The texts alone; of a .txt file the lines that are not blank. Raises DataError as ``load_rows`` does."""
+    path = Path(source).expanduser()
+    if path.suffix != ".txt" or not path.is_file():
+        return [row.text for row in load_rows(source, labelled=False)]
+    return [line for line in _text(path).splitlines() if line.strip()]
+
+
 def _load_file(source: str, columns: Mapping[str, str] | None, labelled: bool, before: str) -> list[RawRow]:
     names = {**COLUMNS, **(columns or {})}
     unknown = set(names) - set(COLUMNS)

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fanbu.batches import collate, encode, pad_id
+from fanbu.predict import limit
+from fanbu.train import set_up
+from fanbu.types import Context
+
 Batch = Mapping[str, Tensor]
 _TIMES = 5
 
@@ -23,6 +28,16 @@ def milliseconds(run: Callable[[Batch], Any], batches: Sequence[Batch]) -> float
         for batch in batches[:3]:
             run(batch)
         return 1000 * statistics.median(min(_pass(run, b) for _ in range(_TIMES)) / _size(b) for b in batches)
+
+
+def network_milliseconds(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> float:
+    """Of a transformers network, for one of the texts at batch 1."""
+    set_up(context, "latency")
+    sequences = encode(tokenizer, texts, limit(network, context))
+    network.to(context.device).eval()
+    return milliseconds(
+        lambda batch: network(**batch), [collate([ids], pad_id(tokenizer), context.device) for ids in sequences]
+    )
 
 
 def _size(batch: Batch) -> int:

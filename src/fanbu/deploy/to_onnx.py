@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from fanbu.batches import collate, encode, pad_id
 from fanbu.errors import FitError, IntegrityError, UsageError, needs_extra
 from fanbu.files import file_sha256, write_text
-from fanbu.model import MANIFEST, Model, load_network, load_tokenizer, model_files, read_json, whole_or_not_at_all
+from fanbu.model import (
+    MANIFEST,
+    Model,
+    load_network,
+    load_tokenizer,
+    model_files,
+    read_json,
+    verify_files,
+    whole_or_not_at_all,
+)
 from fanbu.predict import longest
 from fanbu.types import Context
 
@@ -27,6 +37,7 @@ ONNX = "model.onnx"
 MAX_DIFFERENCE = 1e-3
 _SAMPLE = 128
 _BLOCK = 32
+_LARGE = 1.5 * 2**30  # bytes, above which weights lie beside the file: a protobuf holds 2 GiB
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def to_onnx(model: Model, out: Path, context: Context, texts: Sequence[str], num
         IntegrityError: float32 logits differ by more than 1e-3 of the largest logit (or of 1).
     """
     with needs_extra("onnx"):
-        import onnxscript  # noqa: F401 - torch.onnx needs it
+        import_module("onnxscript")  # torch.onnx asks for it late
     if not texts:
         raise UsageError("no-texts", "export to ONNX has no texts to check it on", allowed="at least one text",
                          got=0, remedy="name a file of texts")  # fmt: skip
@@ -70,23 +81,25 @@ def to_onnx(model: Model, out: Path, context: Context, texts: Sequence[str], num
         context.progress("export", 0, 3)
         export_network(network, batches[0], whole)
         context.progress("export", 1, 3)
-        differs = _largest_difference(network, whole, batches)
-        if not differs <= MAX_DIFFERENCE:
+        facts = _compared(network, whole, batches)
+        if not facts["difference"] <= MAX_DIFFERENCE:
             raise IntegrityError(
                 "export-differs", f"the ONNX file of {model.path} answers otherwise than torch",
-                allowed=f"{MAX_DIFFERENCE} of the largest logit", got=differs, remedy="report this architecture",
+                allowed=f"{MAX_DIFFERENCE} of the largest logit", got=facts["difference"],
+                remedy="report this architecture",
             )  # fmt: skip
         if numbers != "float32":
             _quantize(whole, batches, numbers)
+            facts |= {"agreement": _compared(network, whole, batches)["agreement"]}
         context.progress("export", 2, 3)
-        facts = {"difference": differs, **_agreement(network, whole, batches), "texts": len(sequences)}
         for name in model_files(model.path):
             if not name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(model.path / name, partial / name)
         names = [*model_files(partial), *sorted(p.name for p in partial.glob(f"{ONNX}*"))]
         manifest = {
-            "format": 1, "kind": "onnx", "numbers": numbers, "source": model.digest, "verified": facts,
-            "max_length": most, "files": {name: file_sha256(partial / name) for name in names},
+            "format": 1, "kind": "onnx", "numbers": numbers, "source": model.digest, "max_length": most,
+            "verified": {**facts, "texts": len(sequences)},
+            "files": {name: file_sha256(partial / name) for name in names},
         }  # fmt: skip
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
     context.progress("export", 3, 3)
@@ -97,18 +110,13 @@ def open_onnx(folder: Path, *, verify: bool = True) -> OnnxModel:
     """Opens what ``to_onnx`` wrote. Raises IntegrityError where a file is missing, changed or leads elsewhere."""
     config = read_json(folder / "config.json", "checkpoint-config")
     manifest = read_json(folder / MANIFEST, "manifest-broken")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or ONNX not in files:
-        raise IntegrityError("manifest-broken", f"{folder / MANIFEST} names no {ONNX}", remedy="export it again")
+    files, most = manifest.get("files"), manifest.get("max_length")
+    if not (isinstance(files, dict) and ONNX in files and isinstance(most, int) and most > 0):
+        raise IntegrityError(
+            "manifest-broken", f"{folder / MANIFEST} names no {ONNX}, or no number of tokens", remedy="export it again"
+        )
     if verify:
-        for name, expected in files.items():
-            if Path(name).name != name or not (folder / name).is_file():
-                raise IntegrityError("file-missing", f"{folder / name} is not there", remedy="export it again")
-            if (got := file_sha256(folder / name)) != expected:
-                raise IntegrityError(
-                    "file-changed", f"{folder / name} is not what its manifest says", allowed=expected, got=got,
-                    remedy="export it again",
-                )  # fmt: skip
+        verify_files(folder, files)
     return OnnxModel(folder, config, manifest)
 
 
@@ -180,7 +188,7 @@ def export_network(network: Any, inputs: Mapping[str, Tensor], path: Path) -> No
     program.model.graph.metadata_props.clear()
     program.model.metadata_props.clear()
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    program.save(str(path), external_data=size > 1.5 * 2**30)
+    program.save(str(path), external_data=size > _LARGE)
 
 
 @contextmanager
@@ -217,28 +225,20 @@ def run_session(runs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(runs.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
 
 
-def _largest_difference(network: Any, path: Path, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """max |z_onnx - z_torch| / max(1, max |z_torch|), padding left out."""
-    runs, worst = session(path), 0.0
+def _compared(network: Any, path: Path, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """``difference``: max |z_onnx - z_torch| / max(1, max |z_torch|) of a batch, the largest; ``agreement``: how often
+    the likeliest answer (next token) is torch's. Padding is left out."""
+    runs, worst, same = session(path), 0.0, list[Tensor]()
     with torch.inference_mode():
         for batch in batches:
             known, got = network(**batch).logits.float(), run_session(runs, batch).float()
-            keep = batch["attention_mask"].bool() if known.ndim == 3 else slice(None)
-            off = (got - known)[keep].abs().max() / known[keep].abs().max().clamp_min(1)
+            if known.ndim == 3:
+                keep = batch["attention_mask"].bool()
+                known, got = known[keep], got[keep]
+            off = (got - known).abs().max() / known.abs().max().clamp_min(1)
             worst = max(worst, float(off)) if off.isfinite() else float("inf")
-    return worst
-
-
-def _agreement(network: Any, path: Path, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """How often the likeliest answer (next token) is torch's."""
-    runs, same, count = session(path), 0, 0
-    with torch.inference_mode():
-        for batch in batches:
-            known, got = network(**batch).logits.argmax(-1), run_session(runs, batch).argmax(-1)
-            keep = batch["attention_mask"].bool() if known.ndim == 2 else torch.ones_like(known, dtype=torch.bool)
-            same += int((known == got)[keep].sum())
-            count += int(keep.sum())
-    return {"agreement": same / count}
+            same.append(known.argmax(-1) == got.argmax(-1))
+    return {"difference": worst, "agreement": float(torch.cat(same).double().mean())}
 
 
 def _quantize(path: Path, batches: Sequence[Mapping[str, Tensor]], numbers: Numbers) -> None:
@@ -247,23 +247,23 @@ def _quantize(path: Path, batches: Sequence[Mapping[str, Tensor]], numbers: Numb
         import onnx
         from onnxruntime import quantization
 
+    outside = sum(p.stat().st_size for p in path.parent.glob(f"{ONNX}*")) > _LARGE
     graph = onnx.load(str(path))
     del graph.graph.value_info[:]  # shapes noted by the exporter contradict transposed weights (see docs/log.md)
-    plain, small = path.with_name("plain.onnx"), path.with_name("small.onnx")
-    outside = graph.ByteSize() > 1.5 * 2**30
+    # in folders of their own, so that files name their data as it will be called
+    plain, small = path.parent / "plain" / ONNX, path.parent / "small" / ONNX
+    plain.parent.mkdir()
+    small.parent.mkdir()
     onnx.save(graph, str(plain), save_as_external_data=outside)
+    weights = {"per_channel": True, "weight_type": quantization.QuantType.QInt8, "use_external_data_format": outside}
     with _quiet():
         if numbers == "int8":
-            quantization.quantize_dynamic(
-                str(plain), str(small), per_channel=True, weight_type=quantization.QuantType.QInt8,
-                use_external_data_format=outside, extra_options={"MatMulConstBOnly": True},
-            )  # fmt: skip
+            quantization.quantize_dynamic(str(plain), str(small), extra_options={"MatMulConstBOnly": True}, **weights)
         elif numbers == "int8-static":
             quantization.quantize_static(
-                str(plain), str(small), _Reader(batches), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                str(plain), str(small), _Reader(batches), quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul", "Gemm", "Gather"], activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8, use_external_data_format=outside,
-                extra_options={"MatMulConstBOnly": True},
+                extra_options={"MatMulConstBOnly": True}, **weights,
             )  # fmt: skip
         else:
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -271,15 +271,12 @@ def _quantize(path: Path, batches: Sequence[Mapping[str, Tensor]], numbers: Numb
             made = MatMulNBitsQuantizer(graph, bits=4, block_size=_BLOCK, is_symmetric=True, accuracy_level=4)
             made.process()
             made.model.save_model_to_file(str(small), use_external_data_format=outside)
-    for left in [*path.parent.glob(f"{ONNX}*"), *path.parent.glob("plain.onnx*")]:
+    for left in path.parent.glob(f"{ONNX}*"):
         left.unlink()
-    for made_file in sorted(path.parent.glob("small.onnx*")):
-        if not outside:
-            made_file.rename(path)
-    if outside:  # the file names its data by name
-        onnx.save(onnx.load(str(small)), str(path), save_as_external_data=True, location=f"{ONNX}.data")
-        for left in path.parent.glob("small.onnx*"):
-            left.unlink()
+    for new in small.parent.iterdir():
+        new.rename(path.parent / new.name)
+    shutil.rmtree(plain.parent)
+    small.parent.rmdir()
 
 
 class _Reader:

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fanbu.shrink._columnwise import Column, columnwise
+
 Rounding = Literal["nearest", "activation", "gptq"]
 _CLIPS = [1 - 0.05 * i for i in range(11)]
-_BLOCK, _DAMP = 128, 0.01
 
 
 def scales(weight: Tensor, bits: int, group: int, squares: Tensor | None = None) -> Tensor:
@@ -47,8 +48,7 @@ def rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 def on_grid(weight: Tensor, gram: Tensor | None, bits: int, group: int, how: Rounding) -> tuple[Tensor, Tensor]:
     """(weight [out, in] on the grid, scales); gram [in, in] is E x x^T.
 
-    gptq rounds column by column and makes good for each rounding in the columns to its right, by the inverse of the
-    Gram matrix (Frantar et al. 2023).
+    gptq rounds column by column and makes good for each rounding (``columnwise``; Frantar et al. 2023).
     """
     weight = weight.float()
     if how == "nearest":
@@ -56,24 +56,11 @@ def on_grid(weight: Tensor, gram: Tensor | None, bits: int, group: int, how: Rou
         return rounded(weight, step, bits), step
     assert gram is not None
     step = scales(weight, bits, group, gram.diagonal())
-    return (_solved(weight, gram, step, bits) if how == "gptq" else rounded(weight, step, bits)), step
+    if how == "activation":
+        return rounded(weight, step, bits), step
+    wide = step.double().repeat_interleave(weight.shape[1] // step.shape[1], 1)
 
+    def choose(part: Tensor, _: Tensor, start: int) -> Column:
+        return lambda i: _rounded(part[:, i], wide[:, start + i], bits)
 
-def _solved(weight: Tensor, gram: Tensor, step: Tensor, bits: int) -> Tensor:
-    weight, gram, size = weight.double().clone(), gram.double().clone(), gram.shape[0]
-    idle = gram.diagonal() == 0
-    gram[idle, idle] = 1
-    gram += _DAMP * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    wide = step.double().repeat_interleave(size // step.shape[1], 1)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        inner, part = upper[start:stop, start:stop], weight[:, start:stop]
-        errors = torch.zeros_like(part)
-        for i in range(stop - start):
-            stays = _rounded(part[:, i], wide[:, start + i], bits)
-            errors[:, i] = (part[:, i] - stays) / inner[i, i]
-            part[:, i:] -= errors[:, i, None] * inner[i, i:]
-            part[:, i] = stays
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return weight.float()
+    return columnwise(weight, gram, choose).float(), step

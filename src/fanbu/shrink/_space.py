@@ -5,35 +5,40 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
-from fanbu.batches import collate, encode, evenly, pad_id
-from fanbu.deploy.latency import milliseconds
+from fanbu.batches import evenly
+from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.merging.gram import linear_layers, own_texts
+from fanbu.merging.permute import Symmetry
 from fanbu.model import Model
-from fanbu.predict import features, limit, token_losses
+from fanbu.predict import class_logits, features, token_losses
 from fanbu.shrink._rounding import on_grid
 from fanbu.shrink._tune import open_for
 from fanbu.shrink._units import (
-    Keep,
     Shapes,
     Units,
-    best,
-    channels_counted,
-    counted,
+    columns,
+    counts_of,
     importances,
+    inner_layers,
+    kept_of,
     narrowed,
+    parameters_of,
     shapes_of,
     shapes_with,
     units,
 )
-from fanbu.shrink.depth import influence, keep_layers, layers_of
+from fanbu.shrink.depth import SAMPLE, by_influence, keep_layers, layers_of
+from fanbu.shrink.quantize import table_of
 from fanbu.types import Context
 
 _SAMPLE = 192
@@ -50,9 +55,40 @@ class Choice:
     tokens: int = 0
     bits: int = 32
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    @property
+    def shares(self) -> dict[str, float]:
+        """As ``counts_of`` takes them."""
+        return {"neurons": self.neurons, "heads": 1.0, "channels": self.channels}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A sub-network in numbers: ``inner`` names the matrices inside its blocks, ``table`` its token embedding, if that
+    is no other matrix too."""
+
+    shapes: Shapes
+    hidden: int
+    neurons: int
+    inner: frozenset[str]
+    table: str | None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return parameters_of(self.shapes)
+
+    def bytes(self, bits: int) -> int:
+        """On disk, as ``quantize`` stores whole rows in so many bits (32: floats)."""
+        total = 0
+        for name, shape in self.shapes.items():
+            numbers, rows = math.prod(shape), 4 * shape[0] if shape else 0
+            if bits < 32 and name in self.inner:
+                total += math.ceil(shape[1] * bits / 32) * rows + rows + 16  # whole words, a scale a row, the shape
+            elif bits < 32 and name == self.table:
+                total += numbers + rows
+            else:
+                total += 4 * numbers
+        return total
 
 
 class Space:
@@ -62,15 +98,14 @@ class Space:
         self.model, self.domain, self.context = model, domain, context
         self.network, self.tokenizer = open_for(model, domain, context)
         self.count = self.network.config.num_hidden_layers
-        self._sketches: dict[int, tuple[Shapes, Units]] = {}
-        self._known: dict[str, float] = {}
+        self._known_layers: dict[int, tuple[Shapes, Units, frozenset[str], str | None]] = {}
+        self._known_scores: dict[str, float] = {}
 
     @cached_property
     def order(self) -> list[int]:
-        """Layers by what they change (``depth``'s influence), the last one first: it always stays."""
-        texts = self.domain.train.texts[:_SAMPLE]
-        scores = influence(self.network, self.tokenizer, texts, layers_of(self.network), self.context)
-        return [self.count - 1, *sorted(range(self.count - 1), key=lambda i: -scores[i])]
+        """Layers as ``depth`` keeps them by influence, those that stay longest first."""
+        texts = self.domain.train.texts[:SAMPLE]
+        return by_influence(self.network, self.tokenizer, texts, layers_of(self.network), self.context)
 
     @cached_property
     def scores(self) -> dict[tuple[str, int], Tensor]:
@@ -89,52 +124,45 @@ class Space:
         keep_layers(network, layers_of(network), self.layers_kept(layers))
         return network, units(network, self.model, channels=True)
 
-    def counts(self, found: Units, choice: Choice) -> dict[str, int]:
-        """How many units of each set stay."""
-        assert found.channels is not None
-        counts = {s.name: counted(s.units, choice.neurons) for s in found.of("neurons")}
-        heads = found.of("heads")
-        hidden = channels_counted(found.channels.units, choice.channels, heads[0].units)
-        if not found.free_heads:
-            some = counted(heads[0].units // heads[0].group, choice.channels) * heads[0].group
-            counts |= {s.name: some for s in heads}
-            hidden = some * (found.channels.units // heads[0].units)
-        counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
-        return counts
-
     def cut(self, choice: Choice) -> Any:
         """The sub-network, untrained, its weights on a grid where the choice has fewer bits."""
         network, found = self.shallower(choice.layers)
-        counts, kept, keep = self.counts(found, choice), self.layers_kept(choice.layers), Keep()
-        for s in found.chosen(counts):
-            at = (s.kind, kept[s.layer]) if s.layer >= 0 else (s.name, s.layer)
-            # heads of a lone mean layer: in the whole network their numbers follow the channels
-            own = self.scores[at] if at in self.scores else self.scores["channels", at[1]].reshape(s.units, -1).sum(1)
-            keep[s.name] = best(own, counts[s.name], s.group)
-        assert found.channels is not None
-        keep |= {s.name: keep[found.channels.name] for s in found.followers}
-        smaller = narrowed(network, found, keep, self.model).eval()
+        counts, kept = counts_of(found, choice.shares), self.layers_kept(choice.layers)
+        scores = {s.name: self._importance(s, kept) for s in found.chosen(counts)}
+        smaller = narrowed(network, found, kept_of(found, counts, scores), self.model).eval()
         if choice.bits < 32:
-            for layer in linear_layers(smaller).values():
-                weight: Any = layer.weight
-                weight.detach().copy_(on_grid(weight.detach(), None, choice.bits, 0, "nearest")[0])
+            layers = linear_layers(smaller)
+            for name in inner_layers(smaller):
+                weight = columns(layers[name])
+                weight.copy_(on_grid(weight, None, choice.bits, 0, "nearest")[0])
         return smaller
 
-    def sketch(self, choice: Choice) -> tuple[Shapes, int, int]:
-        """(shapes by name, hidden size, neurons), without making it."""
-        if choice.layers not in self._sketches:
+    def _importance(self, units_of: Symmetry, kept: Sequence[int]) -> Tensor:
+        """As in the whole network; heads of a lone mean layer are channels there, whose numbers they follow."""
+        at = (units_of.kind, kept[units_of.layer]) if units_of.layer >= 0 else (units_of.name, units_of.layer)
+        if at in self.scores:
+            return self.scores[at]
+        return self.scores["channels", at[1]].reshape(units_of.units, -1).sum(1)
+
+    def sketch(self, choice: Choice) -> Sketch:
+        """What the sub-network will be, without making it."""
+        if choice.layers not in self._known_layers:
             network, found = self.shallower(choice.layers)
-            self._sketches[choice.layers] = shapes_of(network), found
-        shapes, found = self._sketches[choice.layers]
-        counts = self.counts(found, choice)
-        assert found.channels is not None
-        return shapes_with(shapes, found, counts), counts[found.channels.name], counts[found.of("neurons")[0].name]
+            self._known_layers[choice.layers] = (
+                shapes_of(network), found, frozenset(inner_layers(network)), table_of(network)
+            )  # fmt: skip
+        shapes, found, inner, table = self._known_layers[choice.layers]
+        counts = counts_of(found, choice.shares)
+        channels, neurons = found.channels, found.of("neurons")[0]
+        assert channels is not None
+        return Sketch(
+            shapes_with(shapes, found, counts), counts.get(channels.name, channels.units),
+            counts.get(neurons.name, neurons.units), inner, table,
+        )  # fmt: skip
 
     @cached_property
     def taught(self) -> tuple[list[str], Tensor]:
         """Texts of the owner, and the whole network's logits for them, centred."""
-        from fanbu.predict import class_logits
-
         texts = own_texts(self.domain, _SAMPLE)
         z = class_logits(self.network, self.tokenizer, texts, self.context)
         return texts, z - z.mean(1, keepdim=True)
@@ -146,10 +174,10 @@ class Space:
         on two of three texts and measured on the third. Causal models: minus the loss a token on 64 validation (else
         training) texts.
         """
-        at = str((self.sketch(choice)[0], choice.bits))  # shares that come to the same numbers
-        if at not in self._known:
-            self._known[at] = self._scored(self.cut(choice))
-        return self._known[at]
+        at = str((self.sketch(choice).shapes, choice.bits))  # shares that come to the same numbers
+        if at not in self._known_scores:
+            self._known_scores[at] = self._scored(self.cut(choice))
+        return self._known_scores[at]
 
     def _scored(self, network: Any) -> float:
         if self.domain.task == "causal-lm":
@@ -168,32 +196,7 @@ class Space:
 
     def milliseconds(self, network: Any) -> float:
         """Of a network, for one of the owner's texts at batch 1, on this machine."""
-        texts = encode(self.tokenizer, own_texts(self.domain, 24), limit(network, self.context))
-        batches = [collate([ids], pad_id(self.tokenizer), self.context.device) for ids in texts]
-        network.to(self.context.device).eval()
-        return milliseconds(lambda batch: network(**batch), batches)
-
-
-def parameters_of(shapes: Shapes) -> int:
-    """How many numbers."""
-    return sum(map(math.prod, shapes.values()))
-
-
-def bytes_of(shapes: Shapes, bits: int) -> int:
-    """On disk: in ``bits`` below 32 matrices inside the blocks, and embeddings in 8, have a scale a row (``quantize``);
-    all else takes four bytes."""
-    total = 0.0
-    for name, shape in shapes.items():
-        numbers = math.prod(shape)
-        if bits == 32 or len(shape) != 2:
-            total += 4 * numbers
-        elif ".layer." in name or ".layers." in name or ".h." in name:
-            total += numbers * bits / 8 + 4 * shape[0]
-        elif "word_embeddings" in name or "embed_tokens" in name:
-            total += numbers + 4 * shape[0]
-        else:
-            total += 4 * numbers
-    return int(total)
+        return network_milliseconds(network, self.tokenizer, own_texts(self.domain, 24), self.context)
 
 
 def shape_row(layers: int, hidden: int, neurons: int) -> list[float]:
@@ -203,8 +206,5 @@ def shape_row(layers: int, hidden: int, neurons: int) -> list[float]:
 
 def fitted(rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
     """Factors >= 0 with the least squared relative error over measured (or given) times."""
-    import numpy as np
-    from scipy.optimize import nnls
-
     y = np.array(times)
     return [float(v) for v in nnls(np.array(rows) / y[:, None], np.ones(len(y)))[0]]

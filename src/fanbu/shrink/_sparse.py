@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError
 from fanbu.merging.gram import linear_layers
 from fanbu.model import Model, provenance, save_network
+from fanbu.shrink._columnwise import Column, columnwise
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import columns, own_grams
+from fanbu.shrink._units import columns, inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 
 Way = Literal["magnitude", "wanda", "sparsegpt"]
 Pattern = tuple[int, int]  # n of every m in a row stay
-
-_BLOCK = 128
-_DAMP = 0.01
 
 
 def shrink_sparsely(
@@ -50,7 +48,7 @@ def shrink_sparsely(
 
 def _check(network: Any, m: int) -> None:
     layers = linear_layers(network)
-    for name in layers_to_prune(network):
+    for name in inner_layers(network):
         if width := columns(layers[name]).shape[1] % m:
             raise FitError(
                 "not-in-groups", f"inputs of {name} do not come in groups of {m}", allowed=f"a multiple of {m}",
@@ -58,17 +56,11 @@ def _check(network: Any, m: int) -> None:
             )  # fmt: skip
 
 
-def layers_to_prune(network: Any) -> list[str]:
-    """The weights of the body's linear layers, inside its blocks: no embeddings, poolers or heads."""
-    stacks = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
-    return [n for n in linear_layers(network) if any(n.startswith(f"{s}.") for s in stacks)]
-
-
 def make_sparse(
     network: Any, tokenizer: Any, domain: Domain, how: Way, share: float, pattern: Pattern | None, context: Context
 ) -> dict[str, Tensor]:
     """Sets weights to zero in place; returns what stays, by the weights' names, as masks in their stored shape."""
-    layers, names, masks = linear_layers(network), layers_to_prune(network), dict[str, Tensor]()
+    layers, names, masks = linear_layers(network), inner_layers(network), dict[str, Tensor]()
     found: Iterable[tuple[str, Tensor | None]] = ((n, None) for n in names)
     if how != "magnitude":
         found = own_grams(network, tokenizer, domain, names, context)
@@ -84,13 +76,12 @@ def pruned(weight: Tensor, gram: Tensor | None, how: Way, share: float, pattern:
     """weight [out, in] with a ``share`` of zeros, or with n of every m kept; gram [in, in] is E x x^T.
 
     magnitude compares |W_ij| over the matrix, wanda |W_ij| sqrt(G_jj) within each row (Sun et al. 2024). sparsegpt
-    goes column by column: what is dropped is made good by the columns to its right, by the inverse of the Gram
-    matrix, and W_ij^2 / U_jj^2 says what matters, U the upper Cholesky factor of that inverse (Frantar and Alistarh
-    2023). A pattern is always compared within its m.
+    goes column by column (``columnwise``), and W_ij^2 / U_jj^2 says what matters (Frantar and Alistarh 2023).
+    A pattern is always compared within its m.
     """
     if how == "sparsegpt":
         assert gram is not None
-        return _solved(weight.double(), gram.double(), share, pattern).to(weight.dtype)
+        return _solved(weight, gram, share, pattern).to(weight.dtype)
     scores = weight.abs()
     if how == "wanda":
         assert gram is not None
@@ -111,30 +102,20 @@ def kept(scores: Tensor, share: float, pattern: Pattern | None, *, whole: bool) 
 
 
 def _solved(weight: Tensor, gram: Tensor, share: float, pattern: Pattern | None) -> Tensor:
-    weight, size = weight.clone(), gram.shape[0]
-    gram = gram.clone()
-    silent = gram.diagonal() == 0  # inputs that never were anything: their weights do nothing
-    gram[silent, silent] = 1
-    weight[:, silent] = 0
-    gram += _DAMP * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
-        inner, errors = upper[start:stop, start:stop], torch.zeros_like(weight[:, start:stop])
-        part = weight[:, start:stop]
+    def choose(part: Tensor, diagonal: Tensor, _: int) -> Column:
         mask = torch.ones_like(part, dtype=torch.bool)
         if pattern is None:
-            mask = kept((part / inner.diagonal()).square(), share, None, whole=True)
-        for i in range(stop - start):
+            mask = kept((part / diagonal).square(), share, None, whole=True)
+
+        def column(i: int) -> Tensor:
             if pattern and i % pattern[1] == 0:
                 group = slice(i, i + pattern[1])
-                mask[:, group] = kept((part[:, group] / inner.diagonal()[group]).square(), 0, pattern, whole=False)
-            stays = part[:, i] * mask[:, i]
-            errors[:, i] = (part[:, i] - stays) / inner[i, i]
-            part[:, i:] -= errors[:, i, None] * inner[i, i:]
-            part[:, i] = stays
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return weight
+                mask[:, group] = kept((part[:, group] / diagonal[group]).square(), 0, pattern, whole=False)
+            return part[:, i] * mask[:, i]
+
+        return column
+
+    return columnwise(weight * (gram.diagonal() != 0), gram, choose)  # of inputs that never were anything: zero
 
 
 def hold_zeros(network: Any, masks: dict[str, Tensor]) -> None:

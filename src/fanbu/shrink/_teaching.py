@@ -4,7 +4,7 @@ texts."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fanbu.batches import Sequences, collate
-from fanbu.domain import Domain
 from fanbu.errors import FitError
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import top_tokens
@@ -113,31 +112,39 @@ def _seen(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-# Next tokens on disk
+# Answers on disk
+
+
+def kept(cache: str, what: str, named: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gives; with a cache it is kept there, under a name made of what ``named`` says of it."""
+    if not cache:
+        return make()
+    path = Path(cache) / f"{what}-{digest(dict(named))[:32]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, make())
+    return load_tensors(path)
 
 
 def likely_tokens(
-    cache: str, teacher: Model, domain: Domain, texts: Sequence[str], top_k: int, sampled: bool, context: Context
+    cache: str, teacher: Model, texts: Sequence[str], top_k: int, sampled: bool, context: Context
 ) -> list[tuple[Tensor, Tensor]]:
     """``predict.top_tokens`` of the teacher; with ``sampled`` k tokens drawn from its distribution, each of mass 1 / k.
 
     The likeliest k leave the rest's mass to one outcome, which is biased; drawn ones are unbiased and noisier
-    (Anshumann et al. 2025, "Sparse logit sampling"). With a cache they are kept under a name that says whose they are.
+    (Anshumann et al. 2025, "Sparse logit sampling").
     """
-    asked = {"teacher": teacher.digest, "texts": list(texts), "most": context.max_length, "k": top_k,
+
+    def make() -> dict[str, Tensor]:
+        network, tokenizer = load_network(teacher), load_tokenizer(teacher)
+        found = top_tokens(network, tokenizer, texts, context, top_k, sampled=sampled)
+        indices, probs = zip(*found, strict=True)
+        lengths = torch.tensor([len(i) for i in indices])
+        return {"indices": torch.cat(indices), "probs": torch.cat(probs), "lengths": lengths}
+
+    named = {"teacher": teacher.digest, "texts": list(texts), "most": context.max_length, "k": top_k,
              "sampled": context.seed if sampled else None}  # fmt: skip
-    path = Path(cache) / f"tokens-{digest(asked)[:32]}.safetensors" if cache else None
-    if path is None or not path.exists():
-        network = load_network(teacher)
-        found = top_tokens(network, load_tokenizer(teacher), texts, context, top_k, sampled=sampled)
-        if path is None:
-            return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {
-            "indices": torch.cat([i for i, _ in found]), "probs": torch.cat([p for _, p in found]),
-            "lengths": torch.tensor([len(i) for i, _ in found]),
-        })  # fmt: skip
-    known = load_tensors(path)
+    known = kept(cache, "tokens", named, make)
     lengths = known["lengths"].tolist()
     return list(zip(known["indices"].split(lengths), known["probs"].split(lengths), strict=True))
 

@@ -176,6 +176,12 @@ def columns(layer: Any) -> Tensor:
     return weight.T if stores_input_first(layer) else weight
 
 
+def inner_layers(network: Any) -> list[str]:
+    """The weights of the linear layers inside the blocks: no embeddings, poolers or heads."""
+    stacks = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
+    return [n for n in linear_layers(network) if any(n.startswith(f"{s}.") for s in stacks)]
+
+
 def _written(network: Any, symmetry: Symmetry, reader: str, squares: Tensor) -> Tensor:
     lengths = columns(linear_layers(network)[reader]).float().square().sum(0).cpu()
     return (squares * lengths).reshape(symmetry.units, -1).sum(1).sqrt()
@@ -277,10 +283,32 @@ def counted(total: int, share: float) -> int:
     return max(unit, min(total, round(total * share / unit) * unit))
 
 
-def channels_counted(total: int, share: float, heads: int) -> int:
-    """How many channels stay where heads are free: a multiple of the number of heads, which plain configs insist on."""
-    wanted = counted(total, share)
-    return max(heads, min(total // heads, round(wanted / heads)) * heads)
+def counts_of(found: Units, shares: Mapping[str, float]) -> dict[str, int]:
+    """How many units of each set stay, by the shares of ``neurons``, ``heads`` and ``channels``; sets that stay whole
+    are not named."""
+    counts: dict[str, int] = {}
+    if shares["neurons"] < 1:
+        counts |= {s.name: counted(s.units, shares["neurons"]) for s in found.of("neurons")}
+    heads, share = found.of("heads"), shares["heads"] if found.free_heads else shares["channels"]
+    if share < 1:
+        counts |= {s.name: counted(s.units // s.group, share) * s.group for s in heads}
+    if found.channels and shares["channels"] < 1:
+        total, some = found.channels.units, counts.get(heads[0].name, heads[0].units)
+        if found.free_heads:  # plain configs insist on a multiple of the number of heads
+            wanted = counted(total, shares["channels"])
+            hidden = max(some, min(total // some, round(wanted / some)) * some)
+        else:
+            hidden = some * (total // heads[0].units)
+        counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
+    return counts
+
+
+def kept_of(found: Units, counts: Mapping[str, int], scores: Mapping[str, Tensor]) -> Keep:
+    """The units that stay, by their importance; followers go with the channels."""
+    keep = {s.name: best(scores[s.name], counts[s.name], s.group) for s in found.chosen(counts)}
+    if found.channels and found.channels.name in keep:
+        keep |= {s.name: keep[found.channels.name] for s in found.followers}
+    return keep
 
 
 # The smaller network
@@ -340,6 +368,11 @@ def size_of(network: Any, found: Units | None = None, counts: Mapping[str, int] 
     shapes = shapes_of(network)
     if found is not None and counts is not None:
         shapes = shapes_with(shapes, found, counts)
+    return parameters_of(shapes)
+
+
+def parameters_of(shapes: Shapes) -> int:
+    """How many numbers tensors of these shapes hold."""
     return sum(map(math.prod, shapes.values()))
 
 

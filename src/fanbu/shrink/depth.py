@@ -22,7 +22,7 @@ from fanbu.train import set_up
 from fanbu.types import Context, Train
 
 Importance = Literal["influence", "contiguous", "loss", "even"]
-_SAMPLE = 256
+SAMPLE = 256
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
 
@@ -76,14 +76,20 @@ def _kept(
     set_up(context, "depth", domain.name)
     if importance == "loss":
         return _by_loss(network, tokenizer, domain, stack, layers, context)
-    texts = domain.train.texts[:_SAMPLE]
+    texts = domain.train.texts[:SAMPLE]
     if importance == "contiguous":
         scores = influence(network, tokenizer, texts, stack, context, drop)[: count - drop]
         first = scores.index(min(scores))
         return [i for i in range(count) if not first <= i < first + drop]
+    return sorted(by_influence(network, tokenizer, texts, stack, context)[:layers])
+
+
+def by_influence(
+    network: Any, tokenizer: Any, texts: Sequence[str], stack: nn.ModuleList, context: Context
+) -> list[int]:
+    """Layers by what they change, most first; before all others the last one, which feeds the head."""
     scores = influence(network, tokenizer, texts, stack, context)
-    ranked = sorted(range(count - 1), key=lambda i: -scores[i])
-    return sorted([*ranked[: layers - 1], count - 1])
+    return [len(stack) - 1, *sorted(range(len(stack) - 1), key=lambda i: -scores[i])]
 
 
 def _by_loss(
@@ -91,7 +97,7 @@ def _by_loss(
 ) -> list[int]:
     """Greedily: the layer goes without which the loss is least, until so many are left."""
     network.to(context.device).eval()
-    numbers = evenly(range(len(domain.train)), _SAMPLE // 2)
+    numbers = evenly(range(len(domain.train)), SAMPLE // 2)
     sequences = encode(tokenizer, [domain.train.texts[i] for i in numbers], limit(network, context))
     loss = of_rows(domain, sequences, numbers, pad_id(tokenizer), context.device)
     gone: set[int] = set()

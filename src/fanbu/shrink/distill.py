@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import nn
+from torch import Tensor, nn
 
 from fanbu.batches import Sequences, encode, pad_id
 from fanbu.data.augment import augmented
@@ -20,13 +20,12 @@ from fanbu.losses import Divergence
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.objectives import Weigh, soft_language, taught_labels, taught_tokens
 from fanbu.predict import features, limit, validation_value
-from fanbu.shrink._teaching import likely_tokens, with_relations
+from fanbu.shrink._teaching import kept, likely_tokens, with_relations
 from fanbu.shrink._teaching import on_policy as written_anew
 from fanbu.shrink._tune import open_for
-from fanbu.tensors import load_tensors, save_tensors
 from fanbu.train import BatchLoss, set_up
 from fanbu.train import train as train_network
-from fanbu.types import Context, Train, digest
+from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset()
 
@@ -125,7 +124,9 @@ def _by_labels(
 ) -> Taught:  # fmt: skip
     """A classifier's loss, and the layers that learn at the head's rate."""
     network, pad = student["network"], pad_id(tokenizer)
-    h_nt, z_nl = _kept(asked.extra.cache, teacher, domain, texts, context)
+    named = {"teacher": teacher.digest, "labels": domain.full_labels, "texts": texts, "most": context.max_length}
+    answers = kept(asked.extra.cache, "answers", named, lambda: _answers(teacher, domain, texts, context))
+    h_nt, z_nl = answers["features"], answers["logits"]
     if asked.hidden:
         set_up(context, "distill", domain.name)
         student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
@@ -145,9 +146,7 @@ def _by_tokens(
     _same_tokens(teacher, domain, tokenizer, texts[:64])
     network, pad = student["network"], pad_id(tokenizer)
     if asked.extra.top_k:
-        targets = likely_tokens(
-            asked.extra.cache, teacher, domain, texts, asked.extra.top_k, asked.extra.sampled, context
-        )
+        targets = likely_tokens(asked.extra.cache, teacher, texts, asked.extra.top_k, asked.extra.sampled, context)
         return soft_language(sequences, targets, pad, context.device, asked.weigh[2]), None
     whole = load_network(teacher).to(context.device).eval()
     loss = taught_tokens(sequences, whole, network, pad, asked.weigh)
@@ -187,26 +186,8 @@ def _can_teach(model: Model, domain: Domain) -> bool:
     return model.task == domain.task and (domain.task == "causal-lm" or set(domain.full_labels) <= set(model.labels))
 
 
-def _kept(
-    cache: str, teacher: Model, domain: Domain, texts: Sequence[str], context: Context
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_answers``, kept on disk under a name that says whose they are, to what, and read how."""
-    if not cache:
-        return _answers(teacher, domain, texts, context)
-    asked = {"teacher": teacher.digest, "labels": domain.full_labels, "texts": list(texts), "most": context.max_length}
-    path = Path(cache) / f"answers-{digest(asked)[:32]}.safetensors"
-    if not path.exists():
-        h_nt, z_nl = _answers(teacher, domain, texts, context)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {"features": h_nt, "logits": z_nl})
-    known = load_tensors(path)
-    return known["features"], known["logits"]
-
-
-def _answers(
-    teacher: Model, domain: Domain, texts: Sequence[str], context: Context
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's pooled features [texts, hidden], and its logits over the domain's labels."""
+def _answers(teacher: Model, domain: Domain, texts: Sequence[str], context: Context) -> dict[str, Tensor]:
+    """The teacher's pooled ``features`` [texts, hidden], and its ``logits`` over the domain's labels."""
     if not _can_teach(teacher, domain):
         raise FitError(
             "teacher-labels", f"the teacher {teacher.path} does not know all labels of {domain.name}",
@@ -217,7 +198,8 @@ def _answers(
     h_nt = features(network, tokenizer, texts, context)
     with torch.inference_mode():
         z_nl = final_layer(network).cpu()(h_nt)
-    return h_nt.clone(), z_nl[:, [teacher.labels.index(label) for label in domain.full_labels]].clone()
+    own = [teacher.labels.index(label) for label in domain.full_labels]
+    return {"features": h_nt.clone(), "logits": z_nl[:, own].clone()}
 
 
 def _same_tokens(teacher: Model, domain: Domain, tokenizer: Any, texts: Sequence[str]) -> None:

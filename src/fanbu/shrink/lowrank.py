@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError
-from fanbu.merging.gram import linear_layers
+from fanbu.merging.gram import linear_layers, stores_input_first
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import columns, follows, own_grams
+from fanbu.shrink._units import columns, follows, inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 
@@ -48,25 +50,24 @@ def shrink(
     """
     network, tokenizer = open_for(parent, domain, context)
     set_up(context, "lowrank", domain.name)
-    stacks = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
     layers = linear_layers(network)
-    inner = [n for n in layers if any(n.startswith(f"{s}.") for s in stacks)]
-    names = [n for n in inner if not follows(columns(layers[n]))]  # what hands channels through needs its full rank
-    ranks = {n: rank_of(columns(layers[n]).shape, share) for n in names}
-    if not any(ranks.values()):
+    matrices = {n: columns(layers[n]) for n in inner_layers(network)}
+    # what hands channels through needs its full rank
+    ranks = {n: r for n, m in matrices.items() if not follows(m) and (r := rank_of(m.shape, share))}
+    if not ranks:
         raise FitError(
             "no-layers", f"{type(network).__name__} has no matrix in its blocks of which {share} makes a rank of 1",
             remedy="take a larger share, or another way down",
         )  # fmt: skip
     factors = {
-        n: factored(columns(layers[n]).float().cpu(), gram, ranks[n])
-        for n, gram in own_grams(network, tokenizer, domain, [n for n in names if ranks[n]], context)
+        n: factored(matrices[n].float().cpu(), gram, ranks[n])
+        for n, gram in own_grams(network, tokenizer, domain, list(ranks), context)
     }
     for n, (a, b) in factors.items():
-        columns(layers[n]).copy_(a @ b)
+        matrices[n].copy_(a @ b)
     metrics: dict[str, float] = {}
     if train is not None:
-        with _Trained(network, factors):
+        with _factors_trained({layers[n]: pair for n, pair in factors.items()}):
             metrics = tune(network, tokenizer, domain, train, context, f"lowrank {domain.name}")
     made = provenance(
         "lowrank", [parent], context, domain=domain.name, share=share, ranks=ranks, train=train and vars(train)
@@ -92,35 +93,24 @@ def factored(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class _Product(nn.Module):
-    """W is A B, and training moves A and B."""
+    """W is A B, from the given A and B on, and training moves them."""
 
-    def __init__(self, transposed: bool) -> None:
+    def __init__(self, start: tuple[Tensor, Tensor], transposed: bool) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.start, self.transposed = start, transposed
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return (a @ b).T if self.transposed else a @ b
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self.start
-
-    start: tuple[Tensor, Tensor]
+        return self.start[0].to(weight.device), self.start[1].to(weight.device)
 
 
-class _Trained:
+@contextmanager
+def _factors_trained(factors: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Within it the layers' weights are products of factors; afterwards plain matrices again."""
-
-    def __init__(self, network: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        layers = linear_layers(network)
-        self.layers = {layers[n]: pair for n, pair in factors.items()}
-
-    def __enter__(self) -> None:
-        for layer, (a, b) in self.layers.items():
-            weight: Any = layer.weight
-            product = _Product(not isinstance(layer, nn.Linear))
-            product.start = (a.to(weight.device), b.to(weight.device))
-            parametrize.register_parametrization(layer, "weight", product)
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    for layer, pair in factors.items():
+        parametrize.register_parametrization(layer, "weight", _Product(pair, stores_input_first(layer)))
+    yield
+    for layer in factors:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

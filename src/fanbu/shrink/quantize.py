@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +21,7 @@ from fanbu.model import Model, provenance, save_model
 from fanbu.predict import validation_value
 from fanbu.shrink._rounding import Rounding, on_grid, rounded, scales
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import own_grams
+from fanbu.shrink._units import columns, inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 
@@ -61,12 +63,12 @@ def shrink(
     before = validation_value(network, tokenizer, domain, context) if len(domain.valid) else None
     metrics: dict[str, float] = {} if before is None else {"valid_before": before}
     if train is not None:
-        with _rounding_forward(network, names, bits, group):
+        with _rounding(network, names, bits, group):
             metrics |= tune(network, tokenizer, domain, train, context, f"quantize {domain.name}")
     steps = _round_layers(network, tokenizer, domain, names, (bits, group, rounding), context)
-    table = _embedding(network) if embeddings else None
+    table = table_of(network) if embeddings else None
     if table is not None:
-        steps[table] = _round_embedding(network, table)
+        steps[table] = _round_table(network)
     if before is not None:
         metrics["valid"] = validation_value(network, tokenizer, domain, context)
     made = provenance(
@@ -79,16 +81,14 @@ def shrink(
 
 def _layers(network: Any, group: int) -> list[str]:
     """The weights of the linear layers inside the blocks."""
-    stacks = [name for name, m in network.named_modules() if isinstance(m, nn.ModuleList)]
-    layers: dict[str, Any] = dict(linear_layers(network))
-    names = [n for n in layers if any(n.startswith(f"{s}.") for s in stacks)]
+    layers, names = linear_layers(network), inner_layers(network)
     if not names or any(stores_input_first(layers[n]) for n in names):
         raise FitError(
             "no-layers", f"{type(network).__name__} has no linear layers in blocks that store [out, in]",
             remedy="export it to onnx-int8 instead",
         )  # fmt: skip
     for name in names:
-        width = layers[name].in_features
+        width = columns(layers[name]).shape[1]
         if group and width % group:
             raise FitError(
                 "not-in-groups", f"inputs of {name} do not come in groups of {group}",
@@ -110,20 +110,15 @@ class _Rounded(nn.Module):
         return weight + off
 
 
-class _rounding_forward:  # noqa: N801 - a context manager, named as what it does
+@contextmanager
+def _rounding(network: Any, names: list[str], bits: int, group: int) -> Iterator[None]:
     """Weights of the named layers are rounded in every forward pass, and are themselves afterwards."""
-
-    def __init__(self, network: Any, names: list[str], bits: int, group: int) -> None:
-        self.layers = [network.get_submodule(n.removesuffix(".weight")) for n in names]
-        self.form = bits, group
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            parametrize.register_parametrization(layer, "weight", _Rounded(*self.form))
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    layers = [network.get_submodule(n.removesuffix(".weight")) for n in names]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _Rounded(bits, group))
+    yield
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
 
 
 def _round_layers(
@@ -131,23 +126,17 @@ def _round_layers(
 ) -> dict[str, Tensor]:
     """Rounds weights in place; their scales by name."""
     bits, group, how = form
-    layers: dict[str, Any] = dict(linear_layers(network))
-    steps, made = dict[str, Tensor](), dict[str, Tensor]()
-    found: Any = ((n, None) for n in names)
+    found: Iterable[tuple[str, Tensor | None]] = ((n, None) for n in names)
     if how != "nearest":
         found = own_grams(network, tokenizer, domain, names, context)
-    for name, gram in found:
-        weight = layers[name].weight.detach()
-        made[name], steps[name] = on_grid(weight.cpu(), gram, bits, group, how)
-        if how != "gptq":
-            continue
-        weight.copy_(made[name])  # the layers after it see what it now gives
-    for name, weight in made.items():
-        layers[name].weight.detach().copy_(weight)
-    return steps
+    layers = linear_layers(network)
+    made = {name: on_grid(columns(layers[name]).cpu(), gram, bits, group, how) for name, gram in found}
+    for name, (weight, _) in made.items():  # only now, so that all Gram matrices are of the network as it was
+        columns(layers[name]).copy_(weight)
+    return {name: step for name, (_, step) in made.items()}
 
 
-def _embedding(network: Any) -> str | None:
+def table_of(network: Any) -> str | None:
     """The name of the token embedding; None where the output embedding is the same matrix, which stays in floats."""
     table, output = network.get_input_embeddings(), network.get_output_embeddings()
     if output is not None and output.weight is table.weight:
@@ -155,7 +144,7 @@ def _embedding(network: Any) -> str | None:
     return next(f"{name}.weight" for name, m in network.named_modules() if m is table)
 
 
-def _round_embedding(network: Any, name: str) -> Tensor:
+def _round_table(network: Any) -> Tensor:
     weight = network.get_input_embeddings().weight.detach()
     step = scales(weight.float().cpu(), 8, 0)
     weight.copy_(rounded(weight.float().cpu(), step, 8))

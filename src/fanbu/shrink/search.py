@@ -7,20 +7,22 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FitError, UsageError, needs_extra
 from fanbu.files import write_text
+from fanbu.merging.gram import own_texts
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_model
 from fanbu.predict import validation_value
 from fanbu.shrink import depth, distill, quantize, vocabulary, width
-from fanbu.shrink._space import Choice, Space, bytes_of, fitted, parameters_of, shape_row
+from fanbu.shrink._space import Choice, Sketch, Space, fitted, shape_row
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Train, digest
 
@@ -31,7 +33,6 @@ CHANGES: frozenset[str] = frozenset({"architecture", "tokenizer"})
 Bits = Literal[32, 8, 4]
 _NEURONS = (0.02, 1.0)
 _CHANNELS = (0.2, 1.0)
-_WARM = 6  # choices of earlier searches that are tried first
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,17 @@ class _Bounds:
     factors: tuple[float, ...] = ()
     here: bool = True  # whether the milliseconds are those of this machine
 
-    def allows(self, space: Space, choice: Choice) -> bool:
+    def allows(self, sketch: Sketch, choice: Choice) -> bool:
         """Whether a sub-network is within all bounds."""
-        shapes, hidden, neurons = space.sketch(choice)
-        if self.parameters and parameters_of(shapes) > self.parameters:
-            return False
-        if self.bytes and bytes_of(shapes, choice.bits) > self.bytes:
-            return False
-        return not self.milliseconds or self.predicted(choice, hidden, neurons) <= self.milliseconds
+        return not (
+            (self.parameters and sketch.parameters > self.parameters)
+            or (self.bytes and sketch.bytes(choice.bits) > self.bytes)
+            or (self.milliseconds and self.predicted(sketch, choice) > self.milliseconds)
+        )
 
-    def predicted(self, choice: Choice, hidden: int, neurons: int) -> float:
+    def predicted(self, sketch: Sketch, choice: Choice) -> float:
         """Milliseconds, by the factors."""
-        row = shape_row(choice.layers, hidden, neurons)
+        row = shape_row(choice.layers, sketch.hidden, sketch.neurons)
         return sum(f * v for f, v in zip(self.factors, row, strict=True))
 
 
@@ -165,16 +165,10 @@ def _step(name: str, place: Path, context: Context, make: Callable[[Path, Contex
 def _spaces(parent: Model, domain: Domain, tokens: Sequence[int], place: Path, context: Context) -> list[Space]:
     if not tokens:
         return [Space(parent, domain, context)]
-    return [
-        Space(
-            _step(
-                f"tokens-{n}", place, context,
-                partial(vocabulary.shrink, parent, domain, max_tokens=n),
-            ),
-            domain, context,
-        )
-        for n in tokens
-    ]  # fmt: skip
+    steps = (
+        _step(f"tokens-{n}", place, context, partial(vocabulary.shrink, parent, domain, max_tokens=n)) for n in tokens
+    )
+    return [Space(model, domain, context) for model in steps]
 
 
 def _bounds(budget: Budget, parent: Model, space: Space, place: Path) -> _Bounds:
@@ -189,26 +183,15 @@ def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
         return tuple(fitted(*_table(Path(table))))
     note = place / "times.json"
     if not note.exists():
-        whole = space.count
         rows, times = [], []
-        for layers in dict.fromkeys((whole, max(1, whole // 2), 1)):
+        for layers in dict.fromkeys((space.count, max(1, space.count // 2), 1)):
             for channels, neurons in ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25), (0.5, 0.1)):
-                network = space.cut(Choice(layers, channels, neurons))
-                rows.append(_row(network, layers))
-                times.append(space.milliseconds(network))
+                choice = Choice(layers, channels, neurons)
+                sketch = space.sketch(choice)
+                rows.append(shape_row(layers, sketch.hidden, sketch.neurons))
+                times.append(space.milliseconds(space.cut(choice)))
         write_text(note, json.dumps(fitted(rows, times)))
     return tuple(json.loads(note.read_text()))
-
-
-def _row(network: Any, layers: int) -> list[float]:
-    return shape_row(layers, network.config.hidden_size, _neurons_of(network.config))
-
-
-def _neurons_of(config: Any) -> int:
-    for name in ("intermediate_size", "n_inner", "hidden_dim", "encoder_ffn_dim"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 4 * int(config.hidden_size)
 
 
 def _table(path: Path) -> tuple[list[list[float]], list[float]]:
@@ -234,7 +217,7 @@ def _table(path: Path) -> tuple[list[list[float]], list[float]]:
 
 
 def _trials(
-    spaces: list[Space], budget: _Bounds, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
+    spaces: list[Space], bounds: _Bounds, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
     context: Context,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """All trials that met the budget, in their order."""
@@ -253,7 +236,7 @@ def _trials(
         # a sampler of its own for each, so that a search that was stopped draws the same
         study.sampler = optuna.samplers.TPESampler(seed=context.seeded("search", number), n_startup_trials=8)
         trial = study.ask()
-        told = _trial(trial, spaces, budget, bits)
+        told = _trial(trial, spaces, bounds, bits)
         if told is None:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
@@ -264,49 +247,52 @@ def _trials(
     if not complete:
         raise UsageError(
             "target-not-met", f"search: none of {trials} sub-networks is within the budget",
-            allowed="a larger budget", got=f"{budget.parameters:g} parameters, {budget.bytes} bytes, "
-            f"{budget.milliseconds:g} ms", remedy="raise it, or choose a smaller vocabulary under `tokens`",
+            allowed="a larger budget", got=f"{bounds.parameters:g} parameters, {bounds.bytes} bytes, "
+            f"{bounds.milliseconds:g} ms", remedy="raise it, or choose a smaller vocabulary under `tokens`",
         )  # fmt: skip
     return [t.user_attrs["told"] for t in complete]
 
 
-def _trial(trial: Any, spaces: list[Space], budget: _Bounds, bits: list[int]) -> dict[str, Any] | None:
+def _trial(trial: Any, spaces: list[Space], bounds: _Bounds, bits: list[int]) -> dict[str, Any] | None:
     tokens = trial.suggest_int("tokens", 0, len(spaces) - 1) if len(spaces) > 1 else 0
-    width_of_words = trial.suggest_categorical("bits", bits) if len(bits) > 1 else bits[0]
-    space = spaces[tokens]
-    layers = trial.suggest_int("layers", 1, space.count)
+    few = trial.suggest_categorical("bits", bits) if len(bits) > 1 else bits[0]
+    layers = trial.suggest_int("layers", 1, spaces[tokens].count)
     channels = trial.suggest_float("channels", *_CHANNELS)
-    choice = _filled(space, Choice(layers, channels, 1.0, tokens, width_of_words), budget)
+    choice = _filled(spaces[tokens], Choice(layers, channels, _NEURONS[1], tokens, few), bounds)
     if choice is None:
         return None
-    shapes, hidden, neurons = space.sketch(choice)
-    return {
-        "choice": choice.as_dict(), "score": space.score(choice), "parameters": parameters_of(shapes),
-        "bytes": bytes_of(shapes, choice.bits),
-        **({"milliseconds": budget.predicted(choice, hidden, neurons)} if budget.milliseconds else {}),
-    }  # fmt: skip
+    sketch = spaces[tokens].sketch(choice)
+    told = {"choice": asdict(choice), "parameters": sketch.parameters, "bytes": sketch.bytes(few)}
+    if bounds.milliseconds:
+        told["milliseconds"] = bounds.predicted(sketch, choice)
+    return {**told, "score": spaces[tokens].score(choice)}
 
 
-def _filled(space: Space, choice: Choice, budget: _Bounds) -> Choice | None:
-    """The choice with as many neurons as the budget allows; None where it allows none."""
+def _filled(space: Space, choice: Choice, bounds: _Bounds) -> Choice | None:
+    """The choice with as many neurons as the bounds allow; None where they allow none."""
+
+    def fits(neurons: float) -> bool:
+        some = replace(choice, neurons=neurons)
+        return bounds.allows(space.sketch(some), some)
+
     low, high = _NEURONS
-    if budget.allows(space, replace(choice, neurons=high)):
+    if fits(high):
         return replace(choice, neurons=high)
-    if not budget.allows(space, replace(choice, neurons=low)):
+    if not fits(low):
         return None
     for _ in range(7):
         middle = (low + high) / 2
-        low, high = (middle, high) if budget.allows(space, replace(choice, neurons=middle)) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return replace(choice, neurons=low)
 
 
 # What earlier searches found
 
 
-def _asked(domain: Domain, parent: Model, budget: _Bounds) -> dict[str, Any]:
+def _asked(domain: Domain, parent: Model, bounds: _Bounds) -> dict[str, Any]:
     """What a search was about, in numbers that can be compared: logarithms of counts and of budgets."""
     lengths = [len(t.split()) for t in domain.train.texts[:500]]
-    most = budget.parameters or budget.bytes / 4 or 1e6 * budget.milliseconds
+    most = bounds.parameters or bounds.bytes / 4 or 1e6 * bounds.milliseconds
     return {
         "task": domain.task, "domain": domain.name,
         "features": {
@@ -326,15 +312,15 @@ def _earlier(history: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
             if told["asked"]["task"] != asked["task"] or told["asked"]["domain"] == asked["domain"]:
                 continue
             far = sum(abs(v - told["asked"]["features"][k]) for k, v in asked["features"].items())
-            best = [Choice(**c).as_dict() for c in told["best"]]
+            best = [Choice(**c) for c in told["best"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 "history-broken", f"{path}: {type(error).__name__}: {error}", allowed="a file that search wrote",
                 got=path, remedy="remove it",
             ) from None  # fmt: skip
         found.append((far, path.name, best))
-    near = [choice for _, _, best in sorted(found)[:3] for choice in best[:2]]
-    return [{"layers": c["layers"], "channels": c["channels"]} for c in near][:_WARM]
+    near = [choice for _, _, best in sorted(found, key=lambda f: f[:2])[:3] for choice in best[:2]]
+    return [{"layers": c.layers, "channels": c.channels} for c in near]
 
 
 def _remember(history: str, asked: dict[str, Any], found: list[dict[str, Any]]) -> None:
@@ -350,56 +336,41 @@ def _remember(history: str, asked: dict[str, Any], found: list[dict[str, Any]]) 
 
 
 def _made(
-    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, budget: _Bounds, place: Path,
+    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, bounds: _Bounds, place: Path,
     context: Context, augment: int, train: Train,
 ) -> Model:  # fmt: skip
     """A finalist: cut, distilled and quantized."""
     model = spaces[choice.tokens].model
     if choice.layers < spaces[choice.tokens].count:
-        start = model
-        model = _step(
-            f"{number}-depth", place, context,
-            lambda out, c: depth.shrink(start, domain, out, c, layers=choice.layers, train=None),
-        )  # fmt: skip
-    cut = _narrower(f"{number}-width", choice, model, domain, budget, place, context)
-    small = _step(
-        f"{number}-distill", place, context,
-        lambda out, c: distill.shrink(
-            cut, domain, out, c, teacher=str(parent.path), train=train,
-            extra=distill.Extra(augment=augment, cache=str(place / "answers")),
-        ),
-    )  # fmt: skip
+        fewer_layers = partial(depth.shrink, model, domain, layers=choice.layers, train=None)
+        model = _step(f"{number}-depth", place, context, fewer_layers)
+    cut = _narrower(f"{number}-width", choice, model, domain, bounds, place, context)
+    extra = distill.Extra(augment=augment, cache=str(place / "answers"))
+    taught = partial(distill.shrink, cut, domain, teacher=str(parent.path), extra=extra, train=train)
+    small = _step(f"{number}-distill", place, context, taught)
     if choice.bits == 32:
         return small
     fewer: Any = choice.bits
-    group = 32 if fewer == 4 else 0
-    return _step(
-        f"{number}-quantize", place, context,
-        lambda out, c: quantize.shrink(small, domain, out, c, bits=fewer, group=group, rounding="gptq"),
-    )  # fmt: skip
+    rounded = partial(quantize.shrink, small, domain, bits=fewer, rounding="gptq")
+    return _step(f"{number}-quantize", place, context, rounded)
 
 
 def _narrower(
-    name: str, choice: Choice, model: Model, domain: Domain, budget: _Bounds, place: Path, context: Context
+    name: str, choice: Choice, model: Model, domain: Domain, bounds: _Bounds, place: Path, context: Context
 ) -> Model:
     """Cut by ``width``; what takes longer than predicted is cut further."""
     if choice.neurons == 1 and choice.channels == 1:
         return model
     neurons = choice.neurons
     for tried in range(4):
-        part = neurons
-        cut = _step(
-            f"{name}-{tried}" if tried else name,
-            place,
-            context,
-            partial(width.shrink, model, domain, neurons=part, channels=choice.channels, train=None),
-        )
-        if not (budget.milliseconds and budget.here):
-            return cut
-        took = Space(cut, domain, context).milliseconds(load_network(cut))
-        if took <= 1.05 * budget.milliseconds or neurons <= _NEURONS[0]:
-            return cut
-        neurons = max(_NEURONS[0], neurons * budget.milliseconds / took * 0.95)
+        narrower = partial(width.shrink, model, domain, neurons=neurons, channels=choice.channels, train=None)
+        cut = _step(f"{name}-{tried}", place, context, narrower)
+        if not (bounds.milliseconds and bounds.here):
+            break
+        took = network_milliseconds(load_network(cut), load_tokenizer(cut), own_texts(domain, 24), context)
+        if took <= 1.05 * bounds.milliseconds or neurons <= _NEURONS[0]:
+            break
+        neurons = max(_NEURONS[0], neurons * 0.95 * bounds.milliseconds / took)
     return cut
 
 

@@ -12,25 +12,23 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fanbu.batches import collate, encode, pad_id
-from fanbu.deploy.latency import milliseconds as measure
+from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import write_text
 from fanbu.merging.gram import linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
-from fanbu.predict import limit
 from fanbu.shrink._tune import open_for, tune
 from fanbu.shrink._units import (
     Importance,
     Keep,
     Units,
-    best,
-    channels_counted,
     columns,
     counted,
+    counts_of,
     first_units,
     importances,
+    kept_of,
     narrowed,
     own_grams,
     size_of,
@@ -97,7 +95,7 @@ def shrink(
             "bad-parameter", "width: nothing would be dropped", allowed="shares or a target that make it smaller",
             got={**shares, **targets}, remedy="say what may be dropped, and how small it is to be",
         )  # fmt: skip
-    keep = _kept(found, counts, importances(network, tokenizer, domain, found.chosen(counts), importance, context))
+    keep = kept_of(found, counts, importances(network, tokenizer, domain, found.chosen(counts), importance, context))
     if compensate:
         _compensate(network, tokenizer, domain, found, keep, context)
     smaller = narrowed(network, found, keep, parent)
@@ -128,52 +126,23 @@ def _sizes(
     parameters, milliseconds = targets.values()
 
     def sizes(depth: float) -> dict[str, int]:
-        return _counts(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
+        return counts_of(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
 
     limits: list[_Limit] = []
     if parameters:
         most = parameters * size_of(network) if parameters <= 1 else parameters
         limits.append((lambda counts: size_of(network, found, counts), most, "parameters"))
     if milliseconds:
-        texts = encode(tokenizer, own_texts(domain, 32), limit(network, context))
-        batches = [collate([ids], pad_id(tokenizer), context.device) for ids in texts]
 
         def measured(counts: dict[str, int]) -> float:
-            smaller = narrowed(network, found, first_units(counts), parent).to(context.device).eval()
-            return milliseconds_of(smaller, batches)
+            smaller = narrowed(network, found, first_units(counts), parent)
+            return network_milliseconds(smaller, tokenizer, own_texts(domain, 32), context)
 
         limits.append((measured, milliseconds, "milliseconds"))
     if not limits:
         return sizes(1.0)
     counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
     return _filled(found, counts, limits) if shares["neurons"] < 1 else counts
-
-
-def milliseconds_of(network: Any, batches: Sequence[dict[str, Tensor]]) -> float:
-    """How long a network takes for one text."""
-    return measure(lambda batch: network(**batch), batches)
-
-
-def _counts(found: Units, shares: dict[str, float]) -> dict[str, int]:
-    """How many units of each set stay."""
-    counts: dict[str, int] = {}
-    for s in found.of("neurons"):
-        if shares["neurons"] < 1:
-            counts[s.name] = counted(s.units, shares["neurons"])
-    heads = found.of("heads")
-    share = shares["heads"] if found.free_heads else shares["channels"]
-    for s in heads:
-        if share < 1:
-            counts[s.name] = counted(s.units // s.group, share) * s.group
-    if found.channels and shares["channels"] < 1:
-        total = found.channels.units
-        some = counts.get(heads[0].name, heads[0].units)
-        # heads keep their width, where the config has none for them
-        hidden = (
-            channels_counted(total, shares["channels"], some) if found.free_heads else some * (total // heads[0].units)
-        )
-        counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
-    return counts
 
 
 def _filled(found: Units, counts: dict[str, int], limits: Sequence[_Limit]) -> dict[str, int]:
@@ -208,13 +177,6 @@ def _bisected(value: _Value, most: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if value(middle) <= most else (middle, high)
     return high
-
-
-def _kept(found: Units, counts: dict[str, int], scores: dict[str, Tensor]) -> Keep:
-    keep = {s.name: best(scores[s.name], counts[s.name], s.group) for s in found.chosen(counts)}
-    if found.channels and found.channels.name in keep:
-        keep |= {s.name: keep[found.channels.name] for s in found.followers}
-    return keep
 
 
 def _by_kind(found: Units, counts: dict[str, int]) -> dict[str, int]:
