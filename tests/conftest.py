@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,13 +73,16 @@ def write_domain(folder: Path, name: str, train: int = 48) -> dict[str, str]:
 
 
 def wordpiece(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    """Letters, words and their halves, 400 at most; training would break its ties anew in each process."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    )
+    normalizer, cut = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for t in texts for word, _ in cut.pre_tokenize_str(normalizer.normalize_str(t)))
+    letters, common = sorted({letter for word in words for letter in word}), sorted(words, key=lambda w: (-words[w], w))
+    parts = [part for word in common for part in (word[:2], "##" + word[2:]) if len(word) > 2]
+    pieces = [*special, *letters, *("##" + letter for letter in letters), *common, *parts]
+    ids = {piece: i for i, piece in enumerate(list(dict.fromkeys(pieces))[:400])}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, cut
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
