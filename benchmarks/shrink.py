@@ -3,12 +3,12 @@
 Every small model comes from the same fine-tuned large model, whose rarely used tokens went first, and is distilled from
 it with the same plan; sizes are shares of the large encoder's parameters as it ships. Beside ours: Torch-Pruning
 (its Taylor importance and grouping), a random cut of our sizes, fresh weights in our sizes, TF-IDF regression.
-Milliseconds are for one text on one thread, tokenizing left out; beside the sizes stands a "fast" one of two wide
+Milliseconds are for one text on one thread, tokenizing left out; beside the sizes stands a "fast" one of five narrow
 layers. The other parts look at searches, and halve a small causal model.
 
 Run: python benchmarks/shrink.py [--quick] [--data DIR] [--domains NAME ...] [--work DIR] [--only PART ...]
-Parts: cut, speed, search, causal. A second run resumes; two runs on the same work folder with different --domains
-share the work, and a last one without makes the table. --quick: two domains at 1/4.
+Parts: cut, steps, speed, search, causal. A second run resumes; two runs on the same work folder with different
+--domains share the work, and a last one without makes the table. --quick: two domains at 1/4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from _shrink_causal import causal
 from _shrink_peers import at_random, by_torch_pruning, from_scratch
 from _shrink_search import searching
 from fanbu.catalogue import method
-from fanbu.contribution import Contribution
+from fanbu.contribution import Contribution, open_contribution, write_contribution
 from fanbu.deploy.runner import logits_of, milliseconds_of, open_runner
 from fanbu.deploy.to_onnx import to_onnx
 from fanbu.domain import Domain, load_domain
@@ -76,20 +76,25 @@ def _width(ratio: int, **shares: float) -> tuple[str, dict[str, Any]]:
 SIZES = {
     size.ratio: size
     for size in (
-        Size(2, (_width(2, neurons=0.3, channels=1.0),), 0, 1, 2e-4),
-        Size(4, (_width(4, neurons=0.2, channels=0.6),), 4, 1, 1e-3),
-        Size(8, (_width(8, neurons=0.1, channels=0.3),), 3, 2, 1e-3),
+        Size(2, (_width(2, neurons=0.3, channels=1.0),), 0, 1, 1e-4),
+        Size(4, (_width(4, neurons=0.2, channels=0.6),), 2, 1, 1e-3),
+        Size(8, (_width(8, neurons=0.1, channels=0.3),), 4, 1, 1e-3),
     )
 }
-# for speed alone: few wide layers, whose cost does not lie in small steps; no peers
+# for speed alone: fewer layers, each of which costs a fixed time; no peers
 FAST = Size(
     0,
-    (("depth", {"layers": 2, "train": None}), ("width", {"neurons": 0.5, "channels": 0.9, "train": None})),
+    (("depth", {"layers": 5, "train": None}), ("width", {"neurons": 0.3, "channels": 0.5, "train": None})),
     4,
     2,
     1e-3,
 )
-PARTS = ("cut", "speed", "search", "causal")
+# to 1/8 with a stop at 1/4, in as many passes over the texts as 1/8 takes at once
+STEPWISE = (
+    Size(4, (_width(4, neurons=0.2, channels=0.6),), 1, 1, 1e-3),
+    Size(8, (_width(8, neurons=0.5, channels=0.5),), 2, 1, 1e-3),
+)
+PARTS = ("cut", "steps", "speed", "search", "causal")
 OURS, PEERS = "fanbu", ("Torch-Pruning", "random cut", "from scratch")
 
 
@@ -168,14 +173,21 @@ def _cut(bench: Bench, fewer: Model, size: Size) -> Model:
 
 
 def judged(bench: Bench, model: Model) -> Contribution:
-    """Test outcomes."""
-    return evaluate(model, bench.domain, bench.context)
+    """Test outcomes, once."""
+
+    def produce(out: Path, scratch: Path) -> None:
+        write_contribution(evaluate(model, bench.domain, bench.context), out / "outcomes")
+
+    inputs = {"model": model.digest, "domain": bench.domain.digest, "length": LENGTH}
+    stage = bench.ledger.stage(f"judged {bench.domain.name}", "fanbu.judge.evaluate", inputs, produce)
+    return open_contribution(stage.path / "outcomes")
 
 
+Made = tuple[str, dict[str, Any], list[dict[str, Any]]]  # table, values, bars
 Found = dict[int, dict[str, dict[str, tuple[Model, Contribution]]]]  # by ratio, who, domain
 
 
-def cut_part(benches: Mapping[str, Bench], ratios: list[int]) -> tuple[str, dict[str, Any], list[Any], Any]:
+def cut_part(benches: Mapping[str, Bench], ratios: list[int]) -> tuple[Made, Any]:
     """Accuracy at each size."""
     large: dict[str, tuple[Model, Contribution]] = {}
     found: Found = {r: {who: {} for who in (OURS, *PEERS)} for r in ratios}
@@ -188,7 +200,7 @@ def cut_part(benches: Mapping[str, Bench], ratios: list[int]) -> tuple[str, dict
                 got = score(found[ratio][who][name][1], "told")
                 print(f"{name} 1/{ratio} {who}: {100 * (got or 0):.1f} ({model.parameters:,})", flush=True)
     plain = {name: tfidf(bench.domain, bench.context) for name, bench in benches.items()}
-    return *_accuracy(large, plain, found), (large, found)
+    return _accuracy(large, plain, found), (large, found)
 
 
 def _mean(outcomes: Mapping[str, Contribution]) -> float:
@@ -201,9 +213,7 @@ def _row(name: str, size: str, outcomes: Mapping[str, Contribution], whole: floa
     return [name, size, *cells, f"{100 * mean:.2f}", f"{mean / whole:.1%}"]
 
 
-def _accuracy(
-    large: Mapping[str, tuple[Model, Contribution]], plain: Mapping[str, Contribution], found: Found
-) -> tuple[str, dict[str, Any], list[Any]]:
+def _accuracy(large: Mapping[str, tuple[Model, Contribution]], plain: Mapping[str, Contribution], found: Found) -> Made:
     known = {n: c for n, (_, c) in large.items()}
     whole, floor = _mean(known), _mean(plain)
     rows = [["accuracy, %", "parameters", *known, "mean", "of the large"]]
@@ -235,10 +245,27 @@ def _accuracy(
     return table(rows), values, bars
 
 
+def steps_part(benches: Mapping[str, Bench], models: Any) -> Made:
+    """1/8 at once and in two steps with distillation between."""
+    large, found = models
+    stepwise = {}
+    for name, bench in benches.items():
+        small = bench.step("vocabulary", large[name][0], **VOCABULARY)
+        for size in STEPWISE:
+            small = bench.distilled(_cut(bench, small, size), large[name][0], size)
+        stepwise[name] = judged(bench, small)
+    whole, once = _mean({n: c for n, (_, c) in large.items()}), {n: c for n, (_, c) in found[8][OURS].items()}
+    rows = [["1/8, accuracy, %", "parameters", *benches, "mean", "of the large"]]
+    rows += [_row(how, f"<= {SIZES[8].most:,}", got, whole) for how, got in (("once", once), ("in steps", stepwise))]
+    ahead = average([compare(stepwise[n], once[n], "told", 0) for n in benches])
+    told = f"{100 * ahead['delta']:+.2f} points ({100 * ahead['low']:+.2f} to {100 * ahead['high']:+.2f})"
+    return f"{table(rows)}\n\nin steps beside once: {told}", {"once": _mean(once), "in steps": _mean(stepwise)}, []
+
+
 FORMS = ("torch fp32", "torch int8", "ONNX fp32", "ONNX int8")
 
 
-def speed_part(benches: Mapping[str, Bench], models: Any) -> tuple[str, dict[str, Any], list[Any]]:
+def speed_part(benches: Mapping[str, Bench], models: Any) -> Made:
     """Milliseconds, bytes and accuracy in each form; the large model beside it in the same run."""
     large, found = models
     measured: dict[str, dict[str, list[dict[str, float]]]] = {"large": {f: [] for f in FORMS}}
@@ -306,6 +333,26 @@ def _linear(model: Model) -> list[Any]:
     return [m for m in load_network(model).modules() if isinstance(m, torch.nn.Linear)]
 
 
+def of_encoders(
+    folders: Mapping[str, Path], ratios: list[int], parts: list[str], work: Path, context: Context
+) -> dict[str, Made]:
+    """The parts that look at the encoder's children."""
+    ledger, benches = Workspace(work / "shrink"), {}
+    for name, folder in folders.items():
+        files = {s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")}
+        benches[name] = Bench(load_domain(name, **files), context, ledger, work)
+    accuracy, models = cut_part(benches, ratios)
+    found = {"accuracy": accuracy}
+    if "steps" in parts and 8 in ratios:
+        found["steps"] = steps_part(benches, models)
+    if "speed" in parts:
+        found["speed"] = speed_part(benches, models)
+    if "search" in parts:
+        known = {name: (model, benches[name].domain) for name, (model, _) in models[0].items()}
+        found["search"] = searching(known, SIZES[8].most, work, context)
+    return found
+
+
 def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--domains", nargs="+", help=f"default: {', '.join(DOMAINS)}, or all that --data holds")
@@ -316,34 +363,25 @@ def main() -> int:
     folders = text_domains(args.data)
     names = args.domains or [n for n in DOMAINS if n in folders] or sorted(folders)
     names, ratios = (names[:2], [4]) if args.quick else (names, args.ratios or sorted(SIZES))
-    texts, values, bars = [], {}, []
+    found: dict[str, Made] = {}
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with progress_bar() as progress:
         context = Context(max_length=LENGTH, threads=args.threads, progress=progress)
-        if {"cut", "speed", "search"} & set(args.only):
-            ledger = Workspace(args.work / "shrink")
-            benches = {}
-            for name in names:
-                files = {s: str(folders[name] / f"{s}.jsonl") for s in ("train", "valid", "test")}
-                benches[name] = Bench(load_domain(name, **files), context, ledger, args.work)
-            text, got, holds, models = cut_part(benches, ratios)
-            texts, values, bars = [text], {"accuracy": got}, list(holds)
-            if "speed" in args.only:
-                text, got, holds = speed_part(benches, models)
-                texts, values, bars = [*texts, text], {**values, "speed": got}, [*bars, *holds]
-            if "search" in args.only:
-                known = {name: (model, benches[name].domain) for name, (model, _) in models[0].items()}
-                text, got, holds = searching(known, SIZES[8].most, args.work, context)
-                texts, values, bars = [*texts, text], {**values, "search": got}, [*bars, *holds]
+        if set(args.only) - {"causal"}:
+            found |= of_encoders({n: folders[n] for n in names}, ratios, args.only, args.work, context)
         if "causal" in args.only:
-            text, got, holds = causal(args.quick, args.work, context)
-            texts, values, bars = [*texts, text], {**values, "causal": got}, [*bars, *holds]
-    print("\n\n".join(texts), flush=True)
+            found["causal"] = causal(args.quick, args.work, context)
+    text = "\n\n".join(part for part, _, _ in found.values())
+    values, bars = (
+        {name: got for name, (_, got, _) in found.items()},
+        [b for _, _, held in found.values() for b in held],
+    )
+    print(text, flush=True)
     if args.domains or args.ratios:  # a share of the work, for a later run to put together
         write_text(args.work / f"shrink-{'-'.join(names)}.json", json.dumps(values, indent=1))
         return 0 if all(b["holds"] for b in bars) else 1
     name = "-".join(["shrink", *(args.only if len(args.only) < len(PARTS) else []), *(["quick"] if args.quick else [])])
-    return finish(name, "\n\n".join(texts), values, bars)
+    return finish(name, text, values, bars)
 
 
 if __name__ == "__main__":
