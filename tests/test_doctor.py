@@ -150,6 +150,20 @@ def test_the_estimate_follows_the_work(tmp_path: Path, recipe: dict[str, Any]) -
     assert Work("x", 3, trained=10, predicted=4, opened=2, other=5.0).seconds(speed) == pytest.approx(29.0)
 
 
+def test_the_estimate_counts_variants_and_trials(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    def of(step: dict[str, Any]) -> Work:
+        loaded = load_recipe(written(tmp_path, recipe | {"shrink": [*recipe["shrink"], step | {"train": SHORT}]}))
+        found = work(loaded, load_domains(loaded), open_model(loaded.model))
+        return next(w for w in found if w.stage == f"shrink {step['method']} food")
+
+    plain, more = of({"method": "distill"}), of({"method": "distill", "extra": {"augment": 3}})
+    assert more.trained == 4 * plain.trained > 0
+    assert more.predicted == plain.predicted + 3 * 48  # by the teacher
+    found = of({"method": "search", "budget": {"parameters": 9000}, "augment": 3, "finalists": 2, "trials": 5})
+    assert found.trained == 2 * more.trained
+    assert found.predicted == 2 * more.predicted + 5 * 48
+
+
 def test_speeds_are_measured_for_both_tasks(
     tmp_path: Path, recipe: dict[str, Any], llama: Path, texts: dict[str, Domain]
 ) -> None:

@@ -19,6 +19,7 @@ from fanbu.types import Context, Progress, Train, silent
 
 _BATCHES = 6  # that are timed, after one to warm up
 _ENOUGH = 30.0  # seconds of timing; a large model is judged by fewer batches
+_TRIAL = 192  # texts that a trial of `search` reads
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,22 @@ def _fit(rows: int, labels: int, model: Model) -> float:
 
 
 def _shrink(step: Step, d: Domain, model: Model) -> Work:
-    plan = _plan(step, "shrink")
+    """A way down; those that learn from a teacher read variants of texts too, and the teacher reads them once."""
+    plan, given = _plan(step, "shrink"), method(step.method, "shrink").check(step.arguments)
     name = f"shrink {step.method} {d.name}"
     if plan is None:
         return Work(name, predicted=0, opened=2)
-    rows = len(d.train) + (len(d.unlabelled) if step.method == "distill" else 0)
+    taught, finalists, trials = step.method in {"distill", "search"}, given.get("finalists", 1), given.get("trials", 0)
+    variants = given["extra"].augment if step.method == "distill" else given.get("augment", 0)
+    rows = (1 + variants) * (len(d.train) + (len(d.unlabelled) if taught else 0))
     batches, trained = _steps(plan, rows)
     kept = step.arguments.get("layers") if isinstance(step.arguments.get("layers"), int) else None
     all_layers = int(model.config.get("num_hidden_layers") or 0)
     smaller = kept / all_layers if kept and all_layers else 1.0
     epochs = batches / max(math.ceil(rows / plan.batch_size), 1)
-    return Work(name, batches, smaller * trained, smaller * epochs * len(d.valid), 2)
+    predicted = smaller * epochs * len(d.valid) + (rows if taught else 0)
+    return Work(name, finalists * batches, finalists * smaller * trained,
+                finalists * predicted + trials * min(len(d.train), _TRIAL), 1 + finalists)  # fmt: skip
 
 
 def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, int], public: int) -> Work:
