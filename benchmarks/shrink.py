@@ -53,13 +53,13 @@ PLAN = {"patience": 0, "dropout": 0.0}
 class Size:
     """One ratio: how ours gets there after the vocabulary, and on what everything is distilled for how long.
 
-    ``augment`` variants of each text come to the training texts, so an epoch has 1 + augment passes over as many rows.
-    A ratio of 0 stands for sizes by shares alone.
+    Variants of each text come to the training texts until there are about ``texts``; 0: none. A ratio of 0 stands for
+    sizes by shares alone.
     """
 
     ratio: int
     steps: tuple[tuple[str, dict[str, Any]], ...]
-    augment: int
+    texts: int
     epochs: int
     lr: float
 
@@ -77,22 +77,22 @@ SIZES = {
     size.ratio: size
     for size in (
         Size(2, (_width(2, neurons=0.3, channels=1.0),), 0, 1, 1e-4),
-        Size(4, (_width(4, neurons=0.2, channels=0.6),), 2, 1, 1e-3),
-        Size(8, (_width(8, neurons=0.1, channels=0.3),), 4, 1, 1e-3),
+        Size(4, (_width(4, neurons=0.2, channels=0.6),), 8_000, 1, 1e-3),
+        Size(8, (_width(8, neurons=0.1, channels=0.3),), 12_000, 1, 1e-3),
     )
 }
 # for speed alone: fewer layers, each of which costs a fixed time; no peers
 FAST = Size(
     0,
     (("depth", {"layers": 5, "train": None}), ("width", {"neurons": 0.3, "channels": 0.5, "train": None})),
-    4,
+    15_000,
     2,
     1e-3,
 )
-# to 1/8 with a stop at 1/4, in as many passes over the texts as 1/8 takes at once
+# to 1/8 with a stop at 1/4, on as many texts in all as 1/8 takes at once
 STEPWISE = (
-    Size(4, (_width(4, neurons=0.2, channels=0.6),), 1, 1, 1e-3),
-    Size(8, (_width(8, neurons=0.5, channels=0.5),), 2, 1, 1e-3),
+    Size(4, (_width(4, neurons=0.2, channels=0.6),), 4_000, 1, 1e-3),
+    Size(8, (_width(8, neurons=0.5, channels=0.5),), 8_000, 1, 1e-3),
 )
 PARTS = ("cut", "steps", "speed", "search", "causal")
 OURS, PEERS = "fanbu", ("Torch-Pruning", "random cut", "from scratch")
@@ -133,7 +133,8 @@ class Bench:
     def distilled(self, cut: Model, teacher: Model, size: Size) -> Model:
         """The same for all."""
         plan = {**PLAN, "epochs": size.epochs, "lr": size.lr}
-        return self.step("distill", cut, (teacher,), extra={"augment": size.augment}, train=plan)
+        variants = max(0, round(size.texts / len(self.domain.train)) - 1)
+        return self.step("distill", cut, (teacher,), extra={"augment": variants}, train=plan)
 
 
 def large_model(bench: Bench) -> Model:
