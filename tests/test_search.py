@@ -12,7 +12,7 @@ import pytest
 from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FanbuError, UsageError
-from fanbu.model import Model, load_network
+from fanbu.model import Model, load_network, open_model
 from fanbu.shrink import _space, search
 from fanbu.shrink._space import Choice, Space, fitted, shape_row
 from fanbu.shrink._units import size_of
@@ -85,14 +85,27 @@ def test_a_stopped_search_goes_on_with_the_same_result(
         out, scratch = tmp_path / f"{name}-out", replace(context, scratch=here)
         return SEARCH.shrink(model, domains["food"], out, scratch, **known)
 
-    made, left, real = {"whole": run("whole")}, iter(range(3)), Space.score
+    warm = [{"layers": 1, "channels": share} for share in (0.4, 0.6, 0.8)]
+    monkeypatch.setattr(search, "_earlier", lambda *_: warm)
+    made, left, real = {"whole": run("whole")}, iter(range(2)), Space.score
     with monkeypatch.context() as patched:
         patched.setattr(Space, "score", lambda self, c: (next(left), real(self, c))[1])
         with pytest.raises(StopIteration):
             run("stopped")
+    warm.insert(0, {"layers": 2, "channels": 0.9})  # another search ended meanwhile
     made["stopped"] = run("stopped")
     assert made["stopped"].digest == made["whole"].digest
     assert made["stopped"].manifest["metrics"] == made["whole"].manifest["metrics"]
+    tried = [t["choice"] for t in made["whole"].manifest["metrics"]["trials"]]
+    assert [t["channels"] for t in tried[:3]] == [0.4, 0.6, 0.8]
+
+
+def test_tokens_are_not_searched_for_causal_models(
+    llama: Path, texts: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    given = {**SHORT, "budget": {"parameters": 0.6}, "tokens": [300]}
+    with pytest.raises(UsageError, match="for classifiers only"):
+        SEARCH.shrink(open_model(llama), texts["food"], tmp_path / "m", context, **given)
 
 
 def test_what_earlier_searches_found_is_tried_first(
@@ -128,6 +141,32 @@ def test_a_time_is_met_when_it_is_measured(
     assert space.milliseconds(load_network(made)) <= 1.05 * 0.6 * whole
     trials = made.manifest["metrics"]["trials"]
     assert max(t["milliseconds"] for t in trials) <= 0.6 * whole
+
+
+def test_a_time_that_is_not_met_is_no_result(
+    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Space, "milliseconds", lambda self, network: float(network.config.num_hidden_layers))
+    given = {**SHORT, "budget": {"milliseconds": 2.5}}
+    monkeypatch.setattr(search, "network_milliseconds", lambda *_: 50.0)
+    with pytest.raises(UsageError) as caught:
+        SEARCH.shrink(model, domains["food"], tmp_path / "slow", context, **given)
+    assert caught.value.code == "target-not-met"
+    assert not (tmp_path / "slow").exists()
+    monkeypatch.setattr(search, "network_milliseconds", lambda *_: 2.6)
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **given)
+    assert made.manifest["metrics"]["milliseconds"] == 2.6
+
+
+def test_shares_that_round_to_all_leave_the_network_whole(
+    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, space: Space
+) -> None:
+    near = Choice(1, 0.99, 1.0)
+    assert not space.drops(near)
+    assert space.drops(Choice(1, 0.5, 1.0))
+    bounds = search._Bounds(0.0, 0, 0.0)
+    cut, took = search._cut(0, near, space, domains["food"], bounds, tmp_path, context)
+    assert (load_network(cut).config.hidden_size, took) == (load_network(model).config.hidden_size, 0.0)
 
 
 def test_a_table_of_another_machine(model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path) -> None:

@@ -339,12 +339,12 @@ def save_network(network: Any, tokenizer: Any, out: Path, made: Provenance) -> M
     """Saves a transformers network with its tokenizer as a Model."""
     config = {**network.config.to_dict(), "architectures": [type(network).__name__], "dtype": "float32"}
     keep = network.state_dict()
-    for name in _tied_copies(network):
+    for name in tied_copies(network):
         keep.pop(name, None)
     return save_model(out, config, keep, tokenizer, made)
 
 
-def _tied_copies(network: Any) -> list[str]:
+def tied_copies(network: Any) -> list[str]:
     """Names whose storage another, earlier name already holds: safetensors stores each storage once."""
     declared = set(getattr(network, "all_tied_weights_keys", None) or {})
     seen: dict[int, str] = {}

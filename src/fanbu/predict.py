@@ -54,8 +54,13 @@ def by_batches(
 def limit(network: Any, context: Context) -> int:
     """How many tokens of a text are read: what the context says, and no more than the network has positions."""
     positions = getattr(network.config, "max_position_embeddings", None) or context.max_length
-    offset = 2 if "roberta" in str(network.config.model_type) else 0  # its positions start after the padding id
-    return int(min(context.max_length, positions - offset))
+    return int(min(context.max_length, positions - _before_first(network)))
+
+
+def _before_first(network: Any) -> int:
+    """How many positions are never used: RoBERTa and its like start after the padding id."""
+    tables = (m for n, m in network.named_modules() if n.endswith("position_embeddings") and hasattr(m, "padding_idx"))
+    return max((1 + m.padding_idx for m in tables if m.padding_idx is not None), default=0)
 
 
 def longest(network: Any, tokenizer: Any, context: Context) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fanbu.batches import Sequences, collate, encode, pad_id
 from fanbu.deploy.latency import milliseconds
-from fanbu.deploy.to_onnx import ONNX, open_onnx, run_session, session
+from fanbu.deploy.to_onnx import ONNX, in_linear, open_onnx, run_session, session
 from fanbu.errors import UsageError
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.predict import by_batches, longest
@@ -78,7 +78,7 @@ def _runner(run: Callable[[Mapping[str, Tensor]], Tensor], model: Model, tokeniz
 def _in_int8(network: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao points to torchao, whose int8 is slower here (docs/log.md)
-        return torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(in_linear(network), {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def logits_of(runner: Runner, texts: Sequence[str], size: int = 32) -> Tensor:
@@ -107,6 +107,11 @@ def _continued(runner: Runner, text: str, tokens: int) -> str:
     if ids and ids[-1] == runner.tokenizer.eos_token_id:
         ids = ids[:-1]
     start = len(ids)
+    if start >= runner.context.max_length:
+        raise UsageError(
+            "prompt-too-long", "a text fills all that the model reads, so nothing can follow it",
+            allowed=f"fewer than {runner.context.max_length} tokens", got=start, remedy="shorten it",
+        )  # fmt: skip
     with torch.inference_mode():
         while len(ids) < min(start + tokens, runner.context.max_length):
             token = int(runner.run(collate([ids], 0, runner.context.device))[0, -1].argmax())

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fanbu.batches import collate, encode, pad_id
 from fanbu.errors import FitError, IntegrityError, UsageError, needs_extra
@@ -123,6 +124,8 @@ def open_onnx(folder: Path, *, verify: bool = True) -> OnnxModel:
 def in_factors(network: Any, model: Model) -> Any:
     """Matrices that ``lowrank`` gave a low rank become two thin ones, in place; of other models nothing changes."""
     ranks = model.manifest.get("parameters", {}).get("ranks") if model.manifest.get("method") == "lowrank" else None
+    if ranks:
+        in_linear(network)
     for name, rank in (ranks or {}).items():
         path, _, last = name.removesuffix(".weight").rpartition(".")
         layer = getattr(network.get_submodule(path), last)
@@ -143,6 +146,19 @@ def in_factors(network: Any, model: Model) -> Any:
             if layer.bias is not None:
                 second.bias.copy_(layer.bias)
         setattr(network.get_submodule(path), last, nn.Sequential(first, second).eval())
+    return network
+
+
+def in_linear(network: Any) -> Any:
+    """GPT-2's Conv1D become the linear layers that they are, in place; of other networks nothing changes."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, Conv1D):
+            inputs, outputs = layer.weight.shape
+            plain = nn.Linear(inputs, outputs, dtype=layer.weight.dtype)
+            with torch.no_grad():
+                plain.weight.copy_(layer.weight.T)
+                plain.bias.copy_(layer.bias)
+            network.set_submodule(name, plain.eval())
     return network
 
 

@@ -137,6 +137,12 @@ class Space:
                 weight.copy_(on_grid(weight, None, choice.bits, 0, "nearest")[0])
         return smaller
 
+    def drops(self, choice: Choice) -> bool:
+        """Whether the choice leaves out any unit of its layers: shares just below 1 may round to all."""
+        _, found = self.shallower(choice.layers)
+        counts = counts_of(found, choice.shares)
+        return any(counts[s.name] < s.units for s in found.sets if s.name in counts)
+
     def _importance(self, units_of: Symmetry, kept: Sequence[int]) -> Tensor:
         """As in the whole network; heads of a lone mean layer are channels there, whose numbers they follow."""
         at = (units_of.kind, kept[units_of.layer]) if units_of.layer >= 0 else (units_of.name, units_of.layer)

@@ -14,7 +14,7 @@ from fanbu.errors import FitError
 from fanbu.model import Model, load_tokenizer, model_files
 
 KINDS = ("WordPiece", "BPE", "Unigram")
-_ALWAYS = string.ascii_lowercase + string.digits + string.punctuation
+_ALWAYS = string.ascii_letters + string.digits + string.punctuation
 
 
 def spec_of(tokenizer: Any) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def vocabulary_of(spec: Mapping[str, Any]) -> dict[str, int]:
     return {**known, **{t["content"]: t["id"] for t in spec["added_tokens"]}}
 
 
-def fallback(spec: Mapping[str, Any], texts: Sequence[str]) -> set[int]:
+def fallback(spec: Mapping[str, Any], tokenizer: Any, texts: Sequence[str]) -> set[int]:
     """Ids that always stay, so that any text can be written: added tokens, the unknown token, single characters of the
-    texts and of ASCII, all bytes."""
+    texts, as the normaliser writes them, and of ASCII, all bytes."""
     model, known = spec["model"], vocabulary_of(spec)
     ids = {t["id"] for t in spec["added_tokens"]}
     ids |= {known[t] for t in (model.get("unk_token"),) if t in known}
@@ -50,7 +50,9 @@ def fallback(spec: Mapping[str, Any], texts: Sequence[str]) -> set[int]:
         ids |= {i for t, i in known.items() if t not in made}  # nothing else can make these
     else:
         prefix = model.get("continuing_subword_prefix") or "##"
-        characters = {c for text in texts for c in text} | set(_ALWAYS)
+        normaliser = tokenizer.backend_tokenizer.normalizer
+        written = texts if normaliser is None else map(normaliser.normalize_str, texts)
+        characters = {c for text in written for c in text} | set(_ALWAYS)
         ids |= {i for t, i in known.items() if t.removeprefix(prefix) in characters}
     return ids
 
@@ -99,9 +101,9 @@ def rewritten(parent: Model, spec: dict[str, Any], kept: Sequence[int], folder: 
         model["merges"] = [[a, b] for a, b in _merges(model) if a in known and b in known and a + b in known]
     spec["added_tokens"] = [{**t, "id": new[t["id"]]} for t in spec["added_tokens"] if t["id"] in new]
     _renumber(spec.get("post_processor"), new)
-    names = {"tokenizer_config.json", "special_tokens_map.json"}
-    for name in names & set(model_files(parent.path)):
-        shutil.copyfile(parent.path / name, folder / name)
+    for name in model_files(parent.path):
+        if name in {"tokenizer_config.json", "special_tokens_map.json"} or name.endswith(".jinja"):
+            shutil.copyfile(parent.path / name, folder / name)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     if model["type"] == "WordPiece":
         ordered = sorted(model["vocab"], key=model["vocab"].__getitem__)

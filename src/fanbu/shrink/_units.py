@@ -58,7 +58,7 @@ class Units:
 
     ``followers`` are sets whose units go with the channels of the same number: what ``heads.append_mean_layer`` made,
     where the values and the pooler are close to the identity. ``free_heads``: the config says how wide a head is, so
-    heads can go without channels.
+    heads can go without channels. ``hidden``: the hidden size, where the config insists that heads divide it; else 0.
     """
 
     layers: tuple[Symmetry, ...]
@@ -66,6 +66,7 @@ class Units:
     pooled: Symmetry | None = None
     followers: tuple[Symmetry, ...] = ()
     free_heads: bool = False
+    hidden: int = 0
 
     @property
     def sets(self) -> list[Symmetry]:
@@ -88,8 +89,9 @@ def units(network: Any, model: Model, *, channels: bool) -> Units:
     seen = _described(network, model)
     found = symmetries(seen, residual=channels)
     layers, free = tuple(s for s in found if s.kind != "channels"), head_width_of(seen) != ""
+    divided = hidden_of(seen) if free and _heads_divide(network, hidden_of(seen)) else 0
     if not channels:
-        return Units(layers, free_heads=free)
+        return Units(layers, free_heads=free, hidden=divided)
     state, pooled = network.state_dict(), _pooled(seen)
     following = [
         s
@@ -104,7 +106,17 @@ def units(network: Any, model: Model, *, channels: bool) -> Units:
     ]
     if pooled and follows(state[pooled.axes[0].tensor]):
         followers, pooled = [*followers, pooled], None
-    return Units(tuple(s for s in layers if s not in following), found[0], pooled, tuple(followers), free)
+    return Units(tuple(s for s in layers if s not in following), found[0], pooled, tuple(followers), free, divided)
+
+
+def _heads_divide(network: Any, hidden: int) -> bool:
+    """Whether the config takes no number of heads that does not divide the hidden size (Llama)."""
+    heads = {"num_attention_heads": hidden + 1, "num_key_value_heads": hidden + 1}
+    try:
+        type(network.config).from_dict({**network.config.to_dict(), **heads})
+    except Exception:  # each library has an error of its own for a config that it refuses
+        return True
+    return False
 
 
 def _pooled(seen: Model) -> Symmetry | None:
@@ -231,10 +243,12 @@ def _taylor(
     sequences = encode(tokenizer, [domain.train.texts[i] for i in numbers], limit(network, context))
     loss = of_rows(domain, sequences, numbers, pad_id(tokenizer), context.device)
     totals = {s.name: torch.zeros(s.units) for s in found}
-    layers, given = linear_layers(network), dict[str, Tensor]()
+    layers, given, sizes = linear_layers(network), dict[str, Tensor](), set[int]()
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if name in given or inputs[0][..., 0].numel() not in sizes:
+                return inputs  # DeBERTa's layers read embeddings of distances too
             x = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
             x.retain_grad()
             given[name] = x
@@ -247,6 +261,8 @@ def _taylor(
     network.to(context.device).eval()
     try:
         for rows in sorted_batches([len(s) for s in sequences], 16):
+            sizes.clear()
+            sizes.update({len(rows), len(rows) * max(len(sequences[i]) for i in rows)})
             with torch.enable_grad():
                 (loss(network, rows) * len(rows)).backward()
             for s in found:
@@ -291,7 +307,8 @@ def counts_of(found: Units, shares: Mapping[str, float]) -> dict[str, int]:
         counts |= {s.name: counted(s.units, shares["neurons"]) for s in found.of("neurons")}
     heads, share = found.of("heads"), shares["heads"] if found.free_heads else shares["channels"]
     if share < 1:
-        counts |= {s.name: counted(s.units // s.group, share) * s.group for s in heads}
+        whole = found.hidden if shares["channels"] == 1 else 0
+        counts |= {s.name: _dividing(whole, s, counted(s.units // s.group, share) * s.group) for s in heads}
     if found.channels and shares["channels"] < 1:
         total, some = found.channels.units, counts.get(heads[0].name, heads[0].units)
         if found.free_heads:  # plain configs insist on a multiple of the number of heads
@@ -301,6 +318,11 @@ def counts_of(found: Units, shares: Mapping[str, float]) -> dict[str, int]:
             hidden = some * (total // heads[0].units)
         counts |= {s.name: hidden for s in (found.channels, found.pooled, *found.followers) if s}
     return counts
+
+
+def _dividing(hidden: int, heads: Symmetry, count: int) -> int:
+    """At least so many heads, and a number that divides the hidden size (0: any)."""
+    return next(n for n in range(count, heads.units + 1, heads.group) if hidden % n == 0)
 
 
 def kept_of(found: Units, counts: Mapping[str, int], scores: Mapping[str, Tensor]) -> Keep:

@@ -23,6 +23,8 @@ from fanbu.types import Context, Train
 
 Importance = Literal["influence", "contiguous", "loss", "even"]
 SAMPLE = 256
+_LISTS = {"layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers"}  # in configurations: a value a layer
+_NUMBERS = {"mlp_only_layers"}  # numbers of layers
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
 
@@ -37,7 +39,8 @@ def shrink(
     With x_l what layer l is given, over the tokens of 256 training texts: ``influence`` drops the layers with the least
     1 - E cos(x_l, x_{l+1}); ``contiguous`` the run of n layers with the least 1 - E cos(x_l, x_{l+n}); ``loss`` one
     layer after the other, each time the one without which the loss on the training rows rises least; ``even`` keeps
-    evenly spaced layers. The last layer, which feeds the head, always stays.
+    evenly spaced layers. The last layer, which feeds the head, always stays, and so does a first one that is built
+    otherwise than the others.
 
     Args:
         layers: how many layers stay, at least 1.
@@ -46,7 +49,7 @@ def shrink(
 
     Raises:
         UsageError: more layers are asked for than there are.
-        FitError: the network has no plain list of layers.
+        FitError: the network has no plain list of layers, or its configuration cannot say which ones are left.
 
     References: Men et al. 2024, "ShortGPT" (block influence); Gromov et al. 2024, "The unreasonable ineffectiveness of
         the deeper layers" (contiguous).
@@ -57,6 +60,7 @@ def shrink(
         raise UsageError("layers", "depth: layers", allowed=f"1 to {count}", got=layers, remedy="take fewer")
     kept = _kept(network, tokenizer, domain, stack, layers, importance, context)
     keep_layers(network, stack, kept)
+    _check_reloads(network, kept)
     metrics = {} if train is None else tune(network, tokenizer, domain, train, context, f"depth {domain.name}")
     made = provenance(
         "depth", [parent], context, domain=domain.name, kept=kept, importance=importance, train=train and vars(train)
@@ -71,25 +75,33 @@ def _kept(
     """Which layers stay, ascending."""
     count = len(stack)
     drop = count - layers
+    first = int(0 in _pinned(stack) and layers > 1)  # from which layer on there is a choice
     if importance == "even" or not drop:
-        return sorted({round((i + 1) * count / layers) - 1 for i in range(layers)})
+        spaced = [round((i + 1) * count / layers) - 1 for i in range(layers)]
+        return sorted({0, *spaced[1:]} if first else set(spaced))
     set_up(context, "depth", domain.name)
     if importance == "loss":
         return _by_loss(network, tokenizer, domain, stack, layers, context)
     texts = domain.train.texts[:SAMPLE]
     if importance == "contiguous":
-        scores = influence(network, tokenizer, texts, stack, context, drop)[: count - drop]
-        first = scores.index(min(scores))
-        return [i for i in range(count) if not first <= i < first + drop]
+        scores = influence(network, tokenizer, texts, stack, context, drop)
+        start = min(range(first, count - drop), key=lambda i: scores[i])
+        return [i for i in range(count) if not start <= i < start + drop]
     return sorted(by_influence(network, tokenizer, texts, stack, context)[:layers])
 
 
 def by_influence(
     network: Any, tokenizer: Any, texts: Sequence[str], stack: nn.ModuleList, context: Context
 ) -> list[int]:
-    """Layers by what they change, most first; before all others the last one, which feeds the head."""
-    scores = influence(network, tokenizer, texts, stack, context)
-    return [len(stack) - 1, *sorted(range(len(stack) - 1), key=lambda i: -scores[i])]
+    """Layers by what they change, most first; before all others those that always stay."""
+    scores, pinned = influence(network, tokenizer, texts, stack, context), _pinned(stack)
+    return [*pinned, *sorted(set(range(len(stack))) - set(pinned), key=lambda i: -scores[i])]
+
+
+def _pinned(stack: nn.ModuleList) -> list[int]:
+    """The last layer, and the first where it lacks parameters that the second has (ModernBERT's first norm)."""
+    first, second = (set(dict(layer.named_parameters())) for layer in (stack[0], stack[min(1, len(stack) - 1)]))
+    return [len(stack) - 1, *([0] if first < second else [])]
 
 
 def _by_loss(
@@ -107,8 +119,9 @@ def _by_loss(
             parts = sorted_batches([len(s) for s in sequences], 32)
             return sum(float(loss(network, rows)) * len(rows) for rows in parts)
 
+    pinned = _pinned(stack)[:layers]
     while len(stack) - len(gone) > layers:
-        losses = {i: without(i) for i in range(len(stack) - 1) if i not in gone}
+        losses = {i: without(i) for i in range(len(stack)) if i not in gone and i not in pinned}
         gone.add(min(losses, key=lambda i: losses[i]))
         context.progress("depth", len(gone), len(stack) - layers)
     return [i for i in range(len(stack)) if i not in gone]
@@ -177,12 +190,38 @@ def keep_layers(network: Any, stack: nn.ModuleList, kept: Sequence[int]) -> None
     chosen, count = [stack[i] for i in kept], len(stack)
     del stack[:]
     stack.extend(chosen)
-    config = network.config
+    config, places = network.config, {old: new for new, old in enumerate(kept)}
     for name, setting in list(vars(config).items()):
-        if isinstance(setting, list) and len(setting) == count and name in {"layer_types", "mlp_layer_types"}:
+        if name in _NUMBERS and setting:
+            setattr(config, name, [places[i] for i in setting if i in places])
+        elif name in _LISTS and isinstance(setting, list) and len(setting) == count:
             setattr(config, name, [setting[i] for i in kept])
+    if getattr(config, "attention_types", None):  # GPT-Neo: the list of kinds in short
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     config.num_hidden_layers = len(kept)
     for number, layer in enumerate(stack):
         for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                setattr(module, "layer_idx", number)  # noqa: B010 - a plain attribute, not a parameter
+            for name in ("layer_idx", "layer_id"):
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, number)  # a plain attribute, not a parameter
+
+
+def _check_reloads(network: Any, kept: Sequence[int]) -> None:
+    """Layers may differ by their place in ways that this file does not know: raises FitError where a network made from
+    the configuration, with the same tensors, lacks some or answers otherwise."""
+    try:
+        fresh = type(network)(type(network.config).from_dict(network.config.to_dict())).to(network.device).eval()
+        fresh.load_state_dict(network.state_dict())
+        ids = torch.arange(16, device=network.device).reshape(2, 8) % network.config.vocab_size
+        network.eval()
+        with torch.inference_mode():
+            known, got = (n(input_ids=ids, attention_mask=torch.ones_like(ids))[0].float() for n in (network, fresh))
+        why = f"answers differ by {float((known - got).abs().max()):.2g}"
+        if torch.allclose(known, got, rtol=1e-3, atol=1e-3 * float(known.abs().max())):
+            return
+    except Exception as error:  # whatever a foreign configuration or network says
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    raise FitError(
+        "no-layers", f"{type(network).__name__} with the layers {list(kept)} alone is not what its configuration says",
+        got=why, remedy="keep other layers, or use another way down for this architecture",
+    ) from None  # fmt: skip

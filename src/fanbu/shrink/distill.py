@@ -83,7 +83,7 @@ def shrink(
     References: Hinton et al. 2015; Romero et al. 2015 (FitNets, features through a learned map); Agarwal et al. 2024
         (GKD, divergences).
     """
-    _check(domain, extra)
+    _check(domain, labels, extra)
     asked = _Asked((divergence, temperature, labels), hidden, extra)
     network, tokenizer = open_for(parent, domain, context)
     chosen = _teacher(parent, domain, teacher, context)
@@ -157,10 +157,11 @@ def _by_tokens(
     return loss, None
 
 
-def _check(domain: Domain, extra: Extra) -> None:
+def _check(domain: Domain, labels: float, extra: Extra) -> None:
     wrong = {
         "top_k and on_policy are for causal models": domain.task != "causal-lm" and (extra.top_k or extra.on_policy),
         "sampled needs top_k": extra.sampled and not extra.top_k,
+        "what the student writes has no true next tokens, so labels cannot count": extra.on_policy and labels,
         "answers that were kept know nothing of what the student writes, nor of relations": extra.top_k
         and (extra.on_policy or extra.relations),
     }

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from fanbu.domain import Domain
 from fanbu.errors import FitError, needs_extra
 from fanbu.merging.gram import linear_layers, stores_input_first
-from fanbu.model import Model, provenance, save_model
+from fanbu.model import Model, provenance, save_model, tied_copies
 from fanbu.predict import validation_value
 from fanbu.shrink._rounding import Rounding, on_grid, rounded, scales
 from fanbu.shrink._tune import open_for, tune
@@ -156,7 +156,8 @@ def _save(
     bits: int, group: int,
 ) -> Model:  # fmt: skip
     modules = {n: network.get_submodule(n.removesuffix(".weight")) for n in steps}
-    state = dict(network.state_dict())
+    copies = tied_copies(network)
+    state = {n: t for n, t in network.state_dict().items() if n not in copies}
     groups = [_group(names, bits, group)]
     schemes = dict.fromkeys(names, groups[0])
     tables = [n for n in steps if n not in schemes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,8 @@ CHANGES: frozenset[str] = frozenset({"architecture", "tokenizer"})
 Bits = Literal[32, 8, 4]
 _NEURONS = (0.02, 1.0)
 _CHANNELS = (0.2, 1.0)
+_AIM, _MOST = 1.05, 1.1  # of a budget of time: what takes longer is cut further, and at last refused
+_TIMES = 4  # so often
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def shrink(
 
     Args:
         budget: what it is to fit (``Budget``). A time is fitted as a + b L + c L h^2 + d L h n.
-        tokens: sizes of vocabulary to choose between (``vocabulary``'s max_tokens); none: it is left alone.
+        tokens: sizes of vocabulary to choose between (``vocabulary``'s max_tokens); none: it is left alone. For
+            classifiers.
         bits: what to choose between for the weights on disk (``quantize``).
         trials: how many sub-networks are scored.
         finalists: how many of them are distilled.
@@ -101,14 +105,20 @@ def shrink(
         augment: variants of each text for distilling.
         train: how finalists are distilled.
 
-    ``metrics`` of the result hold all trials: parameters, predicted milliseconds, score.
+    ``metrics`` of the result hold all trials (parameters, predicted milliseconds, score), and for a budget of time
+    here the ``milliseconds`` that the cut network took.
 
     Raises:
-        UsageError: no budget, or one that no sub-network meets.
+        UsageError: no budget, or one that no sub-network meets, predicted or measured.
         FitError: units of the architecture are not known, or the parent does not know the domain.
 
     References: Cai et al. 2020 (Once-for-all; weight sharing); Bergstra et al. 2011 (the sampler).
     """
+    if tokens and domain.task == "causal-lm":
+        raise UsageError(
+            "bad-parameter", "search chooses tokens for classifiers only: a causal parent teaches no model that reads "
+            "other tokens", allowed="no tokens", got=list(tokens), remedy="put `vocabulary` after the search",
+        )  # fmt: skip
     if not (budget.parameters or budget.bytes or budget.milliseconds):
         raise UsageError(
             "bad-parameter", "search has no budget", allowed="budget: parameters, bytes or milliseconds", got=0,
@@ -125,14 +135,13 @@ def shrink(
         asked = _asked(domain, parent, bounds)
         found = _trials(spaces, bounds, list(bits), trials, _earlier(history, asked), place, context)
         _remember(history, asked, found)
-        chosen = sorted(found, key=lambda t: -t["score"])[:finalists]
-        made = [
-            _made(n, Choice(**t["choice"]), spaces, parent, domain, bounds, place, context, augment, train)
-            for n, t in enumerate(chosen)
-        ]
+        chosen = _cut_best(found, finalists, spaces, domain, bounds, place, context)
+        made = [_distilled(c, spaces[c.choice.tokens], parent, domain, place, context, augment, train) for c in chosen]
         values = [_value(m, domain, context) for m in made]
         best = values.index(max(values))
-        metrics = {"valid": values[best], "trials": found, "choice": chosen[best]["choice"]}
+        metrics = {"valid": values[best], "trials": found, "choice": asdict(chosen[best].choice)}
+        if chosen[best].took:
+            metrics["milliseconds"] = chosen[best].took
         told = provenance(
             "search", [parent], context, domain=domain.name, budget=vars(budget), tokens=list(tokens), bits=list(bits),
             trials=trials, finalists=finalists, augment=augment, train=vars(train),
@@ -181,8 +190,8 @@ def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
     """Of the table, or measured here once."""
     if table:
         return tuple(fitted(*_table(Path(table))))
-    note = place / "times.json"
-    if not note.exists():
+
+    def measured() -> tuple[float, ...]:
         rows, times = [], []
         for layers in dict.fromkeys((space.count, max(1, space.count // 2), 1)):
             for channels, neurons in ((1.0, 1.0), (0.5, 0.5), (1.0, 0.25), (0.5, 0.1)):
@@ -190,8 +199,16 @@ def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
                 sketch = space.sketch(choice)
                 rows.append(shape_row(layers, sketch.hidden, sketch.neurons))
                 times.append(space.milliseconds(space.cut(choice)))
-        write_text(note, json.dumps(fitted(rows, times)))
-    return tuple(json.loads(note.read_text()))
+        return tuple(fitted(rows, times))
+
+    return tuple(_noted(place / "times.json", measured))
+
+
+def _noted(note: Path, make: Callable[[], Any]) -> Any:
+    """What was found once, for a search that goes on after a kill: times would be others."""
+    if not note.exists():
+        write_text(note, json.dumps(make()))
+    return json.loads(note.read_text())
 
 
 def _table(path: Path) -> tuple[list[list[float]], list[float]]:
@@ -228,13 +245,16 @@ def _trials(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(place / "trials.log")))
     study = optuna.create_study(direction="maximize", storage=storage, study_name="search", load_if_exists=True)
-    if not study.trials:
-        for choice in warm:
-            study.enqueue_trial({**choice, "layers": min(choice["layers"], spaces[0].count)})
+    warm = _noted(place / "warm.json", lambda: warm)  # other searches may add to the history meanwhile
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     for number in range(len(study.get_trials(states=ended)), trials):
         # a sampler of its own for each, so that a search that was stopped draws the same
-        study.sampler = optuna.samplers.TPESampler(seed=context.seeded("search", number), n_startup_trials=8)
+        sampler: Any = optuna.samplers.TPESampler(seed=context.seeded("search", number), n_startup_trials=8)
+        if number < len(warm):
+            known = {**warm[number], "layers": min(warm[number]["layers"], spaces[0].count)}
+            with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+                sampler = optuna.samplers.PartialFixedSampler(known, sampler)
+        study.sampler = sampler
         trial = study.ask()
         told = _trial(trial, spaces, bounds, bits)
         if told is None:
@@ -335,43 +355,80 @@ def _remember(history: str, asked: dict[str, Any], found: list[dict[str, Any]]) 
 # The finalists
 
 
-def _made(
-    number: int, choice: Choice, spaces: list[Space], parent: Model, domain: Domain, bounds: _Bounds, place: Path,
-    context: Context, augment: int, train: Train,
-) -> Model:  # fmt: skip
-    """A finalist: cut, distilled and quantized."""
-    model = spaces[choice.tokens].model
-    if choice.layers < spaces[choice.tokens].count:
+@dataclass(frozen=True)
+class _Finalist:
+    """A sub-network that was cut; ``took``: its milliseconds, measured where they have a budget, else 0."""
+
+    number: int
+    choice: Choice
+    model: Model
+    took: float
+
+
+def _cut_best(
+    found: Sequence[Mapping[str, Any]], finalists: int, spaces: list[Space], domain: Domain, bounds: _Bounds,
+    place: Path, context: Context,
+) -> list[_Finalist]:  # fmt: skip
+    """The best by score that keep a budget of time when they are measured."""
+    made: list[_Finalist] = []
+    slow: list[float] = []
+    for number, told in enumerate(sorted(found, key=lambda t: -t["score"])):
+        choice = Choice(**told["choice"])
+        model, took = _cut(number, choice, spaces[choice.tokens], domain, bounds, place, context)
+        if took <= _MOST * bounds.milliseconds:
+            made.append(_Finalist(number, choice, model, took))
+        else:
+            slow.append(took)
+        if len(made) == finalists:
+            break
+    if not made:
+        raise UsageError(
+            "target-not-met", f"search: none of {len(found)} sub-networks is as fast as predicted",
+            allowed=f"at least {min(slow):.2f} ms", got=f"{bounds.milliseconds:g} ms",
+            remedy="raise the budget, or search again when nothing else runs on this machine",
+        )  # fmt: skip
+    return made
+
+
+def _cut(
+    number: int, choice: Choice, space: Space, domain: Domain, bounds: _Bounds, place: Path, context: Context
+) -> tuple[Model, float]:
+    """Cut by ``depth`` and ``width``, further where it takes longer than predicted; and what it took at last."""
+    model, neurons = space.model, choice.neurons
+    if choice.layers < space.count:
         fewer_layers = partial(depth.shrink, model, domain, layers=choice.layers, train=None)
         model = _step(f"{number}-depth", place, context, fewer_layers)
-    cut = _narrower(f"{number}-width", choice, model, domain, bounds, place, context)
-    extra = distill.Extra(augment=augment, cache=str(place / "answers"))
-    taught = partial(distill.shrink, cut, domain, teacher=str(parent.path), extra=extra, train=train)
-    small = _step(f"{number}-distill", place, context, taught)
-    if choice.bits == 32:
-        return small
-    fewer: Any = choice.bits
-    rounded = partial(quantize.shrink, small, domain, bits=fewer, rounding="gptq")
-    return _step(f"{number}-quantize", place, context, rounded)
-
-
-def _narrower(
-    name: str, choice: Choice, model: Model, domain: Domain, bounds: _Bounds, place: Path, context: Context
-) -> Model:
-    """Cut by ``width``; what takes longer than predicted is cut further."""
-    if choice.neurons == 1 and choice.channels == 1:
-        return model
-    neurons = choice.neurons
-    for tried in range(4):
-        narrower = partial(width.shrink, model, domain, neurons=neurons, channels=choice.channels, train=None)
-        cut = _step(f"{name}-{tried}", place, context, narrower)
+    for tried in range(_TIMES):
+        cut = model
+        if space.drops(replace(choice, neurons=neurons)):
+            narrower = partial(width.shrink, model, domain, neurons=neurons, channels=choice.channels, train=None)
+            cut = _step(f"{number}-width-{tried}", place, context, narrower)
         if not (bounds.milliseconds and bounds.here):
-            break
-        took = network_milliseconds(load_network(cut), load_tokenizer(cut), own_texts(domain, 24), context)
-        if took <= 1.05 * bounds.milliseconds or neurons <= _NEURONS[0]:
+            return cut, 0.0
+        took = float(_noted(place / f"{number}-time-{tried}.json", partial(_milliseconds, cut, domain, context)))
+        if took <= _AIM * bounds.milliseconds or neurons <= _NEURONS[0]:
             break
         neurons = max(_NEURONS[0], neurons * 0.95 * bounds.milliseconds / took)
-    return cut
+    return cut, took
+
+
+def _milliseconds(model: Model, domain: Domain, context: Context) -> float:
+    return network_milliseconds(load_network(model), load_tokenizer(model), own_texts(domain, 24), context)
+
+
+def _distilled(
+    cut: _Finalist, space: Space, parent: Model, domain: Domain, place: Path, context: Context, augment: int,
+    train: Train,
+) -> Model:  # fmt: skip
+    """A finalist taught by the parent, and quantized."""
+    extra = distill.Extra(augment=augment, cache=str(place / "answers"))
+    taught = partial(distill.shrink, cut.model, domain, teacher=str(parent.path), extra=extra, train=train)
+    small = _step(f"{cut.number}-distill", place, context, taught)
+    if cut.choice.bits == 32:
+        return small
+    fewer: Any = cut.choice.bits
+    rounded = partial(quantize.shrink, small, domain, bits=fewer, rounding="gptq")
+    return _step(f"{cut.number}-quantize", place, context, rounded)
 
 
 def _value(model: Model, domain: Domain, context: Context) -> float:

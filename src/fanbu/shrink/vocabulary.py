@@ -55,7 +55,8 @@ def shrink(
     with tempfile.TemporaryDirectory() as folder:
         smaller = rewritten(parent, spec, kept, Path(folder))
         renumber_config(network, kept)
-        network.config.pad_token_id = smaller.pad_token_id
+        if smaller.pad_token_id is not None:  # else the network pads with what renumber_config found
+            network.config.pad_token_id = smaller.pad_token_id
         return save_network(network, smaller, out, made)
 
 
@@ -65,7 +66,7 @@ def kept_tokens(
     """Old ids of the kept tokens, ascending."""
     counts = Counter(i for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for i in ids)
     known = vocabulary_of(spec)
-    kept = fallback(spec, texts) | set(tokenizer.all_special_ids)
+    kept = fallback(spec, tokenizer, texts) | set(tokenizer.all_special_ids)
     if len(kept) > max_tokens:
         raise UsageError(
             "max-tokens", "vocabulary: max_tokens leaves no room for what any text needs",
