@@ -217,6 +217,23 @@ def test_a_time_is_met(
     assert caught.value.code == "target-not-met"
 
 
+def test_a_moment_that_was_fast_does_not_decide(
+    specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, asked = specialists["food"].model, list[Any]()
+
+    def pretended(network: Any, *_: Any) -> float:
+        asked.append(network)
+        return (0.85 if len(asked) <= 17 else 1.0) * size_of(network) / 1000  # while the size is looked for
+
+    monkeypatch.setattr(width, "network_milliseconds", pretended)
+    most = 0.85 * model.parameters / 1000
+    made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
+    assert 0.8 * most <= size_of(load_network(made)) / 1000 <= most
+    assert len(asked) > 20
+
+
 def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain], context: Context) -> None:
     model = specialists["food"].model
     network, tokenizer, texts = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4]
