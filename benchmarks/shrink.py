@@ -342,14 +342,15 @@ def of_encoders(
     for name, folder in folders.items():
         files = {s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")}
         benches[name] = Bench(load_domain(name, **files), context, ledger, work)
-    accuracy, models = cut_part(benches, ratios)
-    found = {"accuracy": accuracy}
+    found: dict[str, Made] = {}
+    if {"cut", "steps", "speed"} & set(parts):
+        found["accuracy"], models = cut_part(benches, ratios)
     if "steps" in parts and 8 in ratios:
         found["steps"] = steps_part(benches, models)
     if "speed" in parts:
         found["speed"] = speed_part(benches, models)
     if "search" in parts:
-        known = {name: (model, benches[name].domain) for name, (model, _) in models[0].items()}
+        known = {name: (large_model(bench), bench.domain) for name, bench in benches.items()}
         found["search"] = searching(known, SIZES[8].most, work, context)
     return found
 

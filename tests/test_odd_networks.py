@@ -20,6 +20,7 @@ from fanbu.domain import Domain, load_domain
 from fanbu.errors import FitError, UsageError
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import limit
+from fanbu.shrink._space import Space
 from fanbu.shrink.depth import keep_layers, layers_of
 from fanbu.types import Context
 
@@ -91,6 +92,7 @@ def test_a_first_layer_without_a_norm_stays(
     made = method("depth").shrink(model, domain, tmp_path / "s", context, layers=3, importance=importance, train=None)
     kept = made.manifest["parameters"]["kept"]
     assert (kept[0], kept[-1], len(kept)) == (0, 5, 3)
+    assert Space(model, domain, context).least == 2  # so that no search takes fewer
     with pytest.raises(FitError) as caught:
         method("depth").shrink(model, domain, tmp_path / "one", context, layers=1, train=None)
     assert caught.value.code == "no-layers"

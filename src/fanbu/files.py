@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fanbu.errors import RetryError
 
@@ -61,6 +63,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def noted(note: Path | None, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, as JSON; with a note it is made once, for work that goes on after a kill: a time that is
+    measured again may be another."""
+    if note is None:
+        return make()
+    if not note.exists():
+        write_text(note, json.dumps(make()))
+    return json.loads(note.read_text(encoding="utf-8"))
 
 
 def file_sha256(path: Path) -> str:

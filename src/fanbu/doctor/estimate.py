@@ -19,7 +19,7 @@ from fanbu.types import Context, Progress, Train, silent
 
 _BATCHES = 6  # that are timed, after one to warm up
 _ENOUGH = 30.0  # seconds of timing; a large model is judged by fewer batches
-_TRIAL = 192  # texts that a trial of `search` reads
+_TRIAL = 192  # texts that a trial of `search` reads (shrink/_space.py, which imports torch)
 
 
 @dataclass(frozen=True)

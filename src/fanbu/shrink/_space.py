@@ -37,7 +37,7 @@ from fanbu.shrink._units import (
     shapes_with,
     units,
 )
-from fanbu.shrink.depth import SAMPLE, by_influence, keep_layers, layers_of
+from fanbu.shrink.depth import SAMPLE, by_influence, keep_layers, layers_of, pinned
 from fanbu.shrink.quantize import table_of
 from fanbu.types import Context
 
@@ -98,6 +98,7 @@ class Space:
         self.model, self.domain, self.context = model, domain, context
         self.network, self.tokenizer = open_for(model, domain, context)
         self.count = self.network.config.num_hidden_layers
+        self.least = len(pinned(layers_of(self.network)))
         self._known_layers: dict[int, tuple[Shapes, Units, frozenset[str], str | None]] = {}
         self._known_scores: dict[str, float] = {}
 

@@ -75,7 +75,7 @@ def _kept(
     """Which layers stay, ascending."""
     count = len(stack)
     drop = count - layers
-    first = int(0 in _pinned(stack) and layers > 1)  # from which layer on there is a choice
+    first = int(0 in pinned(stack) and layers > 1)  # from which layer on there is a choice
     if importance == "even" or not drop:
         spaced = [round((i + 1) * count / layers) - 1 for i in range(layers)]
         return sorted({0, *spaced[1:]} if first else set(spaced))
@@ -94,12 +94,12 @@ def by_influence(
     network: Any, tokenizer: Any, texts: Sequence[str], stack: nn.ModuleList, context: Context
 ) -> list[int]:
     """Layers by what they change, most first; before all others those that always stay."""
-    scores, pinned = influence(network, tokenizer, texts, stack, context), _pinned(stack)
-    return [*pinned, *sorted(set(range(len(stack))) - set(pinned), key=lambda i: -scores[i])]
+    scores, stay = influence(network, tokenizer, texts, stack, context), pinned(stack)
+    return [*stay, *sorted(set(range(len(stack))) - set(stay), key=lambda i: -scores[i])]
 
 
-def _pinned(stack: nn.ModuleList) -> list[int]:
-    """The last layer, and the first where it lacks parameters that the second has (ModernBERT's first norm)."""
+def pinned(stack: nn.ModuleList) -> list[int]:
+    """Layers that always stay: the last, and the first where it lacks parameters of the second (ModernBERT's norm)."""
     first, second = (set(dict(layer.named_parameters())) for layer in (stack[0], stack[min(1, len(stack) - 1)]))
     return [len(stack) - 1, *([0] if first < second else [])]
 
@@ -119,9 +119,9 @@ def _by_loss(
             parts = sorted_batches([len(s) for s in sequences], 32)
             return sum(float(loss(network, rows)) * len(rows) for rows in parts)
 
-    pinned = _pinned(stack)[:layers]
+    stay = pinned(stack)[:layers]
     while len(stack) - len(gone) > layers:
-        losses = {i: without(i) for i in range(len(stack)) if i not in gone and i not in pinned}
+        losses = {i: without(i) for i in range(len(stack)) if i not in gone and i not in stay}
         gone.add(min(losses, key=lambda i: losses[i]))
         context.progress("depth", len(gone), len(stack) - layers)
     return [i for i in range(len(stack)) if i not in gone]

@@ -18,7 +18,7 @@ from annotated_types import Ge
 from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FitError, UsageError, needs_extra
-from fanbu.files import write_text
+from fanbu.files import noted, write_text
 from fanbu.merging.gram import own_texts
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_model
 from fanbu.predict import validation_value
@@ -136,7 +136,7 @@ def shrink(
         found = _trials(spaces, bounds, list(bits), trials, _earlier(history, asked), place, context)
         _remember(history, asked, found)
         chosen = _cut_best(found, finalists, spaces, domain, bounds, place, context)
-        made = [_distilled(c, spaces[c.choice.tokens], parent, domain, place, context, augment, train) for c in chosen]
+        made = [_distilled(c, parent, domain, place, context, augment, train) for c in chosen]
         values = [_value(m, domain, context) for m in made]
         best = values.index(max(values))
         metrics = {"valid": values[best], "trials": found, "choice": asdict(chosen[best].choice)}
@@ -201,14 +201,7 @@ def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
                 times.append(space.milliseconds(space.cut(choice)))
         return tuple(fitted(rows, times))
 
-    return tuple(_noted(place / "times.json", measured))
-
-
-def _noted(note: Path, make: Callable[[], Any]) -> Any:
-    """What was found once, for a search that goes on after a kill: times would be others."""
-    if not note.exists():
-        write_text(note, json.dumps(make()))
-    return json.loads(note.read_text())
+    return tuple(noted(place / "times.json", measured))
 
 
 def _table(path: Path) -> tuple[list[list[float]], list[float]]:
@@ -245,13 +238,14 @@ def _trials(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(place / "trials.log")))
     study = optuna.create_study(direction="maximize", storage=storage, study_name="search", load_if_exists=True)
-    warm = _noted(place / "warm.json", lambda: warm)  # other searches may add to the history meanwhile
+    warm = noted(place / "warm.json", lambda: warm)  # other searches may add to the history meanwhile
     ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     for number in range(len(study.get_trials(states=ended)), trials):
         # a sampler of its own for each, so that a search that was stopped draws the same
         sampler: Any = optuna.samplers.TPESampler(seed=context.seeded("search", number), n_startup_trials=8)
         if number < len(warm):
-            known = {**warm[number], "layers": min(warm[number]["layers"], spaces[0].count)}
+            layers = min(max(warm[number]["layers"], spaces[0].least), spaces[0].count)
+            known = {**warm[number], "layers": layers}
             with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
                 sampler = optuna.samplers.PartialFixedSampler(known, sampler)
         study.sampler = sampler
@@ -276,7 +270,7 @@ def _trials(
 def _trial(trial: Any, spaces: list[Space], bounds: _Bounds, bits: list[int]) -> dict[str, Any] | None:
     tokens = trial.suggest_int("tokens", 0, len(spaces) - 1) if len(spaces) > 1 else 0
     few = trial.suggest_categorical("bits", bits) if len(bits) > 1 else bits[0]
-    layers = trial.suggest_int("layers", 1, spaces[tokens].count)
+    layers = trial.suggest_int("layers", spaces[tokens].least, spaces[tokens].count)
     channels = trial.suggest_float("channels", *_CHANNELS)
     choice = _filled(spaces[tokens], Choice(layers, channels, _NEURONS[1], tokens, few), bounds)
     if choice is None:
@@ -405,7 +399,7 @@ def _cut(
             cut = _step(f"{number}-width-{tried}", place, context, narrower)
         if not (bounds.milliseconds and bounds.here):
             return cut, 0.0
-        took = float(_noted(place / f"{number}-time-{tried}.json", partial(_milliseconds, cut, domain, context)))
+        took = float(noted(place / f"{number}-time-{tried}.json", partial(_milliseconds, cut, domain, context)))
         if took <= _AIM * bounds.milliseconds or neurons <= _NEURONS[0]:
             break
         neurons = max(_NEURONS[0], neurons * 0.95 * bounds.milliseconds / took)
@@ -417,9 +411,8 @@ def _milliseconds(model: Model, domain: Domain, context: Context) -> float:
 
 
 def _distilled(
-    cut: _Finalist, space: Space, parent: Model, domain: Domain, place: Path, context: Context, augment: int,
-    train: Train,
-) -> Model:  # fmt: skip
+    cut: _Finalist, parent: Model, domain: Domain, place: Path, context: Context, augment: int, train: Train
+) -> Model:
     """A finalist taught by the parent, and quantized."""
     extra = distill.Extra(augment=augment, cache=str(place / "answers"))
     taught = partial(distill.shrink, cut.model, domain, teacher=str(parent.path), extra=extra, train=train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch import Tensor
 from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
-from fanbu.files import write_text
+from fanbu.files import noted
 from fanbu.merging.gram import linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._tune import open_for, tune
@@ -91,7 +90,10 @@ def shrink(
             "heads-not-free", f"heads of {type(network).__name__} are as wide as hidden size / heads",
             allowed="heads: 1 (they go with the channels)", got=heads, remedy="give channels instead",
         )  # fmt: skip
-    counts = _noted(context, lambda: _sizes(network, tokenizer, domain, found, parent, shares, targets, context))
+    counts = noted(
+        None if context.scratch is None else context.scratch / "width.json",
+        lambda: _sizes(network, tokenizer, domain, found, parent, shares, targets, context),
+    )
     if all(counts[s.name] == s.units for s in found.sets if s.name in counts):
         raise UsageError(
             "bad-parameter", "width: nothing would be dropped", allowed="shares or a target that make it smaller",
@@ -107,17 +109,6 @@ def shrink(
         compensate=compensate, parameters=size_of(smaller), train=train and vars(train),
     )  # fmt: skip
     return save_network(smaller, tokenizer, out, replace(made, metrics=metrics, data={domain.name: domain.digest}))
-
-
-def _noted(context: Context, choose: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """What was chosen, kept in the scratch folder: a time that is measured again after a kill may be another."""
-    note = None if context.scratch is None else context.scratch / "width.json"
-    if note is not None and note.exists():
-        return dict(json.loads(note.read_text()))
-    counts = choose()
-    if note is not None:
-        write_text(note, json.dumps(counts))
-    return counts
 
 
 def _sizes(
