@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fanbu.catalogue import method
+from fanbu.deploy import latency
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FanbuError, UsageError
 from fanbu.model import Model, load_network, open_model
@@ -125,35 +126,50 @@ def test_what_earlier_searches_found_is_tried_first(
     assert caught.value.code == "history-broken"
 
 
+_COST = (0.2, 0.5, 40.0, 60.0)
+
+
+@pytest.mark.parametrize("off", [1.0, 1.3, 0.75])
 def test_a_time_is_met_when_it_is_measured(
-    model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pretended(self: Space, network: Any) -> float:
+    off: float, model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def pretended(network: Any) -> float:
         config = network.config
         row = shape_row(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
-        return sum(f * v for f, v in zip((0.2, 0.5, 40, 60), row, strict=True))
+        return sum(f * v for f, v in zip(_COST, row, strict=True))
 
-    monkeypatch.setattr(Space, "milliseconds", pretended)
-    monkeypatch.setattr(search, "network_milliseconds", lambda network, *_: pretended(space, network))
+    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [pretended(network) for network, _ in networks])
+    monkeypatch.setattr(search, "_factors", lambda *_: tuple(off * f for f in _COST))  # what is predicted
     space = Space(model, domains["food"], context)
-    whole = space.milliseconds(space.cut(Choice(space.count, 1, 1)))
-    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, budget={"milliseconds": 0.6 * whole}, **SHORT)
-    assert space.milliseconds(load_network(made)) <= 1.05 * 0.6 * whole
-    trials = made.manifest["metrics"]["trials"]
-    assert max(t["milliseconds"] for t in trials) <= 0.6 * whole
+    asked = 0.6 * pretended(space.network)
+    made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, budget={"milliseconds": asked}, **SHORT)
+    metrics = made.manifest["metrics"]
+    assert metrics["milliseconds"] == pytest.approx(pretended(load_network(made)))
+    assert 0.9 <= metrics["milliseconds"] / asked <= 1.1
+    assert space.sketch(Choice(**metrics["choice"])).parameters == made.parameters
+    assert max(t["milliseconds"] for t in metrics["trials"]) <= asked
+
+
+def test_what_times_are_predicted_from_is_measured_in_turns(space: Space, tmp_path: Path) -> None:
+    clock = search._clock(space, tmp_path)
+    factors = search._factors(space, clock, tmp_path)
+    whole = search._Bounds(0.0, 0, 1.0, factors).predicted(space.sketch(Choice(2, 1, 1)), Choice(2, 1, 1))
+    assert whole == pytest.approx(clock.unit, rel=0.9)
+    assert search._clock(space, tmp_path) == clock  # a search that was stopped goes on with the same
 
 
 def test_a_time_that_is_not_met_is_no_result(
     model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Space, "milliseconds", lambda self, network: float(network.config.num_hidden_layers))
+    monkeypatch.setattr(search, "_factors", lambda *_: (0.0, 1.0, 0.0, 0.0))  # a layer, a millisecond
     given = {**SHORT, "budget": {"milliseconds": 2.5}}
-    monkeypatch.setattr(search, "network_milliseconds", lambda *_: 50.0)
+    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [50.0, 1.0][: len(networks)])
     with pytest.raises(UsageError) as caught:
         SEARCH.shrink(model, domains["food"], tmp_path / "slow", context, **given)
     assert caught.value.code == "target-not-met"
     assert not (tmp_path / "slow").exists()
-    monkeypatch.setattr(search, "network_milliseconds", lambda *_: 2.6)
+    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [2.6] * len(networks))
     made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **given)
     assert made.manifest["metrics"]["milliseconds"] == 2.6
 
@@ -165,8 +181,8 @@ def test_shares_that_round_to_all_leave_the_network_whole(
     assert not space.drops(near)
     assert space.drops(Choice(1, 0.5, 1.0))
     bounds = search._Bounds(0.0, 0, 0.0)
-    cut, took = search._cut(0, near, space, domains["food"], bounds, tmp_path, context)
-    assert (load_network(cut).config.hidden_size, took) == (load_network(model).config.hidden_size, 0.0)
+    cut = search._cut(0, near, space, domains["food"], bounds, tmp_path, context)
+    assert (load_network(cut.model).config.hidden_size, cut.took) == (load_network(model).config.hidden_size, 0.0)
 
 
 def test_a_table_of_another_machine(model: Model, domains: dict[str, Domain], context: Context, tmp_path: Path) -> None:
@@ -176,7 +192,9 @@ def test_a_table_of_another_machine(model: Model, domains: dict[str, Domain], co
     ]  # fmt: skip
     table = tmp_path / "table.json"
     table.write_text(json.dumps(rows))
-    assert search._factors(Space(model, domains["food"], context), str(table), tmp_path) == pytest.approx((1, 2, 1, 3))
+    budget = search.Budget(milliseconds=3.2, table=str(table))
+    bounds = search._bounds(budget, model, Space(model, domains["food"], context), tmp_path)
+    assert (bounds.factors, bounds.clock) == (pytest.approx((1, 2, 1, 3)), None)
     made = SEARCH.shrink(
         model, domains["food"], tmp_path / "m", context, budget={"milliseconds": 3.2, "table": str(table)}, **SHORT
     )

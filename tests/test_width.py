@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from fanbu.catalogue import method
+from fanbu.deploy import latency
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.merging.gram import grams, linear_layers
@@ -200,16 +202,14 @@ def test_a_time_is_met(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = specialists["food"].model
-    monkeypatch.setattr(width, "network_milliseconds", lambda network, *_: size_of(network) / 1000)
+    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [size_of(n) / 1000 for n, _ in networks])
     most = 0.85 * model.parameters / 1000
     made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
     assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most
     slow = replace(context, scratch=tmp_path / "scratch")
     slow.scratch.mkdir()
     first = WIDTH.shrink(model, domains["food"], tmp_path / "k", slow, neurons=0.1, milliseconds=most, **BARE)
-    monkeypatch.setattr(
-        width, "network_milliseconds", lambda network, *_: size_of(network) / 900
-    )  # another program runs
+    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [size_of(n) ** 0.9 for n, _ in networks])
     again = WIDTH.shrink(model, domains["food"], tmp_path / "l", slow, neurons=0.1, milliseconds=most, **BARE)
     assert again.digest == first.digest == made.digest  # what was chosen before a kill stays
     with pytest.raises(UsageError, match=r"milliseconds of 0\.001.*remedy") as caught:
@@ -217,27 +217,30 @@ def test_a_time_is_met(
     assert caught.value.code == "target-not-met"
 
 
-def test_a_moment_that_was_fast_does_not_decide(
+def test_a_machine_that_changes_its_speed_does_not_decide(
     specialists: dict[str, Any], domains: dict[str, Domain], context: Context, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    model, asked = specialists["food"].model, list[Any]()
+    model = specialists["food"].model
+    speeds = itertools.cycle([1.0, 0.6, 1.0, 1.0, 1.5])  # a moment's; five of seven that the clock looks at are 1
 
-    def pretended(network: Any, *_: Any) -> float:
-        asked.append(network)
-        return (0.85 if len(asked) <= 17 else 1.0) * size_of(network) / 1000  # while the size is looked for
+    def pretended(networks: Any, *_: Any) -> list[float]:
+        speed = next(speeds)
+        return [speed * size_of(n) / 1000 for n, _ in networks]
 
-    monkeypatch.setattr(width, "network_milliseconds", pretended)
+    monkeypatch.setattr(latency, "in_turns", pretended)
     most = 0.85 * model.parameters / 1000
     made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
-    assert 0.8 * most <= size_of(load_network(made)) / 1000 <= most
-    assert len(asked) > 20
+    assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most
 
 
 def test_time_is_measured(specialists: dict[str, Any], domains: dict[str, Domain], context: Context) -> None:
     model = specialists["food"].model
-    network, tokenizer, texts = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4]
-    assert 0 < width.network_milliseconds(network, tokenizer, texts, context) < 10_000
+    known = load_network(model), load_tokenizer(model), domains["food"].test.texts[:4], context
+    unit = latency.usual_milliseconds(*known)
+    assert 0 < unit < 10_000
+    again = latency.Clock(*known, unit).milliseconds(load_network(model), known[1])
+    assert again == pytest.approx(unit, rel=0.9)  # the same network
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,8 @@ class _Logits(nn.Module):
 def export_network(network: Any, inputs: Mapping[str, Tensor], path: Path) -> None:
     """Any transformers network by torch.export; the first dimension of every input is free, and that of tokens."""
     names, free = list(inputs), torch.export.Dim.DYNAMIC
-    # a dimension of 1 would be taken for a constant
-    values = tuple(v if len(v) > 1 else torch.cat([v, v]) for v in inputs.values())
+    # a dimension of 1 would be taken for a constant, and strides of a slice for numbers of their own
+    values = tuple((v if len(v) > 1 else torch.cat([v, v])).contiguous() for v in inputs.values())
     shapes = tuple({0: free, 1: free} if v.ndim == 2 else {0: free} for v in values)
     wrapped = _Logits(network.to("cpu").eval(), names).eval()
     try:

@@ -15,7 +15,6 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from fanbu.batches import evenly
-from fanbu.deploy.latency import network_milliseconds
 from fanbu.domain import Domain
 from fanbu.merging.gram import linear_layers, own_texts
 from fanbu.merging.permute import Symmetry
@@ -200,10 +199,6 @@ class Space:
         made = h_nd[held].double() @ torch.linalg.solve(gram, known.T @ truth)
         aim = z_nl[held].double()
         return 1 - float((made - aim).square().sum() / (aim - aim.mean(0)).square().sum().clamp_min(1e-12))
-
-    def milliseconds(self, network: Any) -> float:
-        """Of a network, for one of the owner's texts at batch 1, on this machine."""
-        return network_milliseconds(network, self.tokenizer, own_texts(self.domain, 24), self.context)
 
 
 def shape_row(layers: int, hidden: int, neurons: int) -> list[float]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from fanbu.deploy.latency import network_milliseconds
+from fanbu.deploy.latency import Clock, usual_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FitError, UsageError, needs_extra
 from fanbu.files import noted, write_text
@@ -34,8 +34,8 @@ CHANGES: frozenset[str] = frozenset({"architecture", "tokenizer"})
 Bits = Literal[32, 8, 4]
 _NEURONS = (0.02, 1.0)
 _CHANNELS = (0.2, 1.0)
-_AIM, _MOST = 1.05, 1.1  # of a budget of time: what takes longer is cut further, and at last refused
-_TIMES = 4  # so often
+_LEAST, _AIM, _MOST = 0.95, 1.05, 1.1  # of a budget of time: between the first two is met, above the last refused
+_TIMES = 4  # so often neurons are chosen anew where a time is not met
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """A budget in numbers: ``factors`` are those of ``_space.shape_row``."""
+    """A budget in numbers: ``factors`` are those of ``_space.shape_row``; ``clock`` tells this machine's times."""
 
     parameters: float
     bytes: int
     milliseconds: float
     factors: tuple[float, ...] = ()
-    here: bool = True  # whether the milliseconds are those of this machine
+    clock: Clock | None = None
 
     def allows(self, sketch: Sketch, choice: Choice) -> bool:
         """Whether a sub-network is within all bounds."""
@@ -182,14 +182,21 @@ def _spaces(parent: Model, domain: Domain, tokens: Sequence[int], place: Path, c
 
 def _bounds(budget: Budget, parent: Model, space: Space, place: Path) -> _Bounds:
     most = budget.parameters * parent.parameters if budget.parameters <= 1 else budget.parameters
-    factors = _factors(space, budget.table, place) if budget.milliseconds else ()
-    return _Bounds(most, budget.bytes, budget.milliseconds, factors, not budget.table)
+    if not budget.milliseconds:
+        return _Bounds(most, budget.bytes, 0.0)
+    if budget.table:
+        return _Bounds(most, budget.bytes, budget.milliseconds, tuple(fitted(*_table(Path(budget.table)))))
+    clock = _clock(space, place)
+    return _Bounds(most, budget.bytes, budget.milliseconds, _factors(space, clock, place), clock)
 
 
-def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
-    """Of the table, or measured here once."""
-    if table:
-        return tuple(fitted(*_table(Path(table))))
+def _clock(space: Space, place: Path) -> Clock:
+    known = space.network, space.tokenizer, own_texts(space.domain, 24), space.context
+    return Clock(*known, noted(place / "clock.json", lambda: usual_milliseconds(*known)))
+
+
+def _factors(space: Space, clock: Clock, place: Path) -> tuple[float, ...]:
+    """Of times that are measured here, once."""
 
     def measured() -> tuple[float, ...]:
         rows, times = [], []
@@ -198,7 +205,7 @@ def _factors(space: Space, table: str, place: Path) -> tuple[float, ...]:
                 choice = Choice(layers, channels, neurons)
                 sketch = space.sketch(choice)
                 rows.append(shape_row(layers, sketch.hidden, sketch.neurons))
-                times.append(space.milliseconds(space.cut(choice)))
+                times.append(clock.milliseconds(space.cut(choice), space.tokenizer))
         return tuple(fitted(rows, times))
 
     return tuple(noted(place / "times.json", measured))
@@ -368,11 +375,11 @@ def _cut_best(
     slow: list[float] = []
     for number, told in enumerate(sorted(found, key=lambda t: -t["score"])):
         choice = Choice(**told["choice"])
-        model, took = _cut(number, choice, spaces[choice.tokens], domain, bounds, place, context)
-        if took <= _MOST * bounds.milliseconds:
-            made.append(_Finalist(number, choice, model, took))
+        finalist = _cut(number, choice, spaces[choice.tokens], domain, bounds, place, context)
+        if finalist.took <= _MOST * bounds.milliseconds:
+            made.append(finalist)
         else:
-            slow.append(took)
+            slow.append(finalist.took)
         if len(made) == finalists:
             break
     if not made:
@@ -386,28 +393,37 @@ def _cut_best(
 
 def _cut(
     number: int, choice: Choice, space: Space, domain: Domain, bounds: _Bounds, place: Path, context: Context
-) -> tuple[Model, float]:
-    """Cut by ``depth`` and ``width``, further where it takes longer than predicted; and what it took at last."""
-    model, neurons = space.model, choice.neurons
+) -> _Finalist:
+    """Cut by ``depth`` and ``width``, with other neurons where it takes longer or less than predicted."""
+    model = space.model
     if choice.layers < space.count:
         fewer_layers = partial(depth.shrink, model, domain, layers=choice.layers, train=None)
         model = _step(f"{number}-depth", place, context, fewer_layers)
+    tries: list[_Finalist] = []
     for tried in range(_TIMES):
         cut = model
-        if space.drops(replace(choice, neurons=neurons)):
-            narrower = partial(width.shrink, model, domain, neurons=neurons, channels=choice.channels, train=None)
+        if space.drops(choice):
+            narrower = partial(
+                width.shrink, model, domain, neurons=choice.neurons, channels=choice.channels, train=None
+            )
             cut = _step(f"{number}-width-{tried}", place, context, narrower)
-        if not (bounds.milliseconds and bounds.here):
-            return cut, 0.0
-        took = float(noted(place / f"{number}-time-{tried}.json", partial(_milliseconds, cut, domain, context)))
-        if took <= _AIM * bounds.milliseconds or neurons <= _NEURONS[0]:
+        if bounds.clock is None:
+            return _Finalist(number, choice, cut, 0.0)
+        took = noted(place / f"{number}-time-{tried}.json", partial(_took, bounds.clock, cut))
+        tries.append(_Finalist(number, choice, cut, took))
+        if _LEAST <= took / bounds.milliseconds <= _AIM:
             break
-        neurons = max(_NEURONS[0], neurons * 0.95 * bounds.milliseconds / took)
-    return cut, took
+        off = bounds.predicted(space.sketch(choice), choice) / took
+        again = _filled(space, choice, replace(bounds, milliseconds=bounds.milliseconds * off))
+        again = again or replace(choice, neurons=_NEURONS[0])
+        if again == choice:
+            break
+        choice = again
+    return min(tries, key=lambda t: (t.took > _MOST * bounds.milliseconds, abs(t.took - bounds.milliseconds)))
 
 
-def _milliseconds(model: Model, domain: Domain, context: Context) -> float:
-    return network_milliseconds(load_network(model), load_tokenizer(model), own_texts(domain, 24), context)
+def _took(clock: Clock, cut: Model) -> float:
+    return clock.milliseconds(load_network(cut), load_tokenizer(cut))
 
 
 def _distilled(

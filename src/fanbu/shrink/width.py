@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fanbu.deploy.latency import network_milliseconds
+from fanbu.deploy.latency import Clock, usual_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import noted
@@ -39,7 +38,6 @@ from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
 _RIDGE = 1e-3
-_AGAIN, _OVER = 3, 1.05  # so often a size is looked for again that is so much slower when it is measured again
 _Value = Callable[[float], float]
 _Limit = tuple[Callable[[dict[str, int]], float], float, str]  # what is measured, its limit, its name
 Share = Annotated[float, Gt(0), Le(1)]
@@ -126,25 +124,17 @@ def _sizes(
         most = parameters * size_of(network) if parameters <= 1 else parameters
         limits.append((lambda counts: size_of(network, found, counts), most, "parameters"))
     if milliseconds:
+        known = network, tokenizer, own_texts(domain, 32), context
+        clock = Clock(*known, usual_milliseconds(*known))
 
         def measured(counts: dict[str, int]) -> float:
-            smaller = narrowed(network, found, first_units(counts), parent)
-            return network_milliseconds(smaller, tokenizer, own_texts(domain, 32), context)
+            return clock.milliseconds(narrowed(network, found, first_units(counts), parent), tokenizer)
 
         limits.append((measured, milliseconds, "milliseconds"))
     if not limits:
         return sizes(1.0)
-
-    def chosen() -> dict[str, int]:
-        counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
-        return _filled(found, counts, limits) if shares["neurons"] < 1 else counts
-
-    counts = chosen()
-    for _ in range(_AGAIN if milliseconds else 0):  # the time of one moment may deceive
-        if statistics.median(measured(counts) for _ in range(3)) <= _OVER * milliseconds:
-            break
-        counts = chosen()
-    return counts
+    counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
+    return _filled(found, counts, limits) if shares["neurons"] < 1 else counts
 
 
 def _filled(found: Units, counts: dict[str, int], limits: Sequence[_Limit]) -> dict[str, int]:
