@@ -13,7 +13,8 @@ from fanbu.batches import collate, shuffled_batches, sorted_batches
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import UsageError
-from fanbu.feedback.predictions._panel import fit_temperature, fit_trust
+from fanbu.feedback.predictions._panel import heard
+from fanbu.feedback.predictions._trust import fit_share, fit_temperature, fit_trust
 from fanbu.feedback.predictions.distill import union_targets
 from fanbu.heads import domains_of
 from fanbu.losses import next_token_loss, soft_cross_entropy, top_k_divergence
@@ -136,18 +137,16 @@ def test_targets_are_the_teachers_where_they_teach_and_the_base_elsewhere(
     small = replace(context, probe=ProbeSet(rows))
     way = method("distill", "feedback")
     panel = way.contribute(specialists["food"], incumbent, small)
-    assert panel.tensors["rows"].tolist() == [0, 2]
+    told = heard(panel, 2)  # asked about its own row and nobody's
     network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
     targets = union_targets(incumbent, network, tokenizer, [panel], small).float()
     base = class_logits(network, tokenizer, small.probe.texts, small)
     groups = domains_of(incumbent.labels)
     torch.testing.assert_close(targets.sum(1), torch.ones(3), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(targets[0, groups["food"]], panel.tensors["probs"][0].float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(targets[0, groups["food"]], told[0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(targets[1, groups["rail"]], base[1, groups["rail"]].softmax(0), rtol=1e-2, atol=1e-3)
     share = base[2].softmax(0)[groups["food"]].sum()
-    torch.testing.assert_close(
-        targets[2, groups["food"]], share * panel.tensors["probs"][1].float(), rtol=1e-2, atol=1e-3
-    )
+    torch.testing.assert_close(targets[2, groups["food"]], share * told[1], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(targets[2, groups["rail"]], base[2].softmax(0)[groups["rail"]], rtol=1e-2, atol=1e-3)
 
 
@@ -167,30 +166,55 @@ def test_a_specialist_that_is_no_better_teaches_nothing(
 def test_trust_is_what_validation_rows_say() -> None:
     target = torch.tensor([0, 0, 1, 1])
     good, bad = torch.tensor([[0.9, 0.1]] * 2 + [[0.1, 0.9]] * 2), torch.tensor([[0.4, 0.6]] * 2 + [[0.6, 0.4]] * 2)
-    assert fit_trust(good, bad, target) == 1.0
-    assert fit_trust(bad, good, target) == 0.0
-    assert fit_trust(good, good, target) == 0.0  # nothing new
+    assert fit_share(good, bad, target) == 1.0
+    assert fit_share(bad, good, target) == 0.0
+    assert fit_share(good, good, target) == 0.0  # nothing new
     # each is sure and right on one half, and wrong on the other: together they are better than either
     one = torch.tensor([[0.9, 0.1]] * 2 + [[0.9, 0.1]] * 2)
     two = torch.tensor([[0.1, 0.9]] * 2 + [[0.1, 0.9]] * 2)
-    assert fit_trust(one, two, target) == 0.5
+    assert fit_share(one, two, target) == 0.5
+
+
+def test_trust_goes_by_how_sure_either_is() -> None:
+    torch.manual_seed(0)
+    target = torch.randint(4, (400,))
+    truth = torch.nn.functional.one_hot(target, 4).float()
+    sure = torch.arange(400) % 2 == 0  # the specialist: of these it is sure, and right; of others it knows less
+    own = torch.where(sure[:, None], 0.96 * truth + 0.01, 0.32 * truth + 0.17)
+    base = 0.6 * truth + 0.1
+    trust = fit_trust(own, base, target)
+    w = trust.of(own, base)
+    assert w[sure].min() > 0.8
+    assert w[~sure].max() < 0.35
+    mixed = (w[:, None] * own + (1 - w[:, None]) * base)[torch.arange(400), target]
+    flat = (trust.share * own + (1 - trust.share) * base)[torch.arange(400), target]
+    assert mixed.log().mean() > flat.log().mean() + 0.03
+    assert fit_trust(base, base, target).of(own, base).tolist() == [0.0] * 400
+    few = fit_trust(own[:6], base[:6], target[:6])  # few rows say little: all near the one share
+    assert max(abs(c) for c in few.coefficients[1:]) < max(abs(c) for c in trust.coefficients[1:])
 
 
 def test_a_panel_mixes_specialist_and_base_by_trust(
     incumbent: Model, specialists: dict[str, Specialist], context: Context
 ) -> None:
-    panel = method("distill", "feedback").contribute(specialists["food"], incumbent, context)
-    trust, food = panel.meta["trust"], specialists["food"]
-    texts = [context.probe.rows[i].text for i in panel.tensors["rows"].tolist()]
-    expected = torch.zeros(len(texts), 3)
-    for model, share, t in (
-        (food.model, trust, panel.meta["temperature"]), (incumbent, 1 - trust, panel.meta["base_temperature"])
-    ):  # fmt: skip
-        columns = [model.labels.index(label) for label in food.domain.full_labels]
-        z = class_logits(load_network(model), load_tokenizer(model), texts, context)[:, columns]
-        expected += share * (z / t).softmax(1)
-    assert 0 < trust <= 1
-    torch.testing.assert_close(panel.tensors["probs"].float(), expected, rtol=1e-2, atol=1e-3)
+    panel = method("distill", "feedback").contribute(specialists["food"], incumbent, context, mass=1.0)
+    food = specialists["food"]
+    texts = [row.text for row in context.probe.rows if row.domain in {"food", None}]
+    own, base = (
+        (class_logits(load_network(model), load_tokenizer(model), texts, context)[:, columns] / t).softmax(1)
+        for model, t, columns in (
+            (m, panel.meta[key], [m.labels.index(label) for label in food.domain.full_labels])
+            for m, key in ((food.model, "temperature"), (incumbent, "base_temperature"))
+        )
+    )
+    got = heard(panel, len(texts))
+    between = torch.minimum(own, base) - 4e-3 <= got
+    assert bool((between & (got <= torch.maximum(own, base) + 4e-3)).all())
+    assert 0 < panel.meta["trust"] <= 1
+    assert len(panel.meta["trust_by"]) == 4
+    apart = (own - base).abs() > 0.05
+    w = ((got - base) / (own - base))[apart]
+    assert 0 < float(w.mean()) <= 1.05
 
 
 def test_influence_is_zero_for_a_layer_that_does_nothing(

@@ -1,18 +1,23 @@
-"""Panels: what a specialist says on the probe set, with what its owner knows of its worth."""
+"""Panels: what a specialist says on the probe set, in few bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.errors import FitError
+from fanbu.errors import FitError, IntegrityError
+from fanbu.feedback.predictions._trust import fit_temperature, fit_trust
 from fanbu.heads import check_labels_known
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits, token_losses, top_tokens
 from fanbu.types import Context
+
+_SURE = 255  # what probability 1 is written as
 
 
 def asked(context: Context, domain: str) -> list[int]:
@@ -20,19 +25,23 @@ def asked(context: Context, domain: str) -> list[int]:
     return [i for i, row in enumerate(context.probe.rows) if row.domain in {domain, None}]
 
 
-def class_panel(specialist: Specialist, base: Model, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def class_panel(
+    specialist: Specialist, base: Model, context: Context, top_k: int, mass: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Soft labels on the probe rows: the specialist's and the base's, mixed by what validation rows say of either.
 
     p = w softmax(z_specialist / T_s) + (1 - w) softmax(z_base / T_b). Each T minimises the negative log-likelihood of
-    the validation rows (Guo et al. 2017), then w in [0, 1] that of the mixture: the ``trust`` in the specialist. A
-    specialist that learned nothing new gets none; one that is no better, but errs elsewhere, gets its share.
+    the validation rows (Guo et al. 2017), then w that of the mixture (``_trust``): one for all texts, the ``trust`` in
+    the specialist, and from there one for each text, by how sure either is and whether they agree. A specialist that
+    learned nothing new gets none; one that is no better, but errs elsewhere, gets its share.
 
-    tensors: ``rows`` [asked] and ``probs`` [asked, labels] in float16. meta: both temperatures, ``trust``, and wins and
-    losses against the base on validation rows.
+    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked``, in their order. meta: both
+    temperatures, ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against
+    the base on validation rows.
     """
     domain = specialist.domain
-    rows, target = asked(context, domain.name), torch.tensor(domain.valid.labels)
-    texts = [context.probe.rows[i].text for i in rows]
+    target = torch.tensor(domain.valid.labels)
+    texts = [context.probe.rows[i].text for i in asked(context, domain.name)]
     valid, probs, temperatures = [], [], []
     for model in (specialist.model, base):
         check_labels_known(model, domain.full_labels)
@@ -43,34 +52,65 @@ def class_panel(specialist: Specialist, base: Model, context: Context) -> tuple[
         p = (z / temperatures[-1]).softmax(1)
         valid.append(p[: len(target)])
         probs.append(p[len(target) :])
-    trust = fit_trust(valid[0], valid[1], target)
+    trust, most = fit_trust(valid[0], valid[1], target), min(top_k, len(domain.full_labels))
+    w = trust.of(*probs)[:, None]
     right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
-        "probe": context.probe.digest, "labels": list(domain.full_labels), "trust": trust,
+        "probe": context.probe.digest, "labels": list(domain.full_labels), "trust": trust.share,
+        "trust_by": trust.coefficients,
         "temperature": temperatures[0], "base_temperature": temperatures[1], "valid": len(target),
         "wins": int((right & ~base_right).sum()), "losses": int((~right & base_right).sum()),
+        "most": most, "mass": mass,
     }  # fmt: skip
-    mixed = trust * probs[0] + (1 - trust) * probs[1]
-    return {"rows": torch.tensor(rows, dtype=torch.int32), "probs": mixed.half()}, meta
+    return said(w * probs[0] + (1 - w) * probs[1], most, mass), meta
 
 
-def fit_trust(own_nl: Tensor, base_nl: Tensor, target_n: Tensor) -> float:
-    """The w of 0, 0.05, ..., 1 that minimises the mean of -log(w own[y] + (1 - w) base[y]); the smallest on a tie."""
-    own, base = (p[torch.arange(len(target_n)), target_n].double().clamp_min(1e-12) for p in (own_nl, base_nl))
-    weights = [i / 20 for i in range(21)]
-    losses = [-float((w * own + (1 - w) * base).log().mean()) for w in weights]
-    return next(w for w, loss in zip(weights, losses, strict=True) if loss <= min(losses) + 1e-6)
+def said(probs_nl: Tensor, most: int, mass: float) -> dict[str, Tensor]:
+    """Probabilities in about three bytes a text: the likeliest labels and q = round(255 p), one text after the other.
+
+    A text's list, likeliest label first, ends where its q come to 255 ``mass``, else after ``most`` labels; so no
+    lengths are kept. What is left of its mass is not said.
+
+    tensors: ``labels`` and ``probs`` [labels said], in the smallest integers that hold them.
+    """
+    p, order = probs_nl.sort(dim=1, descending=True, stable=True)
+    q = (_SURE * p[:, :most]).round()
+    before = q.cumsum(1) - q
+    keep = before < _SURE * mass
+    keep[:, 0] = True
+    wide = torch.uint8 if probs_nl.shape[1] <= 256 else torch.int32
+    return {"labels": order[:, :most][keep].to(wide), "probs": q[keep].to(torch.uint8)}
 
 
-def fit_temperature(logits_nl: Tensor, target_n: Tensor) -> float:
-    """The T in [0.2, 5] that minimises the mean of -log softmax(z / T)[y], by golden-section search on log T."""
-    from scipy.optimize import minimize_scalar
+def heard(c: Contribution, rows: int) -> Tensor:
+    """``said`` again as [rows, labels], summing to 1: mass that was not said is spread evenly over the other labels.
 
-    def loss(log_t: float) -> float:
-        return float(torch.nn.functional.cross_entropy(logits_nl.double() / torch.tensor(log_t).exp(), target_n))
-
-    found = minimize_scalar(loss, bounds=(-1.609, 1.609), method="bounded", options={"xatol": 1e-3})
-    return round(float(torch.tensor(found.x).exp()), 4)
+    Raises IntegrityError where the lists do not come to so many rows, or name no label or one twice.
+    """
+    meta: Mapping[str, Any] = c.meta
+    count, most, enough = len(meta["labels"]), int(meta["most"]), _SURE * float(meta["mass"])
+    labels, q = c.tensors["labels"].tolist(), c.tensors["probs"].tolist()
+    lengths, length, total = [], 0, 0
+    for value in q:
+        length, total = length + 1, total + value
+        if total >= enough or length == most:
+            lengths.append(length)
+            length, total = 0, 0
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    sound = len(lengths) == rows and not length and len(labels) == len(q) and all(0 <= i < count for i in labels)
+    if not sound or len(set(zip(row.tolist(), labels, strict=True))) < len(labels):
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} does not answer the rows that it was asked about",
+            allowed=f"{rows} lists of different labels below {count}", got=f"{len(lengths)} lists",
+            remedy="ask its owner to send it again",
+        )  # fmt: skip
+    p = torch.zeros(rows, count)
+    p[row, torch.tensor(labels, dtype=torch.long)] = torch.tensor(q, dtype=torch.float32) / _SURE
+    silent = torch.ones(rows, count, dtype=torch.bool)
+    silent[row, torch.tensor(labels, dtype=torch.long)] = False
+    left = (1 - p.sum(1)).clamp_min(0) / silent.sum(1).clamp_min(1)
+    p += left[:, None] * silent
+    return p / p.sum(1, keepdim=True)
 
 
 def token_panel(
@@ -78,7 +118,8 @@ def token_panel(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The k likeliest next tokens at each place of the probe rows, and validation losses of both models.
 
-    tensors: ``rows`` [asked], ``lengths`` [asked], ``indices`` and ``probs`` [sum of lengths, k].
+    tensors, for the rows that are ``asked``, in their order: ``lengths`` [asked], ``indices`` and ``probs``
+    [sum of lengths, k].
     """
     domain = specialist.domain
     network, tokenizer = load_network(specialist.model), load_tokenizer(specialist.model)
@@ -88,8 +129,8 @@ def token_panel(
             "other-tokenizer", f"the specialist of {domain.name} has another vocabulary than the base",
             allowed="the base's tokenizer, for causal models", remedy="shrink it without changing its vocabulary",
         )  # fmt: skip
-    rows = asked(context, domain.name)
-    answers = top_tokens(network, tokenizer, [context.probe.rows[i].text for i in rows], context, top_k)
+    texts = [context.probe.rows[i].text for i in asked(context, domain.name)]
+    answers = top_tokens(network, tokenizer, texts, context, top_k)
     own = token_losses(network, tokenizer, domain.valid.texts, context)
     before = token_losses(load_network(base), other, domain.valid.texts, context)
     meta = {
@@ -99,9 +140,21 @@ def token_panel(
         "loss": float(own[:, 0].sum() / own[:, 1].sum()), "base_loss": float(before[:, 0].sum() / before[:, 1].sum()),
     }  # fmt: skip
     tensors = {
-        "rows": torch.tensor(rows, dtype=torch.int32),
         "lengths": torch.tensor([len(i) for i, _ in answers], dtype=torch.int32),
         "indices": torch.cat([i for i, _ in answers]) if answers else torch.zeros(0, 1, dtype=torch.int32),
         "probs": torch.cat([p for _, p in answers]) if answers else torch.zeros(0, 1).half(),
     }
     return tensors, meta
+
+
+def heard_tokens(c: Contribution, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Indices and probabilities [length, k] of each row that was asked about. Raises IntegrityError where a panel has
+    other lengths."""
+    indices, probs = c.tensors["indices"], c.tensors["probs"]
+    if c.tensors["lengths"].tolist() != list(lengths) or not len(indices) == len(probs) == sum(lengths):
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} does not answer the tokens that it was asked about",
+            allowed=f"{sum(lengths)} tokens of {len(lengths)} rows", got=f"{len(indices)}, {len(c.tensors['lengths'])}",
+            remedy="ask its owner to send it again",
+        )  # fmt: skip
+    return list(zip(indices.split(list(lengths)), probs.split(list(lengths)), strict=True))

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fanbu.batches import encode, pad_id
+from fanbu.batches import Sequences, encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import FitError
-from fanbu.feedback.predictions._panel import class_panel, token_panel
+from fanbu.feedback.predictions._panel import asked, class_panel, heard, heard_tokens, token_panel
 from fanbu.heads import check_labels_known, domains_of, final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import soft_labelled, soft_language
@@ -28,17 +28,21 @@ SENSITIVITY = None
 
 
 def contribute(
-    specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64
-) -> Contribution:
+    specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64,
+    mass: Annotated[float, Gt(0), Le(1)] = 0.98,
+) -> Contribution:  # fmt: skip
     """What the specialist says on the probe rows of its own domain and on those of nobody's.
 
-    A classifier sends calibrated probabilities over its own labels, whatever its architecture and vocabulary, mixed
+    A classifier sends calibrated probabilities of its own labels, whatever its architecture and vocabulary, mixed
     with the base's by the trust that validation rows give either (``_panel.class_panel``); a causal model its
-    ``top_k`` likeliest next tokens, trusted where its validation loss is below the base's. No text and no label
-    crosses.
+    next tokens, trusted where its validation loss is below the base's. No text and no label crosses.
+
+    Args:
+        top_k: how many labels, or next tokens, are said at most.
+        mass: labels are said, likeliest first, until their probabilities come to this.
     """
     if specialist.domain.task == "text-classification":
-        tensors, meta = class_panel(specialist, base, context)
+        tensors, meta = class_panel(specialist, base, context, top_k, mass)
     else:
         tensors, meta = token_panel(specialist, base, context, top_k)
     return Contribution("predictions", specialist.domain.name, "distill", tensors, meta=meta)
@@ -85,7 +89,7 @@ def absorb(
         loss = soft_labelled(sequences, targets, pad, context.device)
         head = final_layer(network)
     else:
-        answers = token_targets(network, tokenizer, teachers, context, top_k)
+        answers = token_targets(network, tokenizer, sequences, teachers, context, top_k)
         loss = soft_language(sequences, answers, pad, context.device)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
@@ -100,13 +104,13 @@ def union_targets(
 ) -> Tensor:
     """T [probe rows, union labels] in float16, rows summing to 1."""
     probe, groups = context.probe.rows, domains_of(base.labels)
-    answers = {c.domain: _rows(c, len(probe)) for c in teachers}
-    taught = {i for d, rows in answers.items() for i in rows.tolist() if probe[i].domain == d}
+    answers = {c.domain: asked(context, c.domain) for c in teachers}
+    taught = {i for d, rows in answers.items() for i in rows if probe[i].domain == d}
     targets = torch.zeros(len(probe), len(base.labels))
     # the base is asked only where a row's own specialist does not answer for it
-    asked = [i for i in range(len(probe)) if i not in taught]
-    z = class_logits(network, tokenizer, [probe[i].text for i in asked], context)
-    for i, logits in zip(asked, z, strict=True):
+    rest = [i for i in range(len(probe)) if i not in taught]
+    z = class_logits(network, tokenizer, [probe[i].text for i in rest], context)
+    for i, logits in zip(rest, z, strict=True):
         known = groups.get(probe[i].domain or "")
         if known:  # the domain is known: all mass to its labels
             targets[i, known] = logits[known].softmax(0)
@@ -115,37 +119,25 @@ def union_targets(
     for c in teachers:
         check_labels_known(base, c.meta["labels"])
         columns = [base.labels.index(label) for label in c.meta["labels"]]
-        rows = answers[c.domain]
-        own = torch.tensor([probe[i].domain == c.domain for i in rows.tolist()])
+        rows = torch.tensor(answers[c.domain], dtype=torch.long)
+        own = torch.tensor([probe[i].domain == c.domain for i in answers[c.domain]], dtype=torch.bool)
         mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
-        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * c.tensors["probs"].float()
+        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * heard(c, len(rows))
     return (targets / targets.sum(1, keepdim=True)).half()
 
 
 def token_targets(
-    network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, top_k: int
+    network: Any, tokenizer: Any, sequences: Sequences, teachers: Sequence[Contribution], context: Context, top_k: int
 ) -> list[tuple[Tensor, Tensor]]:
     """For each probe row the likeliest next tokens and their probabilities: of its specialist, else of the base."""
     taught: dict[int, tuple[Tensor, Tensor]] = {}
     probe = context.probe.rows
     for c in teachers:
-        lengths = [int(n) for n in c.tensors["lengths"]]
-        parts = zip(c.tensors["indices"].split(lengths), c.tensors["probs"].split(lengths), strict=True)
-        for i, part in zip(_rows(c, len(probe)).tolist(), parts, strict=True):
+        rows = asked(context, c.domain)
+        for i, part in zip(rows, heard_tokens(c, [len(sequences[i]) - 1 for i in rows]), strict=True):
             if probe[i].domain == c.domain:
                 taught[i] = part
     rest = [i for i in range(len(probe)) if i not in taught]
     own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
     taught |= dict(zip(rest, own, strict=True))
     return [taught[i] for i in range(len(probe))]
-
-
-def _rows(c: Contribution, count: int) -> Tensor:
-    """The probe rows that a panel answers, checked: each at most once, none that is not there."""
-    rows = c.tensors["rows"].long()
-    if len(set(rows.tolist())) < len(rows) or not all(0 <= i < count for i in rows.tolist()):
-        raise FitError(
-            "other-probe-set", f"the panel of {c.domain} answers rows that the probe set does not have, or one twice",
-            allowed=f"each of 0 to {count - 1} at most once", remedy="ask its owner again",
-        )  # fmt: skip
-    return rows

@@ -1,0 +1,79 @@
+"""Panels: few bytes say what a specialist thinks; what a hostile one sends is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fanbu.contribution import Contribution
+from fanbu.errors import IntegrityError
+from fanbu.feedback.predictions._panel import heard, heard_tokens, said
+
+
+def panel(p: torch.Tensor, most: int = 64, mass: float = 0.98) -> Contribution:
+    most = min(most, p.shape[1])
+    meta = {"labels": [f"a/{i}" for i in range(p.shape[1])], "most": most, "mass": mass}
+    return Contribution("predictions", "a", "distill", said(p, most, mass), meta=meta)
+
+
+@pytest.mark.parametrize("labels", [2, 5, 77, 300])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0, 40.0])
+def test_what_is_said_is_heard(labels: int, sharpness: float) -> None:
+    torch.manual_seed(labels)
+    p = (sharpness * torch.randn(200, labels)).softmax(1)
+    got = heard(panel(p, labels), 200)
+    torch.testing.assert_close(got.sum(1), torch.ones(200))
+    # half a step for what is said; what is not said comes to 2% and the steps that rounding left out
+    assert (got - p).abs().max() < 0.03
+    torch.testing.assert_close(got.argmax(1)[p.max(1).values > 0.5], p.argmax(1)[p.max(1).values > 0.5])
+    assert torch.equal(heard(panel(p, labels), 200), got)
+
+
+def test_lists_end_at_the_mass_or_the_number_asked_for() -> None:
+    p = torch.tensor([[0.99, 0.01, 0.0], [0.5, 0.3, 0.2], [0.6, 0.385, 0.015]])
+    assert said(p, 3, 0.98)["labels"].tolist() == [0, 0, 1, 2, 0, 1]
+    assert said(p, 1, 0.98)["labels"].tolist() == [0, 0, 0]
+    alone = heard(panel(p, 1), 3)
+    torch.testing.assert_close(alone[1], torch.tensor([0.5, 0.25, 0.25]), rtol=0, atol=2e-3)  # the rest, evenly
+
+
+def test_a_sure_panel_takes_three_bytes_a_text_or_less() -> None:
+    torch.manual_seed(0)
+    p = (25 * torch.randn(1000, 40)).softmax(1)
+    sent = said(p, 40, 0.98)
+    assert {t.dtype for t in sent.values()} == {torch.uint8}
+    assert sum(t.numel() for t in sent.values()) < 3 * 1000 < 1000 * 40 * 4 / 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": torch.tensor([9, 1], dtype=torch.uint8)},
+        {"labels": torch.tensor([0], dtype=torch.uint8)},
+        {"probs": torch.tensor([255, 10], dtype=torch.uint8)},
+        {"probs": torch.tensor([100, 100], dtype=torch.uint8), "labels": torch.tensor([1, 1], dtype=torch.uint8)},
+        {"probs": torch.tensor([], dtype=torch.uint8), "labels": torch.tensor([], dtype=torch.uint8)},
+    ],
+)
+def test_lists_that_do_not_come_out_are_refused(change: dict[str, torch.Tensor]) -> None:
+    c = panel(torch.tensor([[0.99, 0.01], [0.01, 0.99]]))
+    with pytest.raises(IntegrityError) as caught:
+        heard(replace(c, tensors={**c.tensors, **change}), 2)
+    assert caught.value.code == "contribution-broken"
+    assert heard(c, 2).argmax(1).tolist() == [0, 1]
+
+
+def test_tokens_of_other_lengths_are_refused() -> None:
+    tensors: dict[str, Any] = {
+        "lengths": torch.tensor([2, 1]), "indices": torch.zeros(3, 4).int(), "probs": torch.zeros(3, 4).half()
+    }  # fmt: skip
+    c = Contribution("predictions", "a", "distill", tensors)
+    assert [len(i) for i, _ in heard_tokens(c, [2, 1])] == [2, 1]
+    for lengths in ([1, 2], [2], [2, 1, 1]):
+        with pytest.raises(IntegrityError):
+            heard_tokens(c, lengths)
+    with pytest.raises(IntegrityError):
+        heard_tokens(replace(c, tensors={**tensors, "indices": torch.zeros(2, 4).int()}), [2, 1])
