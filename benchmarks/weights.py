@@ -25,19 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from _common import bar, finish, parser, table, text_domains
-from _outcomes import BASE, Outcomes, mean_over_seeds, score, usable
+from _outcomes import Outcomes, mean_over_seeds, score, usable
+from _specialists import Bench, difference, judged, mean, prepare
 from fanbu.catalogue import method
-from fanbu.contribution import open_contribution, write_contribution
-from fanbu.domain import Domain, Specialist, load_domain
-from fanbu.heads import open_classifier
-from fanbu.judge.compare import average, compare, gain_kept
+from fanbu.judge.compare import gain_kept
 from fanbu.judge.evaluate import evaluate
 from fanbu.merging.masks import only
-from fanbu.model import Model, load_tokenizer, open_model, provenance, save_network
+from fanbu.model import Model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
 from fanbu.recipe import resolve_machine
-from fanbu.types import Context, ProbeRow, ProbeSet
+from fanbu.types import Context, ProbeSet
 
 TUNE = {"epochs": 3, "lr": 3e-4}
 ROWS = 1000
@@ -104,65 +102,6 @@ WAYS = [
     Way("multitask", {"train": [{"epochs": 2, "lr": 2e-4}]}, "all labels", "joint"),
 ]
 OWNERS = {"probe": "heads", "surgery": "surgery"}  # what owners may add to a merged model, and its name in the table
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One seed: its domains, its base, its specialists."""
-
-    folder: Path
-    domains: Mapping[str, Domain]
-    context: Context
-    incumbent: Model
-    specialists: Sequence[Specialist]
-
-
-def prepare(folders: Mapping[str, Path], seed: int, work: Path, context: Context) -> Bench:
-    """Base opened and probed, specialists fine-tuned from it; what is there is not made again."""
-    folder = work / "weights" / f"seed-{seed}"
-    whole = {name: _domain(name, path, {"train": ROWS}) for name, path in folders.items()}
-    domains = {name: _domain(name, path, JUDGED) for name, path in folders.items()}
-    rows = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in domains.values() for i, t in enumerate(d.train.texts)]
-    context = replace(context, seed=seed, probe=ProbeSet(tuple(rows)))
-    incumbent = _made(folder / "incumbent", lambda out: _incumbent(whole, out, context))
-    grown = []
-    for name, d in whole.items():
-        log(f"specialist {name}")
-        model = _made(
-            folder / f"specialist-{name}",
-            lambda out, d=d: method("finetune").shrink(incumbent, d, out, context, train=TUNE),
-        )
-        grown.append(Specialist(model, domains[name], incumbent))
-    return Bench(folder, domains, context, incumbent, grown)
-
-
-def _domain(name: str, path: Path, limit: Mapping[str, int]) -> Domain:
-    return load_domain(name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit=limit)
-
-
-def _incumbent(domains: Mapping[str, Domain], out: Path, context: Context) -> Model:
-    base, probe = open_model(BASE), method("probe")
-    network, tokenizer = open_classifier(base, context), load_tokenizer(base)
-    opened = save_network(network, tokenizer, out.with_name("opened"), provenance("open", [base], context))
-    sent = [probe.contribute(Specialist(opened, d), opened, context) for d in domains.values()]
-    return probe.absorb(opened, sent, out, context)
-
-
-def _made(folder: Path, make: Any) -> Model:
-    if not (folder / "fanbu.json").exists():
-        make(folder)
-    return open_model(folder, verify=False)
-
-
-def judged(bench: Bench, name: str, models: Mapping[str, Model]) -> Outcomes:
-    """Test outcomes, one model a domain; kept in the work folder."""
-    found = {}
-    for domain, model in models.items():
-        place = bench.folder / "outcomes" / name.replace("/", "-") / domain
-        if not (place / "contribution.json").exists():
-            write_contribution(evaluate(model, bench.domains[domain], bench.context), place)
-        found[domain] = open_contribution(place)
-    return found
 
 
 def merged(bench: Bench, way: Way, setting: Mapping[str, Any], out: Path) -> tuple[Model, float]:
@@ -238,17 +177,6 @@ def one_seed(
     return found, tried
 
 
-def mean(outcome: Outcomes, mode: str) -> float:
-    """Accuracy, averaged over domains."""
-    values = [score(c, mode) for c in outcome.values()]
-    return sum(v for v in values if v is not None) / len(values)
-
-
-def difference(one: Outcomes, other: Outcomes) -> dict[str, float]:
-    """Mean over domains of the paired difference of told accuracy, with its interval."""
-    return average([compare(one[d], other[d], "told", 0) for d in other])
-
-
 def rows_of(found: Mapping[str, Outcomes], ways: Sequence[Way], tried: Mapping[str, Any]) -> list[list[str]]:
     """The table: told, untold, gain kept of the specialists', difference to the average of weights."""
     needs = {name: need for w in ways for name, need in w.lines.items()}
@@ -286,7 +214,7 @@ def main() -> int:
     with progress_bar() as progress:
         for seed in range(args.seeds or (1 if args.quick else 3)):
             plain = Context(device=device, precision=precision, threads=threads, max_length=48, progress=progress)
-            bench = prepare(folders, seed, args.work, plain)
+            bench = prepare(folders, seed, args.work / "weights", plain, {"train": ROWS}, TUNE, JUDGED)
             outcomes, now = one_seed(bench, ways, args.quick, tried)
             tried = tried or now
             runs.append(outcomes)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fanbu.catalogue import method
 from fanbu.contribution import Contribution
-from fanbu.errors import IntegrityError
-from fanbu.feedback.predictions._panel import heard, heard_tokens, said
+from fanbu.domain import Domain, Specialist
+from fanbu.errors import IntegrityError, UsageError
+from fanbu.feedback.predictions._panel import heard, heard_tokens, said, variants
+from fanbu.feedback.predictions.distill import union_targets
+from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.types import Context
 
 
 def panel(p: torch.Tensor, most: int = 64, mass: float = 0.98) -> Contribution:
@@ -77,3 +83,37 @@ def test_tokens_of_other_lengths_are_refused() -> None:
             heard_tokens(c, lengths)
     with pytest.raises(IntegrityError):
         heard_tokens(replace(c, tensors={**tensors, "indices": torch.zeros(2, 4).int()}), [2, 1])
+
+
+def test_variants_are_answered_and_learned_like_other_texts(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    way, food = method("distill", "feedback"), specialists["food"]
+    plain = way.contribute(food, incumbent, context)
+    more = way.contribute(food, incumbent, context, augment=2)
+    known = sum(row.domain in {"food", None} for row in context.probe.rows)
+    own = sum(row.domain == "food" for row in context.probe.rows)
+    made = variants(context, "food", 2)
+    assert len(made) == 2 * own
+    assert variants(replace(context, seed=context.seed + 1), "food", 2) != made
+    assert torch.equal(heard(more, known + 2 * own)[:known], heard(plain, known))
+    network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
+    targets = union_targets(incumbent, network, tokenizer, [more], context, 2)
+    rows = len(context.probe.rows)
+    assert torch.equal(targets[:rows], union_targets(incumbent, network, tokenizer, [plain], context))
+    columns = [incumbent.labels.index(label) for label in food.domain.full_labels]
+    torch.testing.assert_close(targets[rows:, columns].sum(1).float(), torch.ones(2 * own), rtol=0, atol=2e-3)
+    steps = [
+        way.absorb(incumbent, [c], tmp_path / str(n), context, augment=n, train={"epochs": 1, "batch_size": 8})
+        for n, c in ((0, plain), (2, more))
+    ]
+    few, many = (m.manifest["parameters"]["steps"] for m in steps)
+    assert many - few == pytest.approx(2 * own / 8, abs=1)
+    with pytest.raises(IntegrityError):  # what was answered is not what is asked about
+        way.absorb(incumbent, [plain], tmp_path / "x", context, augment=1)
+
+
+def test_variants_are_for_classifiers(llama: Path, texts: dict[str, Domain], context: Context) -> None:
+    model = open_model(llama)
+    with pytest.raises(UsageError, match="variants"):
+        method("distill", "feedback").contribute(Specialist(model, texts["food"]), model, context, augment=1)

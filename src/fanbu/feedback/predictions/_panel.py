@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
+from fanbu.data.augment import augmented
 from fanbu.domain import Specialist
 from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.predictions._trust import fit_temperature, fit_trust
@@ -25,8 +26,14 @@ def asked(context: Context, domain: str) -> list[int]:
     return [i for i, row in enumerate(context.probe.rows) if row.domain in {domain, None}]
 
 
+def variants(context: Context, domain: str, times: int) -> list[str]:
+    """So many variants of each probe text of a domain (``data.augment``): owner and centre make the same ones."""
+    own = [row.text for row in context.probe.rows if row.domain == domain]
+    return augmented(own, times, context.seeded("variants", domain))
+
+
 def class_panel(
-    specialist: Specialist, base: Model, context: Context, top_k: int, mass: float
+    specialist: Specialist, base: Model, context: Context, top_k: int, mass: float, augment: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Soft labels on the probe rows: the specialist's and the base's, mixed by what validation rows say of either.
 
@@ -35,13 +42,14 @@ def class_panel(
     the specialist, and from there one for each text, by how sure either is and whether they agree. A specialist that
     learned nothing new gets none; one that is no better, but errs elsewhere, gets its share.
 
-    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked``, in their order. meta: both
+    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: both
     temperatures, ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against
     the base on validation rows.
     """
     domain = specialist.domain
     target = torch.tensor(domain.valid.labels)
     texts = [context.probe.rows[i].text for i in asked(context, domain.name)]
+    texts += variants(context, domain.name, augment)
     valid, probs, temperatures = [], [], []
     for model in (specialist.model, base):
         check_labels_known(model, domain.full_labels)

@@ -13,8 +13,8 @@ from torch import Tensor
 from fanbu.batches import Sequences, encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.errors import FitError
-from fanbu.feedback.predictions._panel import asked, class_panel, heard, heard_tokens, token_panel
+from fanbu.errors import FitError, UsageError
+from fanbu.feedback.predictions._panel import asked, class_panel, heard, heard_tokens, token_panel, variants
 from fanbu.heads import check_labels_known, domains_of, final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import soft_labelled, soft_language
@@ -29,7 +29,7 @@ SENSITIVITY = None
 
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64,
-    mass: Annotated[float, Gt(0), Le(1)] = 0.98,
+    mass: Annotated[float, Gt(0), Le(1)] = 0.98, augment: Annotated[int, Ge(0)] = 0,
 ) -> Contribution:  # fmt: skip
     """What the specialist says on the probe rows of its own domain and on those of nobody's.
 
@@ -40,9 +40,18 @@ def contribute(
     Args:
         top_k: how many labels, or next tokens, are said at most.
         mass: labels are said, likeliest first, until their probabilities come to this.
+        augment: so many variants of each of the domain's probe texts are answered too (``_panel.variants``).
+
+    Raises:
+        UsageError: variants for a causal model.
     """
+    if augment and specialist.domain.task == "causal-lm":
+        raise UsageError(
+            "bad-parameter", "distill makes variants of texts for classifiers only", allowed="augment: 0", got=augment,
+            remedy="leave it out",
+        )  # fmt: skip
     if specialist.domain.task == "text-classification":
-        tensors, meta = class_panel(specialist, base, context, top_k, mass)
+        tensors, meta = class_panel(specialist, base, context, top_k, mass, augment)
     else:
         tensors, meta = token_panel(specialist, base, context, top_k)
     return Contribution("predictions", specialist.domain.name, "distill", tensors, meta=meta)
@@ -50,7 +59,7 @@ def contribute(
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    train: Train = Train(epochs=3, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64,
+    train: Train = Train(epochs=3, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -63,6 +72,7 @@ def absorb(
     Args:
         train: how to train; there is no early stopping, since the centre has no labelled rows.
         top_k: how many next tokens of teacher zero are kept (causal models).
+        augment: how many variants of each text were answered.
 
     Raises:
         FitError: the probe set is empty, or a panel does not belong to it.
@@ -82,10 +92,11 @@ def absorb(
         return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    sequences = encode(tokenizer, context.probe.texts, limit(network, context))
+    texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]
+    sequences = encode(tokenizer, texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
     if base.task == "text-classification":
-        targets = union_targets(base, network, tokenizer, teachers, context)
+        targets = union_targets(base, network, tokenizer, teachers, context, augment)
         loss = soft_labelled(sequences, targets, pad, context.device)
         head = final_layer(network)
     else:
@@ -93,16 +104,17 @@ def absorb(
         loss = soft_language(sequences, answers, pad, context.device)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
-        "distill", [base], context, train=vars(train), teachers={c.domain: c.meta["trust"] for c in teachers},
+        "distill", [base], context, train=vars(train), augment=augment,
+        teachers={c.domain: c.meta["trust"] for c in teachers},
         silent=[c.domain for c in contributions if c not in teachers], steps=history.steps,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
 
 
 def union_targets(
-    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context
+    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0
 ) -> Tensor:
-    """T [probe rows, union labels] in float16, rows summing to 1."""
+    """T [probe rows and each teacher's variants, union labels] in float16, rows summing to 1."""
     probe, groups = context.probe.rows, domains_of(base.labels)
     answers = {c.domain: asked(context, c.domain) for c in teachers}
     taught = {i for d, rows in answers.items() for i in rows if probe[i].domain == d}
@@ -116,13 +128,19 @@ def union_targets(
             targets[i, known] = logits[known].softmax(0)
         else:
             targets[i] = logits.softmax(0)
+    more = []
     for c in teachers:
         check_labels_known(base, c.meta["labels"])
         columns = [base.labels.index(label) for label in c.meta["labels"]]
         rows = torch.tensor(answers[c.domain], dtype=torch.long)
+        made = len(variants(context, c.domain, augment))
+        p = heard(c, len(rows) + made)
         own = torch.tensor([probe[i].domain == c.domain for i in answers[c.domain]], dtype=torch.bool)
         mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
-        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * heard(c, len(rows))
+        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * p[: len(rows)]
+        more.append(torch.zeros(made, len(base.labels)))
+        more[-1][:, columns] = p[len(rows) :]
+    targets = torch.cat([targets, *more])
     return (targets / targets.sum(1, keepdim=True)).half()
 
 
