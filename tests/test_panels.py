@@ -14,7 +14,7 @@ from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.feedback.predictions._panel import heard, heard_tokens, said, variants
-from fanbu.feedback.predictions.distill import union_targets
+from fanbu.feedback.predictions._targets import union_targets
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.types import Context
 

@@ -14,8 +14,8 @@ from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import UsageError
 from fanbu.feedback.predictions._panel import heard
+from fanbu.feedback.predictions._targets import union_targets
 from fanbu.feedback.predictions._trust import fit_share, fit_temperature, fit_trust
-from fanbu.feedback.predictions.distill import union_targets
 from fanbu.heads import domains_of
 from fanbu.losses import next_token_loss, soft_cross_entropy, top_k_divergence
 from fanbu.model import Model, load_network, load_tokenizer, open_model

@@ -22,6 +22,9 @@ from fanbu.losses import (
 from fanbu.predict import without_head
 from fanbu.train import BatchLoss
 
+_SLOW = 0.05  # a batch's weight in the running mean of answers
+_APART = 2.0  # at most so far a label's log-odds are moved
+
 
 def labelled(sequences: Sequences, labels: Sequence[int], pad: int, device: str) -> BatchLoss:
     """Cross-entropy of a label head."""
@@ -69,6 +72,94 @@ def soft_language(
         if not share:
             return soft
         return (1 - share) * soft + share * functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][keep])
+
+    return loss
+
+
+class Confidence(nn.Module):
+    """The state of the auxiliary confidence loss (Burns et al. 2023), kept in checkpoints beside the network's.
+
+    ``seen`` counts batches; ``mean_l`` is the running mean of the student's answers within each domain, which starts
+    at the teachers', ``log_prior_l``. Both are missing for causal models.
+    """
+
+    def __init__(
+        self, most: float, ramp: float, targets_nl: Tensor | None = None, groups: Sequence[Sequence[int]] = (),
+        own: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.most, self.ramp, self.groups = most, ramp, [list(g) for g in groups]
+        self.seen: Tensor
+        self.mean_l: Tensor
+        self.log_prior_l: Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        if targets_nl is not None:
+            numbers, prior = torch.tensor(own), torch.ones(targets_nl.shape[1])
+            for number, labels in enumerate(self.groups):
+                prior[labels] = targets_nl[numbers == number][:, labels].float().mean(0).clamp_min(1e-4)
+            self.register_buffer("mean_l", prior.clone())
+            self.register_buffer("log_prior_l", prior.log())
+
+    def share(self) -> float:
+        """How much the student's own answers count in this batch; counts it."""
+        self.seen += 1
+        return self.most * min(1.0, int(self.seen) / max(self.ramp, 1.0))
+
+    @torch.no_grad()
+    def own_labels(self, logits_bl: Tensor, numbers: Tensor) -> Tensor:
+        """What the student finds likeliest among the labels of each row's domain; rows of no domain: of all."""
+        found = logits_bl.argmax(1)
+        for number in sorted(set(numbers.tolist()) - {-1}):
+            rows, labels = numbers == number, torch.tensor(self.groups[number], device=logits_bl.device)
+            log_q = logits_bl[rows][:, labels].float().log_softmax(1)
+            mean = self.mean_l[labels]
+            mean += _SLOW * (log_q.exp().mean(0) - mean)
+            self.mean_l[labels] = mean
+            apart = (self.log_prior_l[labels] - mean.clamp_min(1e-4).log()).clamp(-_APART, _APART)
+            found[rows] = labels[(log_q + apart).argmax(1)]
+        return found
+
+
+def confident(
+    sequences: Sequences, targets_nl: Tensor, weights_n: Tensor, own: Sequence[int], pad: int, device: str
+) -> BatchLoss:
+    """(1 - a) w KL to soft labels + a CE to the student's own (``Confidence``), the latter on rows with a teacher."""
+    numbers = torch.tensor(own)
+
+    def loss(student: Any, rows: Sequence[int]) -> Tensor:
+        logits = student["network"](**collate([sequences[i] for i in rows], pad, device)).logits.float()
+        state, few = student["confidence"], list(rows)
+        share = state.share()
+        weights, taught = weights_n[few].to(device), (numbers[few] >= 0).to(device)
+        target = targets_nl[few].float().to(device)
+        soft = functional.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+        own_labels = state.own_labels(logits.detach(), numbers[few].to(device))
+        hard = functional.cross_entropy(logits, own_labels, reduction="none")
+        a = share * taught
+        return ((1 - a) * weights * soft + a * hard).mean()
+
+    return loss
+
+
+def confident_language(
+    sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]], taught: Sequence[bool], pad: int, device: str
+) -> BatchLoss:
+    """(1 - a) KL to the teacher's top-k next tokens + a CE to the student's likeliest, on rows with a teacher."""
+
+    def loss(student: Any, rows: Sequence[int]) -> Tensor:
+        batch = collate([sequences[i] for i in rows], pad, device)
+        keep = batch["attention_mask"][:, 1:].bool()
+        indices = torch.cat([targets[i][0] for i in rows]).long().to(device)
+        probs = torch.cat([targets[i][1].float() for i in rows]).to(device)
+        logits = student["network"](**batch).logits[:, :-1]
+        share = student["confidence"].share()
+        soft = top_k_divergence(logits[keep], indices, probs)
+        own = keep & torch.tensor([taught[i] for i in rows], device=device)[:, None]
+        if not (share and own.any()):
+            return soft
+        z = logits[own].float()
+        part = share * float(own.sum() / keep.sum())
+        return (1 - part) * soft + part * functional.cross_entropy(z, z.detach().argmax(1))
 
     return loss
 

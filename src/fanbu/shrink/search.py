@@ -106,7 +106,7 @@ def shrink(
         train: how finalists are distilled.
 
     ``metrics`` of the result hold all trials (parameters, predicted milliseconds, score), and for a budget of time
-    here the ``milliseconds`` that the cut network took.
+    here the ``milliseconds`` that the cut network took, and those that the whole one took beside it.
 
     Raises:
         UsageError: no budget, or one that no sub-network meets, predicted or measured.
@@ -140,8 +140,8 @@ def shrink(
         values = [_value(m, domain, context) for m in made]
         best = values.index(max(values))
         metrics = {"valid": values[best], "trials": found, "choice": asdict(chosen[best].choice)}
-        if chosen[best].took:
-            metrics["milliseconds"] = chosen[best].took
+        if bounds.clock is not None:
+            metrics |= {"milliseconds": chosen[best].took, "whole_milliseconds": bounds.clock.unit}
         told = provenance(
             "search", [parent], context, domain=domain.name, budget=vars(budget), tokens=list(tokens), bits=list(bits),
             trials=trials, finalists=finalists, augment=augment, train=vars(train),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,9 @@ def shrink(
         compensate: whether kept units take over for dropped ones.
         train: how training continues; None leaves that to a later step.
 
+    ``metrics`` of the result hold, for a target of time, the ``milliseconds`` that the smaller network took, and those
+    that the whole one took beside it.
+
     Raises:
         UsageError: nothing would be dropped, or the target cannot be met with these shares.
         FitError: the architecture is not known, or a kind cannot be cut in it.
@@ -88,7 +92,7 @@ def shrink(
             "heads-not-free", f"heads of {type(network).__name__} are as wide as hidden size / heads",
             allowed="heads: 1 (they go with the channels)", got=heads, remedy="give channels instead",
         )  # fmt: skip
-    counts = noted(
+    counts, times = noted(
         None if context.scratch is None else context.scratch / "width.json",
         lambda: _sizes(network, tokenizer, domain, found, parent, shares, targets, context),
     )
@@ -102,6 +106,7 @@ def shrink(
         _compensate(network, tokenizer, domain, found, keep, context)
     smaller = narrowed(network, found, keep, parent)
     metrics = {} if train is None else tune(smaller, tokenizer, domain, train, context, f"width {domain.name}")
+    metrics |= times
     made = provenance(
         "width", [parent], context, domain=domain.name, kept=_by_kind(found, counts), importance=importance,
         compensate=compensate, parameters=size_of(smaller), train=train and vars(train),
@@ -112,29 +117,32 @@ def shrink(
 def _sizes(
     network: Any, tokenizer: Any, domain: Domain, found: Units, parent: Model, shares: dict[str, float],
     targets: dict[str, float], context: Context,
-) -> dict[str, int]:  # fmt: skip
-    """How many units of each set stay, by the shares or by the targets."""
+) -> tuple[dict[str, int], dict[str, float]]:  # fmt: skip
+    """How many units of each set stay, by the shares or by the targets; and the times that a target of time saw."""
     parameters, milliseconds = targets.values()
 
     def sizes(depth: float) -> dict[str, int]:
         return counts_of(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
 
     limits: list[_Limit] = []
+    clock = None
     if parameters:
         most = parameters * size_of(network) if parameters <= 1 else parameters
         limits.append((lambda counts: size_of(network, found, counts), most, "parameters"))
     if milliseconds:
         known = network, tokenizer, own_texts(domain, 32), context
         clock = Clock(*known, usual_milliseconds(*known))
-
-        def measured(counts: dict[str, int]) -> float:
-            return clock.milliseconds(narrowed(network, found, first_units(counts), parent), tokenizer)
-
+        measured = partial(_measured, clock, network, tokenizer, found, parent)
         limits.append((measured, milliseconds, "milliseconds"))
     if not limits:
-        return sizes(1.0)
+        return sizes(1.0), {}
     counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
-    return _filled(found, counts, limits) if shares["neurons"] < 1 else counts
+    counts = _filled(found, counts, limits) if shares["neurons"] < 1 else counts
+    return counts, {} if clock is None else {"milliseconds": measured(counts), "whole_milliseconds": clock.unit}
+
+
+def _measured(clock: Clock, network: Any, tokenizer: Any, found: Units, parent: Model, counts: dict[str, int]) -> float:
+    return clock.milliseconds(narrowed(network, found, first_units(counts), parent), tokenizer)
 
 
 def _filled(found: Units, counts: dict[str, int], limits: Sequence[_Limit]) -> dict[str, int]:

@@ -26,6 +26,18 @@ def asked(context: Context, domain: str) -> list[int]:
     return [i for i, row in enumerate(context.probe.rows) if row.domain in {domain, None}]
 
 
+def check_probe(name: str, contributions: Sequence[Contribution], context: Context) -> None:
+    """Raises FitError where there is no probe set, or a panel was made on another one."""
+    if not context.probe.rows:
+        raise FitError("no-probe-set", f"{name} needs a probe set", remedy="name one in the recipe under `probe`")
+    for c in contributions:
+        if c.meta["probe"] != context.probe.digest:
+            raise FitError(
+                "other-probe-set", f"the panel of {c.domain} was made on another probe set",
+                allowed=context.probe.digest[:12], got=str(c.meta["probe"])[:12], remedy="ask its owner again",
+            )  # fmt: skip
+
+
 def variants(context: Context, domain: str, times: int) -> list[str]:
     """So many variants of each probe text of a domain (``data.augment``): owner and centre make the same ones."""
     own = [row.text for row in context.probe.rows if row.domain == domain]
@@ -33,14 +45,16 @@ def variants(context: Context, domain: str, times: int) -> list[str]:
 
 
 def class_panel(
-    specialist: Specialist, base: Model, context: Context, top_k: int, mass: float, augment: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    specialist: Specialist, base: Model, context: Context, top_k: int, mass: float, augment: int = 0,
+    *, alone: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     """Soft labels on the probe rows: the specialist's and the base's, mixed by what validation rows say of either.
 
     p = w softmax(z_specialist / T_s) + (1 - w) softmax(z_base / T_b). Each T minimises the negative log-likelihood of
     the validation rows (Guo et al. 2017), then w that of the mixture (``_trust``): one for all texts, the ``trust`` in
     the specialist, and from there one for each text, by how sure either is and whether they agree. A specialist that
-    learned nothing new gets none; one that is no better, but errs elsewhere, gets its share.
+    learned nothing new gets none; one that is no better, but errs elsewhere, gets its share. ``alone``: what the
+    specialist says by itself is sent, whatever its trust.
 
     tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: both
     temperatures, ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against
@@ -61,7 +75,7 @@ def class_panel(
         valid.append(p[: len(target)])
         probs.append(p[len(target) :])
     trust, most = fit_trust(valid[0], valid[1], target), min(top_k, len(domain.full_labels))
-    w = trust.of(*probs)[:, None]
+    w = torch.ones(len(texts), 1) if alone else trust.of(*probs)[:, None]
     right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
         "probe": context.probe.digest, "labels": list(domain.full_labels), "trust": trust.share,
