@@ -80,7 +80,7 @@ def test_confidence_decides_who_is_followed(
         panel = WAY.contribute(s, incumbent, context)
         wrong = (panel.tensors["labels"] + 1) % len(s.domain.labels)
         sent.append(replace(panel, tensors={**panel.tensors, "labels": wrong}))
-    given: dict[str, Any] = {"keep": 1.0, "train": {"epochs": 4, "lr": 1e-3}}
+    given: dict[str, Any] = {"keep": 1.0, "train": {"epochs": 8, "batch_size": 8, "lr": 1e-3}}
 
     def followed(confidence: float) -> float:
         made = WAY.absorb(incumbent, sent, tmp_path / str(confidence), context, confidence=confidence, **given)
