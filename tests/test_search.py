@@ -139,7 +139,7 @@ def test_a_time_is_met_when_it_is_measured(
         row = shape_row(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
         return sum(f * v for f, v in zip(_COST, row, strict=True))
 
-    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [pretended(network) for network, _ in networks])
+    monkeypatch.setattr(latency, "network_milliseconds", lambda network, *_: pretended(network))
     monkeypatch.setattr(search, "_factors", lambda *_: tuple(off * f for f in _COST))  # what is predicted
     space = Space(model, domains["food"], context)
     asked = 0.6 * pretended(space.network)
@@ -164,12 +164,13 @@ def test_a_time_that_is_not_met_is_no_result(
 ) -> None:
     monkeypatch.setattr(search, "_factors", lambda *_: (0.0, 1.0, 0.0, 0.0))  # a layer, a millisecond
     given = {**SHORT, "budget": {"milliseconds": 2.5}}
-    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [50.0, 1.0][: len(networks)])
+    monkeypatch.setattr(search, "usual_milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(search, "_took", lambda *_: 50.0)
     with pytest.raises(UsageError) as caught:
         SEARCH.shrink(model, domains["food"], tmp_path / "slow", context, **given)
     assert caught.value.code == "target-not-met"
     assert not (tmp_path / "slow").exists()
-    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [2.6] * len(networks))
+    monkeypatch.setattr(search, "_took", lambda *_: 2.6)
     made = SEARCH.shrink(model, domains["food"], tmp_path / "m", context, **given)
     assert made.manifest["metrics"]["milliseconds"] == 2.6
 

@@ -202,14 +202,14 @@ def test_a_time_is_met(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = specialists["food"].model
-    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [size_of(n) / 1000 for n, _ in networks])
+    monkeypatch.setattr(latency, "network_milliseconds", lambda network, *_: size_of(network) / 1000)
     most = 0.85 * model.parameters / 1000
     made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
     assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most
     slow = replace(context, scratch=tmp_path / "scratch")
     slow.scratch.mkdir()
     first = WIDTH.shrink(model, domains["food"], tmp_path / "k", slow, neurons=0.1, milliseconds=most, **BARE)
-    monkeypatch.setattr(latency, "in_turns", lambda networks, *_: [size_of(n) ** 0.9 for n, _ in networks])
+    monkeypatch.setattr(latency, "network_milliseconds", lambda network, *_: size_of(network) ** 0.9)
     again = WIDTH.shrink(model, domains["food"], tmp_path / "l", slow, neurons=0.1, milliseconds=most, **BARE)
     assert again.digest == first.digest == made.digest  # what was chosen before a kill stays
     with pytest.raises(UsageError, match=r"milliseconds of 0\.001.*remedy") as caught:
@@ -222,13 +222,13 @@ def test_a_machine_that_changes_its_speed_does_not_decide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     model = specialists["food"].model
-    speeds = itertools.cycle([1.0, 0.6, 1.0, 1.0, 1.5])  # a moment's; five of seven that the clock looks at are 1
+    calls = itertools.count()
+    speeds = [1.0, 0.6, 1.0, 1.0, 1.5]  # of some moments; the clock takes the middle one, then one after the other
 
-    def pretended(networks: Any, *_: Any) -> list[float]:
-        speed = next(speeds)
-        return [speed * size_of(n) / 1000 for n, _ in networks]
+    def pretended(network: Any, *_: Any) -> float:
+        return speeds[(next(calls) + 1) // 2 % 5] * size_of(network) / 1000
 
-    monkeypatch.setattr(latency, "in_turns", pretended)
+    monkeypatch.setattr(latency, "network_milliseconds", pretended)
     most = 0.85 * model.parameters / 1000
     made = WIDTH.shrink(model, domains["food"], tmp_path / "m", context, neurons=0.1, milliseconds=most, **BARE)
     assert 0.9 * most <= size_of(load_network(made)) / 1000 <= most

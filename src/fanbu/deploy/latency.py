@@ -17,42 +17,37 @@ from fanbu.train import set_up
 from fanbu.types import Context
 
 Batch = Mapping[str, Tensor]
-_TIMES = 5
-_MOMENTS = 7
+_TIMES, _TURNS, _MOMENTS = 3, 3, 7
 
 
 def milliseconds(run: Callable[[Batch], Any], batches: Sequence[Batch]) -> float:
-    """For one text: the median over batches of the least of five passes, by the batch's size; after a warm-up.
+    """For one text: the median over batches of the least of three passes, by the batch's size; after a warm-up.
 
     The least, because other programs can only make a pass longer. Tokenizing is left out.
     """
-    return _milliseconds([run], [batches])[0]
+    with torch.inference_mode():
+        for batch in batches[:3]:
+            run(batch)
+        return 1000 * statistics.median(min(_pass(run, b) for _ in range(_TIMES)) / _size(b) for b in batches)
 
 
 def network_milliseconds(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> float:
     """Of a transformers network, for one of the texts at batch 1."""
-    return in_turns([(network, tokenizer)], texts, context)[0]
-
-
-def in_turns(networks: Sequence[tuple[Any, Any]], texts: Sequence[str], context: Context) -> list[float]:
-    """``network_milliseconds`` of each (network, tokenizer); a text is read by one after the other, so that a change
-    of the machine's speed meets all of them."""
     set_up(context, "latency")
-    runs, read = [], []
-    for network, tokenizer in networks:
-        network.to(context.device).eval()
-        runs.append(lambda batch, network=network: network(**batch))
-        sequences = encode(tokenizer, texts, limit(network, context))
-        read.append([collate([ids], pad_id(tokenizer), context.device) for ids in sequences])
-    return _milliseconds(runs, read)
+    sequences = encode(tokenizer, texts, limit(network, context))
+    network.to(context.device).eval()
+    return milliseconds(
+        lambda batch: network(**batch), [collate([ids], pad_id(tokenizer), context.device) for ids in sequences]
+    )
 
 
 @dataclass(frozen=True)
 class Clock:
     """Tells times at one speed of a machine that is now faster and now slower (clock rates, other programs).
 
-    A network's time is u t / k: with t its time and k that of a known network, measured in turns, and the ``unit`` u
-    what the known one takes at the speed that counts.
+    A network's time is u t / k: with t / k the median share of a known network's time, measured in turns (all texts
+    by one, then by the other, so that each finds its weights in the cache), and the ``unit`` u what the known one takes
+    at the speed that counts.
     """
 
     network: Any
@@ -63,25 +58,17 @@ class Clock:
 
     def milliseconds(self, network: Any, tokenizer: Any) -> float:
         """For one of the texts at batch 1."""
-        took, known = in_turns([(network, tokenizer), (self.network, self.tokenizer)], self.texts, self.context)
-        return self.unit * took / known
+        given = self.texts, self.context
+        return self.unit * statistics.median(
+            network_milliseconds(network, tokenizer, *given)
+            / network_milliseconds(self.network, self.tokenizer, *given)
+            for _ in range(_TURNS)
+        )
 
 
 def usual_milliseconds(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> float:
     """The median of ``network_milliseconds`` over several moments: a clock's unit."""
     return statistics.median(network_milliseconds(network, tokenizer, texts, context) for _ in range(_MOMENTS))
-
-
-def _milliseconds(runs: Sequence[Callable[[Batch], Any]], read: Sequence[Sequence[Batch]]) -> list[float]:
-    with torch.inference_mode():
-        for run, batches in zip(runs, read, strict=True):
-            for batch in batches[:3]:
-                run(batch)
-        times = [
-            [min(_pass(run, b) for _ in range(_TIMES)) / _size(b) for run, b in zip(runs, text, strict=True)]
-            for text in zip(*read, strict=True)
-        ]
-    return [1000 * statistics.median(t) for t in zip(*times, strict=True)]
 
 
 def _size(batch: Batch) -> int:

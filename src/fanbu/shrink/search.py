@@ -191,7 +191,7 @@ def _bounds(budget: Budget, parent: Model, space: Space, place: Path) -> _Bounds
 
 
 def _clock(space: Space, place: Path) -> Clock:
-    known = space.network, space.tokenizer, own_texts(space.domain, 24), space.context
+    known = space.network, space.tokenizer, own_texts(space.domain, 32), space.context
     return Clock(*known, noted(place / "clock.json", lambda: usual_milliseconds(*known)))
 
 
