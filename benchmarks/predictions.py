@@ -4,8 +4,13 @@ All ways start from the probed base and see the domains' training texts, three e
 labels. ``logit mean``: teachers' logits side by side over the union of labels, for every text, at temperature 4 (as
 TextBrewer distils from several teachers). ``one after the other``: a domain at a time, from its own teacher.
 
-Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N]. A second run resumes: what is
-in the work folder is not made again, so give a new folder after a change of code. --quick: one seed, 600 rows a domain.
+Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the parameters and from some that grew from
+nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
+without the auxiliary confidence loss.
+
+Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
+resumes: what is in the work folder is not made again, so give a new folder after a change of code. --quick: one seed,
+600 rows a domain.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ from torch import Tensor
 
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import Outcomes, mean_over_seeds, score, usable
+from _small_specialists import mixed, weak
 from _specialists import Bench, difference, judged, made, mean, prepare
 from fanbu.batches import Sequences, collate, encode, pad_id
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
+from fanbu.domain import Specialist
 from fanbu.heads import final_layer
 from fanbu.judge.compare import compare, gain_kept, holm
 from fanbu.losses import divergence
@@ -42,21 +49,35 @@ TEMPERATURE = 4.0
 ROWS = {True: {"train": 600, "valid": 100, "test": 400}, False: {"train": 3000, "test": 1000}}
 
 
-def panels(bench: Bench) -> list[Contribution]:
+def panels(bench: Bench, specialists: Sequence[Specialist], folder: str, way: str = "distill") -> list[Contribution]:
     """As they cross: written, checked, read again."""
     found = []
-    for s in bench.specialists:
-        place = bench.folder / "panels" / s.domain.name
+    for s in specialists:
+        place = bench.folder / folder / s.domain.name
         if not (place / "contribution.json").exists():
             log(f"panel of {s.domain.name}")
-            cross(method("distill", "feedback").contribute(s, bench.incumbent, bench.context), s.domain.share, place)
+            cross(method(way, "feedback").contribute(s, bench.incumbent, bench.context), s.domain.share, place)
         found.append(open_contribution(place))
     return found
 
 
 def ours(bench: Bench, out: Path) -> Model:
     """Distilling as a recipe would."""
-    return method("distill", "feedback").absorb(bench.incumbent, panels(bench), out, bench.context, train=TRAIN)
+    sent = panels(bench, bench.specialists, "panels")
+    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TRAIN)
+
+
+def from_small(bench: Bench, out: Path) -> Model:
+    """The same from specialists of other sizes and vocabularies."""
+    sent = panels(bench, mixed(bench), "panels-small")
+    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TRAIN)
+
+
+def from_weak(bench: Bench, out: Path, confidence: float) -> Model:
+    """From weak specialists; a confidence of 0 is plain distilling."""
+    sent = panels(bench, weak(bench), "panels-weak", "weak_to_strong")
+    given: dict[str, Any] = {"train": TRAIN, "confidence": confidence, **({} if confidence else {"keep": 1.0})}
+    return method("weak_to_strong").absorb(bench.incumbent, sent, out, bench.context, **given)
 
 
 def multitask(bench: Bench, out: Path) -> Model:
@@ -115,28 +136,39 @@ def _kl(sequences: Sequences, z_nl: Tensor, pad: int, device: str, temperature: 
     return loss
 
 
-WAYS: dict[str, Callable[[Bench, Path], Model]] = {
-    "distill": ours, "logit mean": logit_mean, "one after the other": one_after_the_other, "multitask": multitask,
+PARTS: dict[str, dict[str, Callable[[Bench, Path], Model]]] = {
+    "main": {
+        "distill": ours, "logit mean": logit_mean, "one after the other": one_after_the_other, "multitask": multitask,
+    },
+    "sizes": {"distill": ours, "distill from small": from_small},
+    "weak": {
+        "from weak": lambda bench, out: from_weak(bench, out, 0.0),
+        "from weak, own confidence": lambda bench, out: from_weak(bench, out, 0.5),
+    },
 }  # fmt: skip
 BLIND = ("logit mean", "one after the other")  # that see no labels either
 
 
-def one_seed(bench: Bench) -> dict[str, Outcomes]:
+def one_seed(bench: Bench, parts: Sequence[str]) -> dict[str, Outcomes]:
     """Outcomes by name."""
     found = {
         "probed base": judged(bench, "probed base", dict.fromkeys(bench.domains, bench.incumbent)),
         "specialists": judged(bench, "specialists", {s.domain.name: s.model for s in bench.specialists}),
     }
-    for name, way in WAYS.items():
+    if "sizes" in parts:
+        found["small specialists"] = judged(bench, "small specialists", {s.domain.name: s.model for s in mixed(bench)})
+    if "weak" in parts:
+        found["weak specialists"] = judged(bench, "weak specialists", {s.domain.name: s.model for s in weak(bench)})
+    for name, way in {n: w for p in parts for n, w in PARTS[p].items()}.items():
         log(f"== {name}")
-        model = made(bench.folder / name.replace(" ", "-"), lambda out, way=way: way(bench, out))
+        model = made(bench.folder / name.replace(", ", "-").replace(" ", "-"), lambda out, way=way: way(bench, out))
         found[name] = judged(bench, name, dict.fromkeys(bench.domains, model))
     return found
 
 
 def crossed(bench: Bench) -> dict[str, float]:
     """Bytes of panels on disk, beside float32 logits of each teacher's own labels for its own texts."""
-    own = {c.domain: c for c in panels(bench)}
+    own = {c.domain: c for c in panels(bench, bench.specialists, "panels")}
     full = {d: 4 * len(c.meta["labels"]) * len(bench.domains[d].train) for d, c in own.items()}
     return {"panels": sum(c.bytes for c in own.values()), "logits": sum(full.values())}
 
@@ -144,34 +176,30 @@ def crossed(bench: Bench) -> dict[str, float]:
 def scores(found: Mapping[str, Outcomes]) -> list[list[str]]:
     """The table."""
     base, full = found["probed base"], found["specialists"]
-    rows = [["way", *base, "told", "untold", "gain kept", "beside distill"]]
+    rows = [["way", *base, "told", "untold", "gain kept"]]
     for name, outcome in found.items():
-        kept, beside = gain_kept(outcome, base, full, "told", 0), difference(found["distill"], outcome)
+        kept = gain_kept(outcome, base, full, "told", 0)
         untold = f"{100 * mean(outcome, 'untold'):.1f}" if all("untold" in c.tensors for c in outcome.values()) else "-"
         by_domain = [f"{100 * (score(c, 'told') or 0):.1f}" for c in outcome.values()]
         rows.append([
             name, *by_domain, f"{100 * mean(outcome, 'told'):.1f}", untold,
             "-" if kept is None else f"{kept['value']:.2f} ({kept['low']:.2f} to {kept['high']:.2f})",
-            f"{-100 * beside['delta']:+.1f} ({-100 * beside['high']:+.1f} to {-100 * beside['low']:+.1f})",
         ])  # fmt: skip
     return rows
 
 
-def bars_of(found: Mapping[str, Outcomes], sent: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What was promised."""
+def main_bars(found: Mapping[str, Outcomes], sent: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What was promised of distilling."""
     base, new = found["probed base"], found["distill"]
     kept = gain_kept(new, base, found["specialists"], "told", 0)
     value = kept["value"] if kept else float("nan")
     bars = [bar("gain kept", f"{value:.2f}", ">= 0.95", value >= 0.95)]
     for name in BLIND:
         d = difference(new, found[name])
-        got = f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
-        bars.append(bar(f"beside {name}", got, "interval above 0", d["low"] > 0))
+        bars.append(bar(f"beside {name}", points(d), "interval above 0", d["low"] > 0))
     behind = 100 * (mean(found["multitask"], "told") - mean(new, "told"))
     bars.append(bar("points behind multitask", f"{behind:.2f}", "<= 0.5", behind <= 0.5))
-    pairs = {d: compare(new[d], base[d], "told", 0) for d in base}
-    adjusted = holm({d: p.p for d, p in pairs.items()})
-    worse = [d for d, p in pairs.items() if p.delta < 0 and adjusted[d] < 0.05]
+    worse = worse_than(new, base)
     bars.append(bar("domains significantly worse than the probed base", ", ".join(worse) or "none", "none", not worse))
     apart = 100 * (mean(new, "told") - mean(new, "untold"))
     bars.append(bar("points that untold is behind told", f"{apart:.2f}", "<= 3", apart <= 3))
@@ -181,9 +209,49 @@ def bars_of(found: Mapping[str, Outcomes], sent: Mapping[str, float]) -> list[di
     return bars
 
 
+def points(d: Mapping[str, float]) -> str:
+    """A difference with its interval."""
+    return f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+
+
+def worse_than(new: Outcomes, old: Outcomes) -> list[str]:
+    """Domains that got worse beyond chance (Holm)."""
+    pairs = {d: compare(new[d], old[d], "told", 0) for d in old}
+    adjusted = holm({d: p.p for d, p in pairs.items()})
+    return [d for d, p in pairs.items() if p.delta < 0 and adjusted[d] < 0.05]
+
+
+def size_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
+    """Other sizes and vocabularies beside full-size specialists."""
+    d = difference(found["distill from small"], found["distill"])
+    return [bar("from other sizes and vocabularies, beside full-size ones", points(d), ">= -1", d["delta"] >= -0.01)]
+
+
+def weak_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
+    """Gaps recovered, (new - weak) / (full-size - weak), where there is a gap of two points or more."""
+    low, high = found["weak specialists"], found["specialists"]
+    plain, own = found["from weak"], found["from weak, own confidence"]
+    rows = [["gap recovered", *low]]
+    for name in ("from weak", "from weak, own confidence"):
+        cells = []
+        for d in low:
+            bottom, top, value = (score(o[d], "told") or 0.0 for o in (low, high, found[name]))
+            cells.append(f"{(value - bottom) / (top - bottom):.2f}" if top - bottom >= 0.02 else "-")
+        rows.append([name, *cells])
+    print(table(rows), flush=True)
+    worse, wide = worse_than(own, plain), sum(c != "-" for c in rows[1][1:])
+    d = difference(own, plain)
+    return [
+        bar("domains with a gap", str(wide), ">= 4", wide >= 4),
+        bar("own confidence beside none", points(d), ">= 0", d["delta"] >= 0),
+        bar("domains where own confidence is worse", ", ".join(worse) or "none", "none", not worse),
+    ]
+
+
 def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--seeds", type=int, default=None, help="default: 3, with --quick 1")
+    flags.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     args = flags.parse_args()
     folders = dict(list(usable(text_domains(args.data)).items())[:8])
     device, precision, threads = resolve_machine("auto", "auto", 0)
@@ -193,11 +261,13 @@ def main() -> int:
             plain = Context(device=device, precision=precision, threads=threads, max_length=64, progress=progress)
             name = "predictions-quick" if args.quick else "predictions"
             bench = prepare(folders, seed, args.work / name, plain, ROWS[args.quick], TRAIN)
-            runs.append(one_seed(bench))
+            runs.append(one_seed(bench, args.only))
     found, sent = mean_over_seeds(runs), crossed(bench)
     text = table(scores(found))
     print(text, flush=True)
-    bars = bars_of(found, sent)
+    bars = main_bars(found, sent) if "main" in args.only else []
+    bars += size_bars(found) if "sizes" in args.only else []
+    bars += weak_bars(found) if "weak" in args.only else []
     values = {
         "accuracy": {
             n: {d: {m: score(c, m) for m in ("told", "untold")} for d, c in o.items()} for n, o in found.items()
@@ -205,7 +275,8 @@ def main() -> int:
         "crossed": sent, "seeds": len(runs), "rows": ROWS[args.quick],
     }  # fmt: skip
     text += f"\n\n{len(runs)} seed(s); at most {ROWS[args.quick]['train']} training rows a domain"
-    return finish("predictions-quick" if args.quick else "predictions", text, values, bars)
+    name = "predictions-quick" if args.quick else "predictions"
+    return finish(name if set(args.only) == set(PARTS) else "-".join([name, *args.only]), text, values, bars)
 
 
 if __name__ == "__main__":
