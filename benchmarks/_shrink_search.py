@@ -46,23 +46,22 @@ def searching(
     context = replace(context, threads=1)
     rows = [["milliseconds, batch 1", "large", "asked for", "by", "large, as it found", "afterwards", "of the budget"]]
     off = []
-    for name, (teacher, domain) in list(large.items())[:2]:
+    for share, (name, (teacher, domain)) in zip((0.6, 0.35), large.items(), strict=False):
         whole = median(_took(teacher, domain, context) for _ in range(9))
-        for share in (0.6, 0.35):
-            for way in ("width", "search"):
-                out = work / "timed" / f"{name}-{way}-{share}"
-                shutil.rmtree(out, ignore_errors=True)  # a time of another day is no measure
-                asked = {"milliseconds": share * whole}
-                more = {**asked, "neurons": 0.02, "channels": 0.15, "train": None}
-                if way == "search":
-                    more = {"budget": asked, **SHORT, "trials": 10}
-                made = _made(way, out, teacher, domain, context, **more)
-                known = made.manifest["metrics"]["whole_milliseconds"]  # at the speed that the machine had then
-                took = known * _beside(made, teacher, domain, context)
-                off.append(took / (share * whole))
-                cells = [f"{v:.2f}" for v in (whole, share * whole, known, took, off[-1])]
-                rows.append([name, *cells[:2], way, *cells[2:]])
-                print(rows[-1], flush=True)
+        for way in ("width", "search"):
+            out = work / "timed" / f"{name}-{way}-{share}"
+            shutil.rmtree(out, ignore_errors=True)  # a time of another day is no measure
+            asked = {"milliseconds": share * whole}
+            more = {**asked, "neurons": 0.02, "channels": 0.15, "train": None}
+            if way == "search":
+                more = {"budget": asked, **SHORT, "trials": 10}
+            made = _made(way, out, teacher, domain, context, **more)
+            known = made.manifest["metrics"]["whole_milliseconds"]  # at the speed that the machine had then
+            took = known * _beside(made, teacher, domain, context)
+            off.append(took / (share * whole))
+            cells = [f"{v:.2f}" for v in (whole, share * whole, known, took, off[-1])]
+            rows.append([name, *cells[:2], way, *cells[2:]])
+            print(rows[-1], flush=True)
     gains, text = _warm(large, most, work, context)
     widest = max(off)
     bars = [
