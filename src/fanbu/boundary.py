@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fanbu.contribution import Contribution, check_contribution, write_contribution
+from fanbu.data.synthetic import Corpus
 from fanbu.errors import BoundaryError
 from fanbu.types import Share
 
 MAX_NAME = 128  # longer strings than names are texts
 
 
-def cross(contribution: Contribution, share: Share, out: Path) -> Contribution:
-    """Checks a contribution against what its domain shares, then writes it to ``out``.
+def cross(contribution: Contribution, share: Share, out: Path, own: Sequence[str] = ()) -> Contribution:
+    """Checks a contribution against what its domain shares, then writes it to ``out``; ``own`` are the owner's texts.
 
     Looks at what is in it (texts, labels, kind, privacy cost), not at what its method says of it. Raises
     BoundaryError before anything is written.
     """
     check_contribution(contribution)
-    reason = refusal(contribution, share)
+    reason = refusal(contribution, share, own)
     if reason:
         raise BoundaryError(
             "not-shared",
@@ -32,12 +33,18 @@ def cross(contribution: Contribution, share: Share, out: Path) -> Contribution:
     return write_contribution(contribution, out)
 
 
-def refusal(contribution: Contribution, share: Share) -> str | None:
-    """Why a contribution may not cross; None where it may."""
+def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -> str | None:
+    """Why a contribution may not cross; None where it may. Texts that tell nothing of a single one of the owner's are
+    synthetic (``data.synthetic.Corpus.hides``): this is looked at here, whoever made them."""
     if contribution.kind not in share.kinds:
         return f"{contribution.kind} stay with their owner"
-    if not share.texts and any("text" in row for row in contribution.rows):
+    texts = [row["text"] for row in contribution.rows if "text" in row]
+    if texts and not (share.texts or (share.synthetic and own)):
         return "texts stay with their owner"
+    if texts and not share.texts:
+        corpus = Corpus(own)
+        if bare := sum(not corpus.hides(text) for text in texts):
+            return f"{bare} of {len(texts)} texts are not synthetic, and texts stay with their owner"
     if not share.texts and (long := _longest(contribution)) > MAX_NAME:
         return f"a string of {long} characters is among its ids or meta, and texts stay with their owner"
     if not share.labels and any("label" in row for row in contribution.rows):

@@ -68,6 +68,11 @@ class Domain:
         return {split: len(getattr(self, split)) for split in ("train", "valid", "test", "unlabelled")}
 
     @property
+    def texts(self) -> list[str]:
+        """Training and unlabelled texts, each once."""
+        return list(dict.fromkeys([*self.train.texts, *self.unlabelled.texts]))
+
+    @property
     def full_labels(self) -> tuple[str, ...]:
         """Label names as the union head knows them: ``domain/label``."""
         return tuple(f"{self.name}/{label}" for label in self.labels)

@@ -85,9 +85,9 @@ def misfit(
                 "other-tokenizer", f"{way.name} needs the base's tokenizer; {step.method} changes it",
                 remedy="leave that step out",
             )  # fmt: skip
-    if needs.probe and not recipe.probe.public and not (recipe.probe.domains and any(d.share.texts for d in feeding)):
+    if needs.probe and not recipe.probe.public and not any(recipe.probe.from_domain(d.share) for d in feeding):
         return FitError(
             "no-probe-set", f"{way.name} needs a probe set, and no domain shares texts",
-            remedy="name public texts under probe.public",
+            remedy="name public texts under probe.public, or a number of texts under probe.synthetic",
         )  # fmt: skip
     return None

@@ -36,6 +36,7 @@ class ShareSpec(_Part):
     )
     texts: bool | None = None
     labels: bool | None = None
+    synthetic: bool | None = None
 
     def share(self) -> Share:
         """The value that the boundary checks."""
@@ -45,6 +46,7 @@ class ShareSpec(_Part):
             base.texts if self.texts is None else self.texts,
             base.labels if self.labels is None else self.labels,
             base.private,
+            base.synthetic if self.synthetic is None else self.synthetic,
         )
 
 
@@ -150,11 +152,19 @@ class PublicTexts(_Part):
 
 
 class ProbeSpec(_Part):
-    """The texts that specialists are asked about: of the domains that share texts, and public ones."""
+    """The texts that specialists are asked about: of the domains that share texts, public ones, and of each domain
+    whose own do not join so many ``synthetic`` ones."""
 
     domains: bool = True
     limit: PositiveInt | None = None
     public: list[PublicTexts] = Field(default_factory=list)
+    synthetic: int = Field(default=0, ge=0)
+
+    def from_domain(self, share: Share) -> Literal["own", "synthetic"] | None:
+        """What a feeding domain that shares so gives to the probe set."""
+        if self.domains and share.texts:
+            return "own"
+        return "synthetic" if self.synthetic and (share.texts or share.synthetic) else None
 
 
 class GateSpec(_Part):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fanbu.boundary import cross
 from fanbu.catalogue import method
@@ -15,6 +16,7 @@ from fanbu.data.check import normalised
 from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap
 from fanbu.data.standard_library import function_bodies
+from fanbu.data.synthetic import synthetic
 from fanbu.domain import Domain
 from fanbu.errors import DataError, UsageError
 from fanbu.fingerprint import code_digest
@@ -100,7 +102,7 @@ class Turn:
         """
 
         def produce(out: Path, context: Context) -> None:
-            cross(make(out, context), domain.share, out / "contribution")
+            cross(make(out, context), domain.share, out / "contribution", domain.texts)
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
@@ -120,7 +122,7 @@ def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     """
     plain = recipe.model_dump(mode="json", exclude=_NOT_MADE_OF)
     rows = {name: [d.digest, d.share.as_dict()] for name, d in domains.items()}
-    probe = {"domains": recipe.probe.domains, "limit": recipe.probe.limit}
+    probe = recipe.probe.model_dump(exclude={"public"})
     public = [[row.text for row in public_texts(p)] for p in recipe.probe.public]
     return digest({"recipe": plain, "domains": rows, "base": base.digest, "probe": probe, "public": digest(public)})
 
@@ -186,7 +188,7 @@ def _unnamed(turn: Turn) -> list[str]:
 
 
 def gather_probe(turn: Turn) -> ProbeSet:
-    """The probe set: texts (never labels) of the domains that share texts, and public ones. Their bytes count.
+    """The probe set: texts (never labels) of domains, their own or synthetic ones, and public ones. Their bytes count.
 
     A text that is in the test rows of any domain is left out, also of one that has yet to join, and of rows that wait
     for their label: test data never trains.
@@ -194,8 +196,8 @@ def gather_probe(turn: Turn) -> ProbeSet:
     spec, rows = turn.recipe.probe, []
     later = joining_later(turn.recipe, turn.number, turn.workspace.left())
     for d in turn.feeding:
-        if spec.domains and d.share.texts:
-            rows += domain_texts(turn, d, spec.limit)
+        if (what := spec.from_domain(d.share)) is not None:
+            rows += domain_texts(turn, d, what)
     for number, public in enumerate(spec.public):
         rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
     kept = without_test_texts(rows, [*turn.domains.values(), *later])
@@ -220,21 +222,31 @@ def joining_later(recipe: Recipe, number: int, left: Collection[str]) -> list[Do
     return found
 
 
-def domain_texts(turn: Turn, d: Domain, limit: int | None) -> list[ProbeRow]:
-    """One domain's training and unlabelled texts, each once, through its boundary."""
-    inputs = {"domain": d.digest, "limit": limit}
-    got, _ = turn.contribution(
-        f"probe texts {d.name}", "fanbu.contribution", inputs, d, lambda out, c: probe_texts(d, limit)
-    )
+def domain_texts(turn: Turn, d: Domain, what: Literal["own", "synthetic"]) -> list[ProbeRow]:
+    """One domain's texts, through its boundary: its training and unlabelled ones, each once, or synthetic ones."""
+    spec, seed = turn.recipe.probe, turn.context.seeded("synthetic", d.name)
+    if what == "own":
+        name, inputs = "probe texts", {"domain": d.digest, "limit": spec.limit}
+        made = partial(probe_texts, d, spec.limit)
+    else:
+        name, inputs = "synthetic texts", {"domain": d.digest, "count": spec.synthetic, "seed": seed}
+        made = partial(synthetic_texts, d, spec.synthetic, seed)
+    got, _ = turn.contribution(f"{name} {d.name}", "fanbu.contribution", inputs, d, lambda out, c: made())
     return probe_rows(got)
 
 
 def probe_texts(d: Domain, limit: int | None) -> Contribution:
     """What a domain gives to the probe set: its training and unlabelled texts, each once, at most ``limit``."""
-    texts = dict.fromkeys([*d.train.texts, *d.unlabelled.texts])
-    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], limit, "probe")
+    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(d.texts)], limit, "probe")
     rows = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
     return Contribution("samples", d.name, "probe texts", rows=rows)
+
+
+def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
+    """What a domain that keeps its texts gives instead (``data.synthetic``)."""
+    made = synthetic(d.texts, count, seed)
+    rows = [{"id": f"{d.name}/synthetic-{i}", "text": text, "domain": d.name} for i, text in enumerate(made)]
+    return Contribution("samples", d.name, "synthetic texts", rows=rows)
 
 
 def probe_rows(texts: Contribution) -> list[ProbeRow]:

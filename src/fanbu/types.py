@@ -151,7 +151,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Share:
-    """What may leave its owner. ``texts`` and ``labels`` are permissions of their own.
+    """What may leave its owner. ``texts`` and ``labels`` are permissions of their own; ``synthetic`` lets texts out
+    that are none of the owner's (``data.synthetic``) where texts may not leave.
 
     ``kinds`` names the kinds of contribution that may cross. ``private`` adds that predictions and probe heads need
     a privacy cost (epsilon), that predictions are made on public texts only, and that scores are paired counts.
@@ -161,17 +162,24 @@ class Share:
     texts: bool = True
     labels: bool = True
     private: bool = False
+    synthetic: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, sorted, for hashing and for the report."""
-        kinds = sorted(self.kinds)
-        return {"kinds": kinds, "texts": self.texts, "labels": self.labels, "private": self.private}
+        return {
+            "kinds": sorted(self.kinds), "texts": self.texts, "labels": self.labels, "private": self.private,
+            "synthetic": self.synthetic,
+        }  # fmt: skip
 
 
 PRESETS: Mapping[str, Share] = {
     "open": Share(),
     "internal": Share(texts=False, labels=False),
     "private": Share(
-        kinds=frozenset({"updates", "statistics", "predictions", "scores"}), texts=False, labels=False, private=True
+        kinds=frozenset({"updates", "statistics", "predictions", "scores"}),
+        texts=False,
+        labels=False,
+        private=True,
+        synthetic=False,
     ),
 }

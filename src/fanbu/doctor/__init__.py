@@ -286,8 +286,9 @@ def _crosses(recipe: Recipe, d: Domain, ways: Sequence[Any]) -> list[str]:
     needs = [method(step.method, "feedback").needs for step in ways] if d.role == "feeds" else []
     asking = any(n.probe for n in needs) or d.task == "text-classification"
     found = ["statistics (probe)"] if d.task == "text-classification" and d.role == "feeds" else []
-    if d.role == "feeds" and asking and recipe.probe.domains and d.share.texts:
-        found.append("samples (texts without labels)")
+    given = recipe.probe.from_domain(d.share) if d.role == "feeds" and asking else None
+    if given is not None:
+        found.append("samples (texts without labels)" if given == "own" else "samples (synthetic texts)")
     for step, need in zip(ways if needs else [], needs, strict=True):
         more = [word for word, crosses in (("texts", need.texts), ("labels", need.labels)) if crosses]
         found.append(f"{need.kind} ({', '.join([step.method, *more])})")

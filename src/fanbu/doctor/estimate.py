@@ -75,8 +75,9 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
 
 def _asked(recipe: Recipe, d: Domain) -> int:
     """Probe rows that come from a domain."""
-    if not (recipe.probe.domains and d.share.texts):
-        return 0
+    given = recipe.probe.from_domain(d.share)
+    if given != "own":
+        return recipe.probe.synthetic if given else 0
     texts = len(d.train) + len(d.unlabelled)
     return min(texts, recipe.probe.limit or texts)
 

@@ -1,0 +1,88 @@
+"""Synthetic texts: none is an owner's, no pair of words tells of few rows; the boundary looks for itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanbu.boundary import cross, refusal
+from fanbu.contribution import Contribution, open_contribution
+from fanbu.data.synthetic import LEAST, synthetic
+from fanbu.domain import Domain, Rows
+from fanbu.errors import BoundaryError, DataError
+from fanbu.recipe import ProbeSpec
+from fanbu.turn import synthetic_texts
+from fanbu.types import PRESETS, Share
+
+WORDS = ("my card was lost", "my card was stolen", "my new card is lost", "a new card was sent", "my pin is lost")
+TEXTS = [f"{a} {b}" for a in WORDS for b in ("today", "and i need help", "in the shop", "again today")]
+SECRET = "call Eve on 555"
+
+
+def test_no_text_is_an_owners_and_no_pair_is_rare() -> None:
+    own = [*TEXTS, f"my card was lost {SECRET}"]
+    made = synthetic(own, 40, 0)
+    assert len(made) == len(set(made)) > 10
+    assert not set(made) & set(own)
+    counted: Counter[Any] = Counter()
+    for text in own:
+        counted.update(set(pairwise(["<", *text.split(), ">"])))
+    assert min(counted[pair] for text in made for pair in pairwise(["<", *text.split(), ">"])) >= LEAST
+    assert not any("Eve" in text for text in made)
+
+
+def test_the_same_seed_gives_the_same_texts() -> None:
+    assert synthetic(TEXTS, 20, 1) == synthetic(TEXTS[::-1], 20, 1)
+    assert synthetic(TEXTS, 20, 1) != synthetic(TEXTS, 20, 2)
+
+
+def test_texts_without_spaces_are_made_of_characters() -> None:
+    own = [f"{a}{b}" for a in ("我要订", "请帮我订", "我想找") for b in ("酒店", "酒店房间", "便宜的酒店", "好的酒店")]
+    made = synthetic(own, 10, 0)
+    assert made
+    assert not any(" " in text for text in made)
+    assert not set(made) & set(own)
+
+
+def test_texts_that_share_nothing_give_none() -> None:
+    with pytest.raises(DataError) as caught:
+        synthetic([f"word{i} other{i}" for i in range(50)], 5, 0)
+    assert caught.value.code == "nothing-in-common"
+    assert synthetic(TEXTS, 0, 0) == []
+
+
+def test_the_boundary_looks_for_itself(tmp_path: Path) -> None:
+    made = synthetic(TEXTS, 10, 0)
+    sent = Contribution("samples", "d", "test", rows=[{"text": text} for text in made])
+    internal = PRESETS["internal"]
+    cross(sent, internal, tmp_path / "sent", TEXTS)
+    assert [r["text"] for r in open_contribution(tmp_path / "sent").rows] == made
+    for texts in ([*made, TEXTS[0]], [*made, f"my card {SECRET}"]):
+        bare = Contribution("samples", "d", "test", rows=[{"text": text} for text in texts])
+        with pytest.raises(BoundaryError, match="1 of 11 texts are not synthetic"):
+            cross(bare, internal, tmp_path / "not", TEXTS)
+    assert refusal(sent, internal) == "texts stay with their owner"  # nobody knows what they were made of
+    assert refusal(sent, Share(texts=False, synthetic=False), TEXTS) == "texts stay with their owner"
+    labelled = Contribution("samples", "d", "test", rows=[{"text": made[0], "label": "a"}])
+    assert refusal(labelled, internal, TEXTS) == "labels stay with their owner"
+
+
+def test_a_domain_that_keeps_its_texts_gives_synthetic_ones(domains: dict[str, Domain], tmp_path: Path) -> None:
+    rows = Rows(tuple(map(str, range(len(TEXTS)))), tuple(TEXTS))
+    food = replace(domains["food"], train=rows, unlabelled=Rows())
+    sent = cross(synthetic_texts(food, 8, 0), PRESETS["internal"], tmp_path / "sent", food.texts)
+    assert {r["domain"] for r in sent.rows} == {"food"}
+    assert not {r["text"] for r in sent.rows} & set(food.texts)
+
+
+def test_what_a_domain_gives() -> None:
+    both, own = ProbeSpec(synthetic=5), ProbeSpec()
+    internal, private = PRESETS["internal"], PRESETS["private"]
+    assert [both.from_domain(s) for s in (PRESETS["open"], internal, private)] == ["own", "synthetic", None]
+    assert [own.from_domain(s) for s in (PRESETS["open"], internal)] == ["own", None]
+    assert ProbeSpec(domains=False, synthetic=5).from_domain(PRESETS["open"]) == "synthetic"
