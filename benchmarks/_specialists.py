@@ -41,9 +41,8 @@ def prepare(
     folder = work / f"seed-{seed}"
     whole = {name: _domain(name, path, limit) for name, path in folders.items()}
     domains = {name: _domain(name, path, judged_on or limit) for name, path in folders.items()}
-    rows = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in domains.values() for i, t in enumerate(d.train.texts)]
-    context = replace(context, seed=seed, probe=ProbeSet(tuple(rows)))
-    incumbent = made(folder / "incumbent", lambda out: _incumbent(whole, out, context))
+    context = replace(context, seed=seed, probe=asking({d.name: d.train.texts for d in domains.values()}))
+    incumbent = made(folder / "incumbent", lambda out: probed(whole, out, context))
     grown = []
     for name, d in whole.items():
         log(f"specialist {name}")
@@ -55,11 +54,17 @@ def prepare(
     return Bench(folder, domains, context, incumbent, grown)
 
 
+def asking(texts: Mapping[str, Sequence[str]]) -> ProbeSet:
+    """A probe set of texts by domain."""
+    return ProbeSet(tuple(ProbeRow(f"{d}/{i}", text, d) for d, some in texts.items() for i, text in enumerate(some)))
+
+
 def _domain(name: str, path: Path, limit: Mapping[str, int]) -> Domain:
     return load_domain(name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit=limit)
 
 
-def _incumbent(domains: Mapping[str, Domain], out: Path, context: Context) -> Model:
+def probed(domains: Mapping[str, Domain], out: Path, context: Context) -> Model:
+    """The shipped encoder, opened, with probed label rows, brought to one level on the probe set."""
     base, probe = open_model(BASE), method("probe")
     network, tokenizer = open_classifier(base, context), load_tokenizer(base)
     opened = save_network(network, tokenizer, out.with_name("opened"), provenance("open", [base], context))

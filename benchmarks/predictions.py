@@ -6,7 +6,8 @@ TextBrewer distils from several teachers). ``one after the other``: a domain at 
 
 Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the parameters and from some that grew from
 nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
-without the auxiliary confidence loss.
+without the auxiliary confidence loss; ``synthetic``: the same as ``main`` where no text of a domain leaves its owner,
+with synthetic ones instead, twice as many as there are training texts.
 
 Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
 resumes: what is in the work folder is not made again, so give a new folder after a change of code. --quick: one seed,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from torch import Tensor
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import Outcomes, mean_over_seeds, score, usable
 from _small_specialists import mixed, weak
-from _specialists import Bench, difference, judged, made, mean, prepare
+from _specialists import Bench, asking, difference, judged, made, mean, prepare, probed
 from fanbu.batches import Sequences, collate, encode, pad_id
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
+from fanbu.data.synthetic import synthetic
 from fanbu.domain import Specialist
 from fanbu.heads import final_layer
 from fanbu.judge.compare import compare, gain_kept, holm
@@ -136,11 +139,30 @@ def _kl(sequences: Sequences, z_nl: Tensor, pad: int, device: str, temperature: 
     return loss
 
 
+def without_texts(bench: Bench) -> Bench:
+    """The same where the probe set is synthetic."""
+    made_up = {
+        d.name: synthetic(d.texts, 2 * len(d.train), bench.context.seeded("synthetic", d.name))
+        for d in bench.domains.values()
+    }
+    context = replace(bench.context, probe=asking(made_up))
+    base = made(bench.folder / "incumbent-synthetic", lambda out: probed(bench.domains, out, context))
+    return replace(bench, context=context, incumbent=base)
+
+
+def from_synthetic(bench: Bench, out: Path) -> Model:
+    """Distilling where no text leaves its owner."""
+    apart = without_texts(bench)
+    sent = panels(apart, apart.specialists, "panels-synthetic")
+    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=TRAIN)
+
+
 PARTS: dict[str, dict[str, Callable[[Bench, Path], Model]]] = {
     "main": {
         "distill": ours, "logit mean": logit_mean, "one after the other": one_after_the_other, "multitask": multitask,
     },
     "sizes": {"distill": ours, "distill from small": from_small},
+    "synthetic": {"distill, synthetic texts": from_synthetic},
     "weak": {
         "from weak": lambda bench, out: from_weak(bench, out, 0.0),
         "from weak, own confidence": lambda bench, out: from_weak(bench, out, 0.5),
@@ -227,6 +249,13 @@ def size_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
     return [bar("from other sizes and vocabularies, beside full-size ones", points(d), ">= -1", d["delta"] >= -0.01)]
 
 
+def synthetic_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
+    """No domain's text left its owner."""
+    kept = gain_kept(found["distill, synthetic texts"], found["probed base"], found["specialists"], "told", 0)
+    value = kept["value"] if kept else float("nan")
+    return [bar("gain kept without any domain's text", f"{value:.2f}", ">= 0.6", value >= 0.6)]
+
+
 def weak_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
     """Gaps recovered, (new - weak) / (full-size - weak), where there is a gap of two points or more."""
     low, high = found["weak specialists"], found["specialists"]
@@ -267,6 +296,7 @@ def main() -> int:
     print(text, flush=True)
     bars = main_bars(found, sent) if "main" in args.only else []
     bars += size_bars(found) if "sizes" in args.only else []
+    bars += synthetic_bars(found) if "synthetic" in args.only else []
     bars += weak_bars(found) if "weak" in args.only else []
     values = {
         "accuracy": {
