@@ -86,7 +86,7 @@ def test_a_stopped_search_goes_on_with_the_same_result(
         out, scratch = tmp_path / f"{name}-out", replace(context, scratch=here)
         return SEARCH.shrink(model, domains["food"], out, scratch, **known)
 
-    warm = [{"layers": 1, "channels": share} for share in (0.4, 0.6, 0.8)]
+    warm = [{"layers": 3, "channels": share} for share in (0.65, 0.7, 0.8)]
     monkeypatch.setattr(search, "_earlier", lambda *_: warm)
     made, left, real = {"whole": run("whole")}, iter(range(2)), Space.score
     with monkeypatch.context() as patched:
@@ -98,7 +98,7 @@ def test_a_stopped_search_goes_on_with_the_same_result(
     assert made["stopped"].digest == made["whole"].digest
     assert made["stopped"].manifest["metrics"] == made["whole"].manifest["metrics"]
     tried = [t["choice"] for t in made["whole"].manifest["metrics"]["trials"]]
-    assert [t["channels"] for t in tried[:3]] == [0.4, 0.6, 0.8]
+    assert [t["channels"] for t in tried[:3]] == [0.65, 0.7, 0.8]
 
 
 def test_tokens_are_not_searched_for_causal_models(
@@ -157,6 +157,19 @@ def test_what_times_are_predicted_from_is_measured_in_turns(space: Space, tmp_pa
     whole = search._Bounds(0.0, 0, 1.0, factors).predicted(space.sketch(Choice(2, 1, 1)), Choice(2, 1, 1))
     assert whole == pytest.approx(clock.unit, rel=0.9)
     assert search._clock(space, tmp_path) == clock  # a search that was stopped goes on with the same
+
+
+def test_a_budget_is_spent(space: Space, model: Model) -> None:
+    bounds = search._Bounds(0.9 * model.parameters, 0, 0.0)
+    filled = search._filled(space, Choice(space.count, 0.5, 1.0), bounds)
+    assert filled is not None
+    assert filled.channels > 0.5
+    assert 0.9 <= bounds.spent(space.sketch(filled), filled) <= 1
+    roomy = search._Bounds(2.0 * model.parameters, 0, 0.0)
+    most = search._filled(space, Choice(space.count, 0.5, 1.0), roomy)
+    assert most is not None
+    assert space.whole(most)
+    assert search._filled(space, Choice(2, 1.0, 1.0), search._Bounds(10.0, 0, 0.0)) is None
 
 
 def test_a_time_that_is_not_met_is_no_result(

@@ -44,6 +44,12 @@ def test_labels_of_other_domains_are_no_answer() -> None:
     assert found.own_labels(z, torch.tensor([0, 1, -1])).tolist() == [1, 3, 0]
 
 
+def test_a_domain_without_texts_has_no_say() -> None:
+    found = Confidence(0.5, 0.0, torch.tensor([[0.5, 0.5, 0, 0]]), [[0, 1], [2, 3]], [0])
+    assert bool(found.log_prior_l.isfinite().all())
+    assert found.own_labels(torch.tensor([[0.0, 1, 9, 0]]), torch.tensor([0])).tolist() == [1]
+
+
 def test_own_answers_count_more_and_more() -> None:
     found = state(torch.tensor([0.5, 0.5]), 0.8, 4.0)
     assert [round(found.share(), 6) for _ in range(6)] == [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]

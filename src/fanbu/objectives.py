@@ -96,7 +96,8 @@ class Confidence(nn.Module):
         if targets_nl is not None:
             numbers, prior = torch.tensor(own), torch.ones(targets_nl.shape[1])
             for number, labels in enumerate(self.groups):
-                prior[labels] = targets_nl[numbers == number][:, labels].float().mean(0).clamp_min(1e-4)
+                if bool((numbers == number).any()):
+                    prior[labels] = targets_nl[numbers == number][:, labels].float().mean(0).clamp_min(1e-4)
             self.register_buffer("mean_l", prior.clone())
             self.register_buffer("log_prior_l", prior.log())
 

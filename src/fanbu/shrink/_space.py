@@ -137,6 +137,10 @@ class Space:
                 weight.copy_(on_grid(weight, None, choice.bits, 0, "nearest")[0])
         return smaller
 
+    def whole(self, choice: Choice) -> bool:
+        """Whether the choice leaves nothing out."""
+        return choice.layers == self.count and not self.drops(choice)
+
     def drops(self, choice: Choice) -> bool:
         """Whether the choice leaves out any unit of its layers: shares just below 1 may round to all."""
         _, found = self.shallower(choice.layers)

@@ -35,6 +35,8 @@ Bits = Literal[32, 8, 4]
 _NEURONS = (0.02, 1.0)
 _CHANNELS = (0.2, 1.0)
 _LEAST, _AIM, _MOST = 0.95, 1.05, 1.1  # of a budget of time: between the first two is met, above the last refused
+_SPENT = 0.9  # of a budget; what takes less is only taken where nothing else is found
+_STEP = 0.05  # by which channels are raised where all neurons fit
 _TIMES = 4  # so often neurons are chosen anew where a time is not met
 
 
@@ -67,11 +69,14 @@ class _Bounds:
 
     def allows(self, sketch: Sketch, choice: Choice) -> bool:
         """Whether a sub-network is within all bounds."""
-        return not (
-            (self.parameters and sketch.parameters > self.parameters)
-            or (self.bytes and sketch.bytes(choice.bits) > self.bytes)
-            or (self.milliseconds and self.predicted(sketch, choice) > self.milliseconds)
-        )
+        return self.spent(sketch, choice) <= 1
+
+    def spent(self, sketch: Sketch, choice: Choice) -> float:
+        """The largest share of any bound that a sub-network takes."""
+        shares = [sketch.parameters / self.parameters] if self.parameters else []
+        shares += [sketch.bytes(choice.bits) / self.bytes] if self.bytes else []
+        shares += [self.predicted(sketch, choice) / self.milliseconds] if self.milliseconds else []
+        return max(shares)
 
     def predicted(self, sketch: Sketch, choice: Choice) -> float:
         """Milliseconds, by the factors."""
@@ -88,10 +93,10 @@ def shrink(
     """Finds the sub-network within a budget that promises most, and distils it from the parent.
 
     Layers and units are ordered by importance once; a trial draws layers, channels, tokens and bits, takes as many
-    neurons as the budget allows, and is scored untrained (``_space.Space.score``), so that all trials share the
-    parent's weights. Trials are drawn by a tree-structured Parzen estimator (Optuna), and kept in the scratch folder:
-    a search that was stopped goes on, with the same result. The best few are cut as ``vocabulary``, ``depth`` and
-    ``width`` cut, distilled, and compared on validation rows; a choice with fewer bits is then quantized.
+    neurons (and then channels) as the budget allows, and is scored untrained (``_space.Space.score``), so that all
+    trials share the parent's weights. Trials are drawn by a tree-structured Parzen estimator (Optuna), and kept in the
+    scratch folder: a search that was stopped goes on, with the same result. The best few are cut as ``vocabulary``,
+    ``depth`` and ``width`` cut, distilled, and compared on validation rows; a choice with fewer bits is then quantized.
 
     Args:
         budget: what it is to fit (``Budget``). A time is fitted as a + b L + c L h^2 + d L h n.
@@ -237,7 +242,7 @@ def _trials(
     spaces: list[Space], bounds: _Bounds, bits: list[int], trials: int, warm: list[dict[str, Any]], place: Path,
     context: Context,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """All trials that met the budget, in their order."""
+    """All trials that met the budget and made use of it, in their order; where none did, those that met it."""
     with needs_extra("search"):
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -258,13 +263,15 @@ def _trials(
         study.sampler = sampler
         trial = study.ask()
         told = _trial(trial, spaces, bounds, bits)
-        if told is None:
+        if told is not None:
+            trial.set_user_attr("told", told)
+        if told is None or told["spent"] < _SPENT:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
-            trial.set_user_attr("told", told)
             study.tell(trial, told["score"])
         context.progress("search", number + 1, trials)
-    complete = study.get_trials(states=ended[:1])
+    met = [t for t in study.get_trials(states=ended) if "told" in t.user_attrs]
+    complete = [t for t in met if t.state is ended[0]] or met
     if not complete:
         raise UsageError(
             "target-not-met", f"search: none of {trials} sub-networks is within the budget",
@@ -283,14 +290,29 @@ def _trial(trial: Any, spaces: list[Space], bounds: _Bounds, bits: list[int]) ->
     if choice is None:
         return None
     sketch = spaces[tokens].sketch(choice)
-    told = {"choice": asdict(choice), "parameters": sketch.parameters, "bytes": sketch.bytes(few)}
+    told = {
+        "choice": asdict(choice), "parameters": sketch.parameters, "bytes": sketch.bytes(few),
+        "spent": 1.0 if spaces[tokens].whole(choice) else bounds.spent(sketch, choice),
+    }  # fmt: skip
     if bounds.milliseconds:
         told["milliseconds"] = bounds.predicted(sketch, choice)
     return {**told, "score": spaces[tokens].score(choice)}
 
 
 def _filled(space: Space, choice: Choice, bounds: _Bounds) -> Choice | None:
-    """The choice with as many neurons as the bounds allow; None where they allow none."""
+    """The choice with as many neurons as the bounds allow, and more channels where they allow all; None where they
+    allow no neurons."""
+    found = _with_neurons(space, choice, bounds)
+    while found and found.neurons == _NEURONS[1] and found.channels < _CHANNELS[1]:
+        more = replace(found, channels=min(_CHANNELS[1], found.channels + _STEP))
+        wider = _with_neurons(space, more, bounds)
+        if wider is None:
+            break
+        found = wider
+    return found
+
+
+def _with_neurons(space: Space, choice: Choice, bounds: _Bounds) -> Choice | None:
 
     def fits(neurons: float) -> bool:
         some = replace(choice, neurons=neurons)
