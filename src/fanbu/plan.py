@@ -80,7 +80,7 @@ def misfit(
                 "other-architecture", f"{way.name} needs the base's architecture; {step.method} changes it",
                 remedy="feed back by predictions (distill), or shrink with finetune only",
             )  # fmt: skip
-        if "tokenizer" in changes and domains[0].task == "causal-lm" and (needs.same_tokenizer or needs.probe):
+        if "tokenizer" in changes and domains[0].task == "causal-lm" and needs.same_tokenizer:
             return FitError(
                 "other-tokenizer", f"{way.name} needs the base's tokenizer; {step.method} changes it",
                 remedy="leave that step out",

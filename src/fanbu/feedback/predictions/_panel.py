@@ -12,8 +12,10 @@ from fanbu.contribution import Contribution
 from fanbu.data.augment import augmented
 from fanbu.domain import Specialist
 from fanbu.errors import FitError, IntegrityError
+from fanbu.feedback.predictions._across import characters, cut, projection, tokens_across
 from fanbu.feedback.predictions._trust import fit_temperature, fit_trust
 from fanbu.heads import check_labels_known
+from fanbu.merging.tokens import rows_of
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits, token_losses, top_tokens
 from fanbu.types import Context
@@ -140,26 +142,31 @@ def token_panel(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The k likeliest next tokens at each place of the probe rows, and validation losses of both models.
 
+    All in the base's tokens: a specialist that cuts texts otherwise is asked where both end a token (``_across``), and
+    says nothing elsewhere. Losses are in nats a token; across vocabularies, a character.
+
     tensors, for the rows that are ``asked``, in their order: ``lengths`` [asked], ``indices`` and ``probs``
     [sum of lengths, k].
     """
     domain = specialist.domain
     network, tokenizer = load_network(specialist.model), load_tokenizer(specialist.model)
-    other = load_tokenizer(base)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise FitError(
-            "other-tokenizer", f"the specialist of {domain.name} has another vocabulary than the base",
-            allowed="the base's tokenizer, for causal models", remedy="shrink it without changing its vocabulary",
-        )  # fmt: skip
+    there, other = load_network(base), load_tokenizer(base)
     texts = [context.probe.rows[i].text for i in asked(context, domain.name)]
-    answers = top_tokens(network, tokenizer, texts, context, top_k)
     own = token_losses(network, tokenizer, domain.valid.texts, context)
-    before = token_losses(load_network(base), other, domain.valid.texts, context)
+    before = token_losses(there, other, domain.valid.texts, context)
+    if tokenizer.get_vocab() == other.get_vocab():
+        answers = top_tokens(network, tokenizer, texts, context, top_k)
+    else:
+        own[:, 1] = characters(cut(network, tokenizer, domain.valid.texts, context))
+        before[:, 1] = characters(cut(there, other, domain.valid.texts, context))
+        theirs, first = cut(there, other, texts, context), projection(specialist.model, base)
+        answers = tokens_across(network, tokenizer, theirs, first, rows_of(base), texts, context, top_k)
+    losses = [loss[:, 0] / loss[:, 1].clamp_min(1) for loss in (own, before)]
+    loss, base_loss = (float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in (own, before))
     meta = {
-        "probe": context.probe.digest, "valid": len(own),
-        "wins": int((own[:, 0] < before[:, 0]).sum()), "losses": int((own[:, 0] > before[:, 0]).sum()),
-        "trust": float(own[:, 0].sum() < before[:, 0].sum()),
-        "loss": float(own[:, 0].sum() / own[:, 1].sum()), "base_loss": float(before[:, 0].sum() / before[:, 1].sum()),
+        "probe": context.probe.digest, "valid": len(own), "wins": int((losses[0] < losses[1]).sum()),
+        "losses": int((losses[0] > losses[1]).sum()), "trust": float(loss < base_loss), "loss": loss,
+        "base_loss": base_loss,
     }  # fmt: skip
     tensors = {
         "lengths": torch.tensor([len(i) for i, _ in answers], dtype=torch.int32),

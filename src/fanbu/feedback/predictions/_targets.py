@@ -53,7 +53,8 @@ def union_targets(
 def token_targets(
     network: Any, tokenizer: Any, sequences: Sequences, teachers: Sequence[Contribution], context: Context, top_k: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each probe row the likeliest next tokens and their probabilities: of its specialist, else of the base."""
+    """For each probe row the likeliest next tokens and their probabilities: of its specialist, else of the base, which
+    also answers where a specialist of another vocabulary says nothing."""
     taught: dict[int, tuple[Tensor, Tensor]] = {}
     probe = context.probe.rows
     for c in teachers:
@@ -61,7 +62,14 @@ def token_targets(
         for i, part in zip(rows, heard_tokens(c, [len(sequences[i]) - 1 for i in rows]), strict=True):
             if probe[i].domain == c.domain:
                 taught[i] = part
-    rest = [i for i in range(len(probe)) if i not in taught]
+    rest = [i for i in range(len(probe)) if i not in taught or bool((taught[i][1].sum(1) == 0).any())]
     own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
-    taught |= dict(zip(rest, own, strict=True))
+    for i, answer in zip(rest, own, strict=True):
+        taught[i] = answer if i not in taught else _filled(taught[i], answer)
     return [taught[i] for i in range(len(probe))]
+
+
+def _filled(said: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The own answer at the places where nothing is said."""
+    silent = said[1].sum(1, keepdim=True) == 0
+    return torch.where(silent, own[0], said[0]), torch.where(silent, own[1], said[1])
