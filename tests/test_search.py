@@ -11,11 +11,12 @@ import pytest
 
 from fanbu.catalogue import method
 from fanbu.deploy import latency
+from fanbu.deploy.latency import fitted
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FanbuError, UsageError
 from fanbu.model import Model, load_network, open_model
 from fanbu.shrink import _space, search
-from fanbu.shrink._space import Choice, Space, fitted, shape_row
+from fanbu.shrink._space import Choice, Space, shape_row
 from fanbu.shrink._units import size_of
 from fanbu.types import Context
 

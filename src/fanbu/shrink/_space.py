@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from fanbu.batches import evenly
@@ -208,9 +206,3 @@ class Space:
 def shape_row(layers: int, hidden: int, neurons: int) -> list[float]:
     """What a forward pass of one text costs, up to factors: a constant, layers, and their matrices."""
     return [1.0, layers, layers * hidden * hidden / 1e5, layers * hidden * neurons / 1e5]
-
-
-def fitted(rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
-    """Factors >= 0 with the least squared relative error over measured (or given) times."""
-    y = np.array(times)
-    return [float(v) for v in nnls(np.array(rows) / y[:, None], np.ones(len(y)))[0]]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from fanbu.deploy.latency import Clock, usual_milliseconds
+from fanbu.deploy.latency import Clock, fitted, usual_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import DataError, FitError, UsageError, needs_extra
 from fanbu.files import noted, write_text
@@ -23,7 +23,7 @@ from fanbu.merging.gram import own_texts
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_model
 from fanbu.predict import validation_value
 from fanbu.shrink import depth, distill, quantize, vocabulary, width
-from fanbu.shrink._space import Choice, Sketch, Space, fitted, shape_row
+from fanbu.shrink._space import Choice, Sketch, Space, shape_row
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Train, digest
 

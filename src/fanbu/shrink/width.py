@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fanbu.deploy.latency import Clock, usual_milliseconds
+from fanbu.deploy.latency import Clock, fitted, usual_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import noted
@@ -39,6 +39,8 @@ from fanbu.types import Context, Train
 
 CHANGES: frozenset[str] = frozenset({"architecture"})
 _RIDGE = 1e-3
+# so often sizes are chosen for a time, until they take it, give or take a twentieth; above the last it is refused
+_AGAIN, _OVER, _MOST = 5, 1.05, 1.1
 _Value = Callable[[float], float]
 _Limit = tuple[Callable[[dict[str, int]], float], float, str]  # what is measured, its limit, its name
 Share = Annotated[float, Gt(0), Le(1)]
@@ -125,24 +127,58 @@ def _sizes(
         return counts_of(found, {kind: 1 - depth * (1 - share) for kind, share in shares.items()})
 
     limits: list[_Limit] = []
-    clock = None
     if parameters:
         most = parameters * size_of(network) if parameters <= 1 else parameters
         limits.append((lambda counts: size_of(network, found, counts), most, "parameters"))
+    choose = partial(_chosen, found, sizes, shares["neurons"] < 1)
     if milliseconds:
         known = network, tokenizer, own_texts(domain, 32), context
         clock = Clock(*known, usual_milliseconds(*known))
-        measured = partial(_measured, clock, network, tokenizer, found, parent)
-        limits.append((measured, milliseconds, "milliseconds"))
-    if not limits:
-        return sizes(1.0), {}
+
+        def measured(counts: dict[str, int]) -> float:
+            return clock.milliseconds(narrowed(network, found, first_units(counts), parent), tokenizer)
+
+        size = partial(size_of, network, found)
+        counts, took = _in_time(lambda limit: choose([*limits, limit]), sizes, size, measured, milliseconds)
+        return counts, {"milliseconds": took, "whole_milliseconds": clock.unit}
+    return choose(limits) if limits else sizes(1.0), {}
+
+
+def _chosen(
+    found: Units, sizes: Callable[[float], dict[str, int]], fill: bool, limits: Sequence[_Limit]
+) -> dict[str, int]:
+    """The largest sizes within all limits."""
     counts = sizes(max(_least(_after(sizes, value), most, what) for value, most, what in limits))
-    counts = _filled(found, counts, limits) if shares["neurons"] < 1 else counts
-    return counts, {} if clock is None else {"milliseconds": measured(counts), "whole_milliseconds": clock.unit}
+    return _filled(found, counts, limits) if fill else counts
 
 
-def _measured(clock: Clock, network: Any, tokenizer: Any, found: Units, parent: Model, counts: dict[str, int]) -> float:
-    return clock.milliseconds(narrowed(network, found, first_units(counts), parent), tokenizer)
+def _in_time(
+    choose: Callable[[_Limit], dict[str, int]], sizes: Callable[[float], dict[str, int]],
+    size: Callable[[dict[str, int]], int], measured: Callable[[dict[str, int]], float], most: float,
+) -> tuple[dict[str, int], float]:  # fmt: skip
+    """Sizes that take as long as is asked for, and how long they took.
+
+    Some are measured, a + b x parameters is fitted to them, and what it says of the chosen ones is put right by their
+    own time, until that is the one asked for.
+    """
+    some = [sizes(f) for f in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    times = [measured(counts) for counts in some]
+    if times[-1] > _OVER * most:
+        raise _not_reached("milliseconds", times[-1], most)
+    a, b = fitted([(1.0, size(counts) / 1e6) for counts in some], times)
+    aim, tries = most, list[tuple[dict[str, int], float]]()
+    for _ in range(_AGAIN):
+        least = a + b * size(some[-1]) / 1e6  # the smallest there are, if the fit says more of them than was measured
+        counts = choose((lambda c: a + b * size(c) / 1e6, max(aim, least), "milliseconds"))
+        took = next((t for c, t in tries if c == counts), None) or measured(counts)
+        tries.append((counts, took))
+        if abs(took / most - 1) <= _OVER - 1 or counts in [c for c, _ in tries[:-1]]:
+            break
+        aim *= most / took
+    counts, took = min(tries, key=lambda t: (t[1] > _OVER * most, abs(t[1] - most)))
+    if took > _MOST * most:
+        raise _not_reached("milliseconds", took, most)
+    return counts, took
 
 
 def _filled(found: Units, counts: dict[str, int], limits: Sequence[_Limit]) -> dict[str, int]:
@@ -163,12 +199,15 @@ def _after(counts: Callable[[float], dict[str, int]], value: Callable[[dict[str,
 def _least(value: _Value, most: float, what: str) -> float:
     """The smallest f in [0, 1] whose value is at most ``most``, by bisection."""
     if (least := value(1.0)) > most:
-        raise UsageError(
-            "target-not-met", f"width: {what} of {most:g} are not reached with these shares",
-            allowed=f"at least {least:g} {what}", got=most,
-            remedy="give lower shares, or cut depth and vocabulary first",
-        )  # fmt: skip
+        raise _not_reached(what, least, most)
     return _bisected(value, most)
+
+
+def _not_reached(what: str, least: float, most: float) -> UsageError:
+    return UsageError(
+        "target-not-met", f"width: {what} of {most:g} are not reached with these shares",
+        allowed=f"at least {least:g} {what}", got=most, remedy="give lower shares, or cut depth and vocabulary first",
+    )  # fmt: skip
 
 
 def _bisected(value: _Value, most: float) -> float:
