@@ -152,7 +152,10 @@ def test_a_time_is_met_when_it_is_measured(
     assert max(t["milliseconds"] for t in metrics["trials"]) <= asked
 
 
-def test_what_times_are_predicted_from_is_measured_in_turns(space: Space, tmp_path: Path) -> None:
+def test_what_times_are_predicted_from_is_measured_in_turns(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_TURNS", 1)
     clock = search._clock(space, tmp_path)
     factors = search._factors(space, clock, tmp_path)
     whole = search._Bounds(0.0, 0, 1.0, factors).predicted(space.sketch(Choice(2, 1, 1)), Choice(2, 1, 1))
