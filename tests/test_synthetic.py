@@ -12,7 +12,7 @@ import pytest
 
 from fanbu.boundary import cross, refusal
 from fanbu.contribution import Contribution, open_contribution
-from fanbu.data.synthetic import LEAST, synthetic
+from fanbu.data.synthetic import LEAST, Corpus, synthetic
 from fanbu.domain import Domain, Rows
 from fanbu.errors import BoundaryError, DataError
 from fanbu.recipe import ProbeSpec
@@ -34,6 +34,8 @@ def test_no_text_is_an_owners_and_no_pair_is_rare() -> None:
         counted.update(set(pairwise(["<", *text.split(), ">"])))
     assert min(counted[pair] for text in made for pair in pairwise(["<", *text.split(), ">"])) >= LEAST
     assert not any("Eve" in text for text in made)
+    spread = Corpus([text.replace(" ", "  ") for text in own])
+    assert not any(spread.hides(text) for text in own)  # white space makes no other text
 
 
 def test_the_same_seed_gives_the_same_texts() -> None:
@@ -75,9 +77,14 @@ def test_the_boundary_looks_for_itself(tmp_path: Path) -> None:
 def test_a_domain_that_keeps_its_texts_gives_synthetic_ones(domains: dict[str, Domain], tmp_path: Path) -> None:
     rows = Rows(tuple(map(str, range(len(TEXTS)))), tuple(TEXTS))
     food = replace(domains["food"], train=rows, unlabelled=Rows())
-    sent = cross(synthetic_texts(food, 8, 0), PRESETS["internal"], tmp_path / "sent", food.texts)
+    sent = cross(synthetic_texts(food, 8, 0), PRESETS["internal"], tmp_path / "sent", food.every_text)
     assert {r["domain"] for r in sent.rows} == {"food"}
-    assert not {r["text"] for r in sent.rows} & set(food.texts)
+    texts = [r["text"] for r in sent.rows]
+    assert not set(texts) & set(food.texts)
+    held = replace(food, valid=Rows(("v",), (texts[0],)))  # what is held out is the owner's too
+    assert texts[0] not in {r["text"] for r in synthetic_texts(held, 8, 0).rows}
+    with pytest.raises(BoundaryError, match="1 of 8 texts"):
+        cross(sent, PRESETS["internal"], tmp_path / "held", held.every_text)
 
 
 def test_what_a_domain_gives() -> None:

@@ -73,6 +73,11 @@ class Domain:
         return list(dict.fromkeys([*self.train.texts, *self.unlabelled.texts]))
 
     @property
+    def every_text(self) -> list[str]:
+        """Those, and the held-out ones: what must not be said of the owner word for word."""
+        return [*self.texts, *self.valid.texts, *self.test.texts, *self.waiting]
+
+    @property
     def full_labels(self) -> tuple[str, ...]:
         """Label names as the union head knows them: ``domain/label``."""
         return tuple(f"{self.name}/{label}" for label in self.labels)

@@ -16,7 +16,7 @@ from fanbu.data.check import normalised
 from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap
 from fanbu.data.standard_library import function_bodies
-from fanbu.data.synthetic import synthetic
+from fanbu.data.synthetic import Corpus, synthetic
 from fanbu.domain import Domain
 from fanbu.errors import DataError, UsageError
 from fanbu.fingerprint import code_digest
@@ -102,7 +102,7 @@ class Turn:
         """
 
         def produce(out: Path, context: Context) -> None:
-            cross(make(out, context), domain.share, out / "contribution", domain.texts)
+            cross(make(out, context), domain.share, out / "contribution", domain.every_text)
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
@@ -244,7 +244,8 @@ def probe_texts(d: Domain, limit: int | None) -> Contribution:
 
 def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
     """What a domain that keeps its texts gives instead (``data.synthetic``)."""
-    made = synthetic(d.texts, count, seed)
+    corpus = Corpus(d.every_text)  # a walk may come upon a held-out text
+    made = [text for text in synthetic(d.texts, count, seed) if corpus.hides(text)]
     rows = [{"id": f"{d.name}/synthetic-{i}", "text": text, "domain": d.name} for i, text in enumerate(made)]
     return Contribution("samples", d.name, "synthetic texts", rows=rows)
 

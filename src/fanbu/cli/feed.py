@@ -168,7 +168,7 @@ def _probe(domains: Mapping[str, Domain], out: Path) -> tuple[ProbeSet, list[Con
     from fanbu.types import ProbeSet
 
     sharing = [d for d in domains.values() if d.share.texts]
-    sent = [cross(probe_texts(d, None), d.share, out.with_name(f"{out.name}.{d.name}.texts"), d.texts) for d in sharing]
+    sent = [cross(probe_texts(d, None), d.share, out.with_name(f"{out.name}.{d.name}.texts")) for d in sharing]
     rows = [row for texts in sent for row in probe_rows(texts)]
     return ProbeSet(tuple(without_test_texts(rows, domains.values()))), sent
 

@@ -23,12 +23,12 @@ class Corpus:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.own = set(texts)
         self.spaced = 2 * sum(" " in text for text in texts) >= len(texts)
+        self.own = {self.words(text) for text in texts}  # white space makes no other text
 
-    def words(self, text: str) -> list[str]:
+    def words(self, text: str) -> tuple[str, ...]:
         """Words with the marks of start and end around them."""
-        return [_START, *(text.split() if self.spaced else text), _END]
+        return (_START, *(text.split() if self.spaced else text), _END)
 
     @cached_property
     def pairs(self) -> Counter[tuple[str, ...]]:
@@ -42,15 +42,14 @@ class Corpus:
 
     def _counted(self, size: int) -> Counter[tuple[str, ...]]:
         found: Counter[tuple[str, ...]] = Counter()
-        for text in self.own:
-            words = self.words(text)
+        for words in self.own:
             found.update(set(zip(*(words[i:] for i in range(size)), strict=False)))
         return found
 
     def hides(self, text: str, least: int = LEAST) -> bool:
         """Whether a text is none of the domain's, and each pair of words in it occurs in ``least`` of them."""
         words = self.words(text)
-        return text not in self.own and all(self.pairs[pair] >= least for pair in pairwise(words))
+        return words not in self.own and all(self.pairs[pair] >= least for pair in pairwise(words))
 
 
 def synthetic(texts: Sequence[str], count: int, seed: int, least: int = LEAST) -> list[str]:
@@ -67,7 +66,7 @@ def synthetic(texts: Sequence[str], count: int, seed: int, least: int = LEAST) -
             if times >= least:
                 after[known[:-1]][0].append(known[-1])
                 after[known[:-1]][1].append(times)
-    lengths = sorted(len(corpus.words(t)) - 2 for t in corpus.own)
+    lengths = sorted(len(words) - 2 for words in corpus.own)
     longest = lengths[int(0.98 * (len(lengths) - 1))] if lengths else 0
     made: dict[str, None] = {}
     for _ in range(_TRIES * count):

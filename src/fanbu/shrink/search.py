@@ -290,9 +290,11 @@ def _trial(trial: Any, spaces: list[Space], bounds: _Bounds, bits: list[int]) ->
     if choice is None:
         return None
     sketch = spaces[tokens].sketch(choice)
+    spent = bounds.spent(sketch, choice)
+    if spent < _SPENT and spaces[tokens].whole(choice):  # there is nothing more to spend it on
+        spent = 1.0
     told = {
-        "choice": asdict(choice), "parameters": sketch.parameters, "bytes": sketch.bytes(few),
-        "spent": 1.0 if spaces[tokens].whole(choice) else bounds.spent(sketch, choice),
+        "choice": asdict(choice), "parameters": sketch.parameters, "bytes": sketch.bytes(few), "spent": spent,
     }  # fmt: skip
     if bounds.milliseconds:
         told["milliseconds"] = bounds.predicted(sketch, choice)
@@ -313,6 +315,7 @@ def _filled(space: Space, choice: Choice, bounds: _Bounds) -> Choice | None:
 
 
 def _with_neurons(space: Space, choice: Choice, bounds: _Bounds) -> Choice | None:
+    """Neurons alone."""
 
     def fits(neurons: float) -> bool:
         some = replace(choice, neurons=neurons)

@@ -170,9 +170,10 @@ def _in_time(
     for _ in range(_AGAIN):
         least = a + b * size(some[-1]) / 1e6  # the smallest there are, if the fit says more of them than was measured
         counts = choose((lambda c: a + b * size(c) / 1e6, max(aim, least), "milliseconds"))
-        took = next((t for c, t in tries if c == counts), None) or measured(counts)
-        tries.append((counts, took))
-        if abs(took / most - 1) <= _OVER - 1 or counts in [c for c, _ in tries[:-1]]:
+        if any(counts == c for c, _ in tries):
+            break
+        tries.append((counts, took := measured(counts)))
+        if abs(took / most - 1) <= _OVER - 1:
             break
         aim *= most / took
     counts, took = min(tries, key=lambda t: (t[1] > _OVER * most, abs(t[1] - most)))

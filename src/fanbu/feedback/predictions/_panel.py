@@ -157,9 +157,10 @@ def token_panel(
     if tokenizer.get_vocab() == other.get_vocab():
         answers = top_tokens(network, tokenizer, texts, context, top_k)
     else:
+        first = projection(specialist.model, base)  # says so where a tokenizer has no offsets
         own[:, 1] = characters(cut(network, tokenizer, domain.valid.texts, context))
         before[:, 1] = characters(cut(there, other, domain.valid.texts, context))
-        theirs, first = cut(there, other, texts, context), projection(specialist.model, base)
+        theirs = cut(there, other, texts, context)
         answers = tokens_across(network, tokenizer, theirs, first, rows_of(base), texts, context, top_k)
     losses = [loss[:, 0] / loss[:, 1].clamp_min(1) for loss in (own, before)]
     loss, base_loss = (float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in (own, before))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fanbu.batches import Sequences
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, heard, heard_tokens, variants
+from fanbu.feedback.predictions._panel import asked, heard, heard_tokens
 from fanbu.heads import check_labels_known, domains_of
 from fanbu.model import Model
 from fanbu.predict import class_logits, top_tokens
@@ -39,9 +39,9 @@ def union_targets(
         check_labels_known(base, c.meta["labels"])
         columns = [base.labels.index(label) for label in c.meta["labels"]]
         rows = torch.tensor(answers[c.domain], dtype=torch.long)
-        made = len(variants(context, c.domain, augment))
-        p = heard(c, len(rows) + made)
         own = torch.tensor([probe[i].domain == c.domain for i in answers[c.domain]], dtype=torch.bool)
+        made = augment * int(own.sum())
+        p = heard(c, len(rows) + made)
         mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
         targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * p[: len(rows)]
         more.append(torch.zeros(made, len(base.labels)))
