@@ -81,7 +81,7 @@ def _from_nothing(bench: Bench, full: Specialist) -> Model:
 
 def _body(texts: Sequence[str], out: Path, bench: Bench) -> Model:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     core = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
@@ -99,4 +99,5 @@ def _body(texts: Sequence[str], out: Path, bench: Bench) -> Model:
         vocab_size=core.get_vocab_size(), hidden_size=_HIDDEN, num_hidden_layers=_LAYERS, num_attention_heads=4,
         intermediate_size=4 * _HIDDEN, max_position_embeddings=512,
     )  # fmt: skip
-    return save_network(BertModel(config), tokenizer, out, provenance("nothing", [bench.incumbent], bench.context))
+    network = BertForSequenceClassification(config)
+    return save_network(network, tokenizer, out, provenance("nothing", [bench.incumbent], bench.context))

@@ -12,7 +12,7 @@ from fanbu.catalogue import method
 from fanbu.contribution import open_contribution, write_contribution
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.heads import open_classifier
-from fanbu.judge.compare import average, compare
+from fanbu.judge.compare import average, compare, gain_kept
 from fanbu.judge.evaluate import evaluate
 from fanbu.model import Model, load_tokenizer, open_model, provenance, save_network
 from fanbu.progress import log
@@ -99,3 +99,18 @@ def mean(outcome: Outcomes, mode: str) -> float:
 def difference(one: Outcomes, other: Outcomes) -> dict[str, float]:
     """Mean over domains of the paired difference of told accuracy, with its interval."""
     return average([compare(one[d], other[d], "told", 0) for d in other])
+
+
+def scores(found: Mapping[str, Outcomes]) -> list[list[str]]:
+    """The table: told accuracy by domain, the means, and the gain kept."""
+    base, full = found["probed base"], found["specialists"]
+    rows = [["way", *base, "told", "untold", "gain kept"]]
+    for name, outcome in found.items():
+        kept = gain_kept(outcome, base, full, "told", 0)
+        untold = f"{100 * mean(outcome, 'untold'):.1f}" if all("untold" in c.tensors for c in outcome.values()) else "-"
+        by_domain = [f"{100 * (score(c, 'told') or 0):.1f}" for c in outcome.values()]
+        rows.append([
+            name, *by_domain, f"{100 * mean(outcome, 'told'):.1f}", untold,
+            "-" if kept is None else f"{kept['value']:.2f} ({kept['low']:.2f} to {kept['high']:.2f})",
+        ])  # fmt: skip
+    return rows

@@ -1,6 +1,6 @@
 """What specialists say, fed back: distilling from panels beside what users would do instead, on real domains.
 
-All ways start from the probed base and see the domains' training texts, three epochs each; only multitask sees
+All ways start from the probed base and see the domains' training texts, six epochs each; only multitask sees
 labels. ``logit mean``: teachers' logits side by side over the union of labels, for every text, at temperature 4 (as
 TextBrewer distils from several teachers). ``one after the other``: a domain at a time, from its own teacher.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import Outcomes, mean_over_seeds, score, usable
 from _small_specialists import mixed, weak
-from _specialists import Bench, asking, difference, judged, made, mean, prepare, probed
+from _specialists import Bench, asking, difference, judged, made, mean, prepare, probed, scores
 from fanbu.batches import Sequences, collate, encode, pad_id
 from fanbu.boundary import cross
 from fanbu.catalogue import method
@@ -47,7 +47,8 @@ from fanbu.train import BatchLoss
 from fanbu.train import train as train_network
 from fanbu.types import Context, Train
 
-TRAIN = {"epochs": 3, "lr": 2e-4}
+TRAIN = {"epochs": 3, "lr": 2e-4}  # specialists
+TEACH = {"epochs": 6, "lr": 2e-4}  # all ways back
 TEMPERATURE = 4.0
 ROWS = {True: {"train": 600, "valid": 100, "test": 400}, False: {"train": 3000, "test": 1000}}
 
@@ -67,19 +68,19 @@ def panels(bench: Bench, specialists: Sequence[Specialist], folder: str, way: st
 def ours(bench: Bench, out: Path) -> Model:
     """Distilling as a recipe would."""
     sent = panels(bench, bench.specialists, "panels")
-    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TRAIN)
+    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
 
 
 def from_small(bench: Bench, out: Path) -> Model:
     """The same from specialists of other sizes and vocabularies."""
     sent = panels(bench, mixed(bench), "panels-small")
-    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TRAIN)
+    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
 
 
 def from_weak(bench: Bench, out: Path, confidence: float) -> Model:
     """From weak specialists; a confidence of 0 is plain distilling."""
     sent = panels(bench, weak(bench), "panels-weak", "weak_to_strong")
-    given: dict[str, Any] = {"train": TRAIN, "confidence": confidence, **({} if confidence else {"keep": 1.0})}
+    given: dict[str, Any] = {"train": TEACH, "confidence": confidence, **({} if confidence else {"keep": 1.0})}
     return method("weak_to_strong").absorb(bench.incumbent, sent, out, bench.context, **given)
 
 
@@ -87,7 +88,7 @@ def multitask(bench: Bench, out: Path) -> Model:
     """Joint training on all labelled rows: the reference, which sees everything."""
     way = method("multitask")
     sent = [way.contribute(s, bench.incumbent, bench.context) for s in bench.specialists]
-    return way.absorb(bench.incumbent, sent, out, bench.context, train=TRAIN)
+    return way.absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
 
 
 def logit_mean(bench: Bench, out: Path) -> Model:
@@ -126,7 +127,7 @@ def _taught(
     sequences = encode(tokenizer, [context.probe.rows[i].text for i in rows], limit(network, context))
     loss = _kl(sequences, z_nl, pad_id(tokenizer), context.device, temperature)
     train_network(
-        network, [len(s) for s in sequences], loss, Train(**TRAIN), context, out.name, head=final_layer(network)
+        network, [len(s) for s in sequences], loss, Train(**TEACH), context, out.name, head=final_layer(network)
     )
     return save_network(network, tokenizer, out, provenance("distill", [start], context))
 
@@ -154,7 +155,7 @@ def from_synthetic(bench: Bench, out: Path) -> Model:
     """Distilling where no text leaves its owner."""
     apart = without_texts(bench)
     sent = panels(apart, apart.specialists, "panels-synthetic")
-    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=TRAIN)
+    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=TEACH)
 
 
 PARTS: dict[str, dict[str, Callable[[Bench, Path], Model]]] = {
@@ -193,21 +194,6 @@ def crossed(bench: Bench) -> dict[str, float]:
     own = {c.domain: c for c in panels(bench, bench.specialists, "panels")}
     full = {d: 4 * len(c.meta["labels"]) * len(bench.domains[d].train) for d, c in own.items()}
     return {"panels": sum(c.bytes for c in own.values()), "logits": sum(full.values())}
-
-
-def scores(found: Mapping[str, Outcomes]) -> list[list[str]]:
-    """The table."""
-    base, full = found["probed base"], found["specialists"]
-    rows = [["way", *base, "told", "untold", "gain kept"]]
-    for name, outcome in found.items():
-        kept = gain_kept(outcome, base, full, "told", 0)
-        untold = f"{100 * mean(outcome, 'untold'):.1f}" if all("untold" in c.tensors for c in outcome.values()) else "-"
-        by_domain = [f"{100 * (score(c, 'told') or 0):.1f}" for c in outcome.values()]
-        rows.append([
-            name, *by_domain, f"{100 * mean(outcome, 'told'):.1f}", untold,
-            "-" if kept is None else f"{kept['value']:.2f} ({kept['low']:.2f} to {kept['high']:.2f})",
-        ])  # fmt: skip
-    return rows
 
 
 def main_bars(found: Mapping[str, Outcomes], sent: Mapping[str, float]) -> list[dict[str, Any]]:

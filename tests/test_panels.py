@@ -12,16 +12,17 @@ import torch
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import IntegrityError, UsageError
-from fanbu.feedback.predictions._panel import heard, heard_tokens, said, variants
+from fanbu.errors import FitError, IntegrityError, UsageError
+from fanbu.feedback.predictions._panel import columns_of, heard, heard_tokens, said, variants
 from fanbu.feedback.predictions._targets import union_targets
-from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.heads import get_head, set_head
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.types import Context
 
 
 def panel(p: torch.Tensor, most: int = 64, mass: float = 0.98) -> Contribution:
     most = min(most, p.shape[1])
-    meta = {"labels": [f"a/{i}" for i in range(p.shape[1])], "most": most, "mass": mass}
+    meta = {"most": most, "mass": mass}
     return Contribution("predictions", "a", "distill", said(p, most, mass), meta=meta)
 
 
@@ -30,19 +31,19 @@ def panel(p: torch.Tensor, most: int = 64, mass: float = 0.98) -> Contribution:
 def test_what_is_said_is_heard(labels: int, sharpness: float) -> None:
     torch.manual_seed(labels)
     p = (sharpness * torch.randn(200, labels)).softmax(1)
-    got = heard(panel(p, labels), 200)
+    got = heard(panel(p, labels), 200, labels)
     torch.testing.assert_close(got.sum(1), torch.ones(200))
     # half a step for what is said; what is not said comes to 2% and the steps that rounding left out
     assert (got - p).abs().max() < 0.03
     torch.testing.assert_close(got.argmax(1)[p.max(1).values > 0.5], p.argmax(1)[p.max(1).values > 0.5])
-    assert torch.equal(heard(panel(p, labels), 200), got)
+    assert torch.equal(heard(panel(p, labels), 200, labels), got)
 
 
 def test_lists_end_at_the_mass_or_the_number_asked_for() -> None:
     p = torch.tensor([[0.99, 0.01, 0.0], [0.5, 0.3, 0.2], [0.6, 0.385, 0.015]])
     assert said(p, 3, 0.98)["labels"].tolist() == [0, 0, 1, 2, 0, 1]
     assert said(p, 1, 0.98)["labels"].tolist() == [0, 0, 0]
-    alone = heard(panel(p, 1), 3)
+    alone = heard(panel(p, 1), 3, p.shape[1])
     torch.testing.assert_close(alone[1], torch.tensor([0.5, 0.25, 0.25]), rtol=0, atol=2e-3)  # the rest, evenly
 
 
@@ -67,9 +68,33 @@ def test_a_sure_panel_takes_three_bytes_a_text_or_less() -> None:
 def test_lists_that_do_not_come_out_are_refused(change: dict[str, torch.Tensor]) -> None:
     c = panel(torch.tensor([[0.99, 0.01], [0.01, 0.99]]))
     with pytest.raises(IntegrityError) as caught:
-        heard(replace(c, tensors={**c.tensors, **change}), 2)
+        heard(replace(c, tensors={**c.tensors, **change}), 2, 2)
     assert caught.value.code == "contribution-broken"
-    assert heard(c, 2).argmax(1).tolist() == [0, 1]
+    assert heard(c, 2, 2).argmax(1).tolist() == [0, 1]
+
+
+def test_panels_name_no_labels_and_fit_the_rows_that_they_were_made_for_alone(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    food = specialists["food"]
+    sent = method("distill", "feedback").contribute(food, incumbent, context)
+    assert not any(label in str(dict(sent.meta)) for label in food.domain.labels)
+    assert columns_of(sent, incumbent) == [incumbent.labels.index(label) for label in food.domain.full_labels]
+    backwards = replace(sent, meta={**sent.meta, "known": [2, 0, 1]})
+    assert columns_of(backwards, incumbent) == [columns_of(sent, incumbent)[i] for i in (2, 0, 1)]
+    for strange in ({"known": [0, 1, 3]}, {"known": ["a"]}, {"head": "0" * 12}):
+        with pytest.raises(FitError) as caught:
+            columns_of(replace(sent, meta={**sent.meta, **strange}), incumbent)
+        assert caught.value.code == "other-labels"
+    without = without_rows(incumbent, "food/bread", tmp_path / "fewer")
+    with pytest.raises(FitError):
+        method("distill", "feedback").absorb(without, [sent], tmp_path / "out", context)
+
+
+def without_rows(model: Model, label: str, out: Path) -> Model:
+    network = load_network(model)
+    set_head(network, get_head(network).take([name for name in model.labels if name != label]))
+    return save_network(network, load_tokenizer(model), out, provenance("leave", [model], Context()))
 
 
 def test_tokens_of_other_lengths_are_refused() -> None:
@@ -96,7 +121,7 @@ def test_variants_are_answered_and_learned_like_other_texts(
     made = variants(context, "food", 2)
     assert len(made) == 2 * own
     assert variants(replace(context, seed=context.seed + 1), "food", 2) != made
-    assert torch.equal(heard(more, known + 2 * own)[:known], heard(plain, known))
+    assert torch.equal(heard(more, known + 2 * own, 3)[:known], heard(plain, known, 3))
     network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
     targets = union_targets(incumbent, network, tokenizer, [more], context, 2)
     rows = len(context.probe.rows)

@@ -74,7 +74,7 @@ def test_panels_are_the_teachers_own(incumbent: Model, specialists: dict[str, Sp
     columns = [food.model.labels.index(label) for label in food.domain.full_labels]
     z = class_logits(load_network(food.model), load_tokenizer(food.model), texts, context)[:, columns]
     torch.testing.assert_close(
-        heard(sent, len(texts)), (z / sent.meta["temperature"]).softmax(1), rtol=0, atol=0.5 / 255 + 2e-3
+        heard(sent, len(texts), len(columns)), (z / sent.meta["temperature"]).softmax(1), rtol=0, atol=0.5 / 255 + 2e-3
     )
 
 

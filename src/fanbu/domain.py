@@ -14,10 +14,10 @@ from fanbu.data.split import cap, carve, not_carved, portion
 from fanbu.data.standard_library import function_bodies
 from fanbu.errors import DataError, UsageError
 from fanbu.model import Model
-from fanbu.types import PRESETS, TASKS, Share, Task, digest
+from fanbu.types import CLASSIFYING, MEDIA, PRESETS, TASKS, Share, Task, digest
 
 Role = Literal["feeds", "guard"]
-METRICS = {"text-classification": ("accuracy",), "causal-lm": ("loss",)}
+METRICS = {task: ("loss",) if task == "causal-lm" else ("accuracy",) for task in TASKS}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -137,18 +137,18 @@ def load_domain(
     raw = _read(name, train, valid, test, unlabelled, python, columns, task, limit or {}, role, arrived)
     warnings = list(_overlap(name, raw))
     waiting: list[RawRow] = []
-    if arrived.more and role == "feeds" and task == "text-classification":
+    if arrived.more and role == "feeds" and task in CLASSIFYING:
         waiting = _set_aside(raw)
         warnings += [f"{name}: {len(waiting)} held-out rows wait for training rows of their label"] if waiting else []
     for split in ("train", "valid", "test"):
         if raw[split] or role == "feeds" or split == "test":
             check_split(name, split, raw[split])
-    if task == "text-classification":
+    if task in CLASSIFYING:
         raw = {split: _renamed(rows, labels) for split, rows in raw.items()}
         if role == "feeds":
             check_labels(name, raw["train"], {s: raw[s] for s in ("valid", "test")})
     names = sorted({r.label for s in ("train", "valid", "test") for r in raw[s] if r.label is not None})
-    index = {label: number for number, label in enumerate(names)} if task == "text-classification" else None
+    index = {label: number for number, label in enumerate(names)} if task in CLASSIFYING else None
     splits = {split: _columns(rows, index if split != "unlabelled" else None) for split, rows in raw.items()}
     if isinstance(share, str):
         if share not in PRESETS:
@@ -189,16 +189,16 @@ def _read(
     name: str, train: Source, valid: Source, test: Source, unlabelled: str | Sequence[str] | None, python: str | None,
     columns: Mapping[str, str] | None, task: Task, limit: Mapping[str, int], role: Role, arrived: Arrived,
 ) -> dict[str, list[RawRow]]:  # fmt: skip
-    labelled = task == "text-classification"
+    labelled, kind = task in CLASSIFYING, MEDIA.get(task, "text")
     raw: dict[str, list[RawRow]] = {}
     if python is not None:
         raw["train"], test, valid = list(function_bodies(python)), test or 0.2, valid or 0.1
     else:
-        raw["train"] = load_rows(train, columns, labelled=labelled) if _named(train) else []
+        raw["train"] = load_rows(train, columns, labelled=labelled, kind=kind) if _named(train) else []
     # test first, then valid: a smaller valid share never moves a row into or out of test
     for split, source in (("test", test), ("valid", valid)):
         if _named(source):
-            raw[split] = load_rows(source, columns, labelled=labelled)
+            raw[split] = load_rows(source, columns, labelled=labelled, kind=kind)
         elif source is None or (role == "guard" and split == "valid"):
             raw[split] = []
         elif isinstance(source, float) and 0 < source < 1:
@@ -211,7 +211,7 @@ def _read(
                 got=source,
                 remedy="name a file, or write a number between 0 and 1",
             )
-    raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False) if unlabelled else []
+    raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False, kind=kind) if unlabelled else []
     if isinstance(test, float):  # they may get a label later, and be tested then
         raw["unlabelled"] = not_carved(raw["unlabelled"], test, f"{name}/test")
     unknown = set(limit) - set(raw)

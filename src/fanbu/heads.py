@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fanbu.errors import FitError, IntegrityError, UsageError
-from fanbu.model import Model, load_strictly
-from fanbu.types import Context
+from fanbu.model import Model, auto_class, load_network, load_strictly
+from fanbu.types import CLASSIFYING, Context, Task
 
-_PATHS = ("classifier.out_proj", "classifier", "score")
+_PATHS = ("classifier.out_proj", "classifier", "score", "classifier.dense")
 _POOLED = 0.05  # at most: tanh stays linear, |tanh(x) - x| < 1% of x below 0.17
 _MEAN = 30.0  # how far the mean outweighs the residual of the first token
 
@@ -169,18 +169,17 @@ def align_domains(head: Head, features_nh: Tensor, domains: Sequence[str], movab
 # Opening a base as a classifier
 
 
-def open_classifier(model: Model, context: Context, pooling: str = "auto") -> Any:
+def open_classifier(model: Model, context: Context, pooling: str = "auto", task: Task = "text-classification") -> Any:
     """A classifier over an arbitrary base: its own head where it has one, else a fresh one over the pooled text.
 
     ``pooling`` is ``mean``, ``native`` (what the architecture does) or ``auto``: mean where it can be had. Mean
     pooling is part of the plain checkpoint: the config's own option where there is one, else one attention layer is
-    appended that computes it (see ``append_mean_layer``). Raises FitError where ``mean`` cannot be had.
+    appended that computes it (see ``append_mean_layer``). Images and recordings are pooled as the architecture does.
+    Raises FitError where ``mean`` cannot be had.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    from fanbu.model import load_network
-
-    if model.task == "text-classification":
+    if model.task in CLASSIFYING:
         if pooling == "mean":
             raise FitError(
                 "no-mean-pooling", f"{model.path} is a classifier already and pools as it was trained to",
@@ -194,7 +193,7 @@ def open_classifier(model: Model, context: Context, pooling: str = "auto") -> An
     config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
     config.num_labels = 2
     option = hasattr(config, "classifier_pooling")
-    appended = not option and config.model_type in _MEAN_LAYERS
+    appended = task == "text-classification" and not option and config.model_type in _MEAN_LAYERS
     if pooling == "mean" and not option and not appended:
         raise FitError(
             "no-mean-pooling", f"{config.model_type} cannot be opened with mean pooling",
@@ -205,14 +204,15 @@ def open_classifier(model: Model, context: Context, pooling: str = "auto") -> An
         config.classifier_pooling = "mean"
     if appended and pooling != "native":
         config.num_hidden_layers += 1
-    if config.pad_token_id is None:
+    if task == "text-classification" and config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
     torch.manual_seed(context.seeded("open", model.digest))
     last = f"encoder.layer.{config.num_hidden_layers - 1}."
     fresh = ["classifier", "score", "head.", "pooler.", "pre_classifier", *_prefixed("pooler.", config.model_type)]
+    fresh += ["projector."] if task == "audio-classification" else []
     if appended and pooling != "native":
         fresh += [last, *_prefixed(last, config.model_type)]
-    network = load_strictly(AutoModelForSequenceClassification, model, fresh, config)
+    network = load_strictly(auto_class(task), model, fresh, config)
     if appended and pooling != "native":
         append_mean_layer(network, config.model_type)
     return network

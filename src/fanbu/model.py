@@ -23,7 +23,7 @@ import psutil
 from fanbu.errors import DataError, IntegrityError, UsageError, needs_extra
 from fanbu.files import disk_error, file_sha256, sync, write_text
 from fanbu.tensors import TensorSpec, index_tensors, write_tensors
-from fanbu.types import Context, Task, digest
+from fanbu.types import CLASSIFYING, MEDIA, Context, Task, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 MANIFEST = "fanbu.json"
 CARD = "README.md"
 MAX_JSON = 200 * 2**20
+_HEARING = {
+    "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert",
+    "wav2vec2-conformer", "wavlm",
+}  # fmt: skip
+"""Model types whose "sequences" are recordings."""
 # What belongs to a model: weights, configuration, tokenizer. Everything else in a folder is left alone.
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
@@ -94,13 +99,17 @@ class Model:
         """The task that its architecture is made for; None for a bare body."""
         name = str((self.config.get("architectures") or [""])[0])
         if name.endswith("ForSequenceClassification"):
-            return "text-classification"
+            return "audio-classification" if self.config.get("model_type") in _HEARING else "text-classification"
+        if name.endswith("ForImageClassification"):
+            return "image-classification"
+        if name.endswith("ForAudioClassification"):
+            return "audio-classification"
         return "causal-lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Its label names (``domain/label``), in the order of its rows; empty where it has no label head."""
-        if self.task != "text-classification":
+        if self.task not in CLASSIFYING:
             return ()
         names = self.config.get("id2label") or {}
         return tuple(names[key] for key in sorted(names, key=int))
@@ -218,9 +227,14 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The model's tokenizer; IntegrityError where it is missing or does not fit the embedding table."""
+    """The model's tokenizer; IntegrityError where it is missing or does not fit the embedding table.
+
+    What reads images or recordings (an image processor, a feature extractor) takes its place where the model does.
+    """
     from transformers import AutoTokenizer
 
+    if (model.path / _PROCESSOR).exists() and (model.task in MEDIA or (model.task is None and _reads_media(model))):
+        return _load_processor(model)
     names = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     if not any((model.path / name).exists() for name in names):
         raise IntegrityError(
@@ -242,10 +256,40 @@ def load_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _reads_media(body: Model) -> bool:
+    return body.config.get("model_type") in _HEARING or not body.config.get("vocab_size")
+
+
+def _load_processor(model: Model) -> Any:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    seeing = "image_processor_type" in read_json(model.path / _PROCESSOR, "tokenizer-broken")
+    with needs_extra("media"):
+        import PIL  # noqa: F401 - transformers says so in many words, and too late
+    try:
+        auto: Any = AutoImageProcessor if seeing else AutoFeatureExtractor
+        return auto.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise IntegrityError("tokenizer-broken", f"{model.path}: {error}", remedy=_RESTORE) from None
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that opens a checkpoint for a task."""
+    import transformers
+
+    return {
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "audio-classification": transformers.AutoModelForAudioClassification,
+        "causal-lm": transformers.AutoModelForCausalLM,
+    }[task]
+
+
 def load_network(model: Model) -> Any:
     """The transformers network of a classifier or causal model, in float32, with every tensor accounted for."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     if model.task is None:
         raise UsageError(
             "model-task",
@@ -254,8 +298,7 @@ def load_network(model: Model) -> Any:
             got=model.config.get("architectures"),
             remedy="open it as a classifier first (fanbu run and fanbu shrink do that)",
         )
-    auto = AutoModelForSequenceClassification if model.task == "text-classification" else AutoModelForCausalLM
-    return load_strictly(auto, model)
+    return load_strictly(auto_class(model.task), model)
 
 
 def load_strictly(auto: Any, model: Model, allowed_missing: Sequence[str] = (), config: Any = None) -> Any:
@@ -385,6 +428,7 @@ def save_model(
     return open_model(out, verify=False)
 
 
+_VARIES = {"transformers_version", "_processor_class", "processor_class"}
 _NOT_TOKENIZER = {"config.json", "generation_config.json", MANIFEST}
 
 
@@ -394,6 +438,11 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
             if not name.endswith((".safetensors", ".index.json")) and name not in _NOT_TOKENIZER:
                 shutil.copyfile(tokenizer / name, folder / name)
                 sync(folder / name)
+        return
+    if not hasattr(tokenizer, "init_kwargs"):  # what reads images and recordings
+        written = tokenizer.to_dict()
+        text = json.dumps({k: v for k, v in written.items() if k not in _VARIES}, indent=2, sort_keys=True)
+        write_text(folder / _PROCESSOR, text)
         return
     before = getattr(tokenizer, "name_or_path", None)
     tokenizer.name_or_path = ""  # paths of this machine do not belong in a checkpoint

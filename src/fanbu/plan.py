@@ -9,6 +9,7 @@ from fanbu.domain import Domain
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
 from fanbu.recipe import Recipe, Step
+from fanbu.types import CLASSIFYING
 
 
 def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
@@ -22,8 +23,8 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise reason
         if reason:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
-    if "tfidf" in recipe.references and tasks == {"causal-lm"}:
-        raise UsageError("no-tfidf", "references: tfidf is for classification", remedy="leave it out")
+    if "tfidf" in recipe.references and tasks != {"text-classification"}:
+        raise UsageError("no-tfidf", "references: tfidf is for classifying texts", remedy="leave it out")
     _check_teachers(recipe)
     for d in domains.values():
         if "scores" not in d.share.kinds or d.share.private:
@@ -32,7 +33,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
                 allowed="scores among its kinds",
                 got=d.share.as_dict(), remedy="share scores; private domains cannot take part in this version",
             )  # fmt: skip
-    if "text-classification" in tasks:
+    if tasks & set(CLASSIFYING):
         reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
         if reason:
             raise reason

@@ -65,7 +65,7 @@ def _before_first(network: Any) -> int:
 
 def longest(network: Any, tokenizer: Any, context: Context) -> int:
     """``limit``, and no more than the tokenizer says that the model was trained on."""
-    return int(min(limit(network, context), tokenizer.model_max_length))
+    return int(min(limit(network, context), getattr(tokenizer, "model_max_length", math.inf)))
 
 
 def class_logits(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> Tensor:

@@ -17,7 +17,7 @@ from fanbu.catalogue import method, suggestion
 from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
-from fanbu.types import PRESETS, Context, Precision, Progress, Share, silent
+from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, silent
 
 MAX_RECIPE = 2**20
 SPLITS = ("train", "valid", "test", "unlabelled")
@@ -76,7 +76,7 @@ class Arrival(_Part):
 class DomainSpec(_Part):
     """One domain: where its rows are, when they arrive, and what may leave its owner."""
 
-    task: Literal["text-classification", "causal-lm"] = "text-classification"
+    task: Task = "text-classification"
     train: str | list[str] | None = None
     valid: str | list[str] | float = 0.1
     test: str | list[str] | float | None = None

@@ -34,9 +34,10 @@ def open_base(turn: Turn) -> Model:
         return base
 
     def make(out: Path, context: Context) -> Model:
-        network = open_classifier(base, context, turn.recipe.pooling)
+        network = open_classifier(base, context, turn.recipe.pooling, turn.feeding[0].task)
         tokenizer = load_tokenizer(base)
-        tokenizer.model_max_length = min(context.max_length, tokenizer.model_max_length)
+        if hasattr(tokenizer, "model_max_length"):
+            tokenizer.model_max_length = min(context.max_length, tokenizer.model_max_length)
         return save_network(network, tokenizer, out, provenance("open", [base], context, pooling=turn.recipe.pooling))
 
     inputs = {"base": base.digest, "pooling": turn.recipe.pooling, **turn.settings()}

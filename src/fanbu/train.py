@@ -63,6 +63,7 @@ def train(
     )
     if plan.dropout is not None:
         _set_dropout(network, plan.dropout)
+    masking = _without_masking(network)
     run = _Run(network, accelerator, lengths, plan, context, name, head)
     checkpoint = None if context.scratch is None else context.scratch / f"{name}.checkpoint"
     if checkpoint is not None:
@@ -77,6 +78,8 @@ def train(
             run.save(checkpoint)
             saved = time.monotonic()
     run.close()
+    for config in masking:
+        config.apply_spec_augment = True
     return run.history
 
 
@@ -91,6 +94,16 @@ def _set_dropout(network: nn.Module, rate: float) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
+
+
+def _without_masking(network: nn.Module) -> list[Any]:
+    """Turns SpecAugment off: it draws from numpy's one generator for all, which no checkpoint holds. Returns the
+    configs that had it on."""
+    configs = {id(c): c for m in network.modules() if (c := getattr(m, "config", None)) is not None}
+    found = [c for c in configs.values() if getattr(c, "apply_spec_augment", False)]
+    for config in found:
+        config.apply_spec_augment = False
+    return found
 
 
 class _Run:

@@ -26,7 +26,7 @@ from fanbu.model import Model, open_model
 from fanbu.plan import check_plan
 from fanbu.recipe import PublicTexts, Recipe, Step, load_domains, open_domain
 from fanbu.record import read_records
-from fanbu.types import Context, ProbeRow, ProbeSet, Progress, digest, silent
+from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, silent
 
 Log = Callable[[str], None]
 
@@ -122,8 +122,8 @@ def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     """
     plain = recipe.model_dump(mode="json", exclude=_NOT_MADE_OF)
     rows = {name: [d.digest, d.share.as_dict()] for name, d in domains.items()}
-    probe = recipe.probe.model_dump(exclude={"public"})
-    public = [[row.text for row in public_texts(p)] for p in recipe.probe.public]
+    probe, task = recipe.probe.model_dump(exclude={"public"}), next(d.task for d in domains.values())
+    public = [[row.text for row in public_texts(p, task)] for p in recipe.probe.public]
     return digest({"recipe": plain, "domains": rows, "base": base.digest, "probe": probe, "public": digest(public)})
 
 
@@ -172,7 +172,7 @@ def open_turn(
     turn.warnings += _unnamed(turn)
     steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
     asking = any(method(step.method, "feedback").needs.probe for step in steps)
-    if asking or any(d.task == "text-classification" for d in domains.values()):
+    if asking or any(d.task in CLASSIFYING for d in domains.values()):
         turn.context = replace(context, probe=gather_probe(turn))
     return turn
 
@@ -199,7 +199,7 @@ def gather_probe(turn: Turn) -> ProbeSet:
         if (what := spec.from_domain(d.share)) is not None:
             rows += domain_texts(turn, d, what)
     for number, public in enumerate(spec.public):
-        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public)]
+        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public, turn.feeding[0].task)]
     kept = without_test_texts(rows, [*turn.domains.values(), *later])
     if len(kept) < len(rows):
         turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
@@ -255,10 +255,10 @@ def probe_rows(texts: Contribution) -> list[ProbeRow]:
     return [ProbeRow(r["id"], r["text"], r["domain"]) for r in texts.rows]
 
 
-def public_texts(public: PublicTexts) -> list[RawRow]:
+def public_texts(public: PublicTexts, task: Task) -> list[RawRow]:
     """The rows of one public file, or area of the standard library."""
     if public.python:
         raw = list(function_bodies(public.python))
     else:
-        raw = load_rows(str(public.path), public.columns, labelled=False)
+        raw = load_rows(str(public.path), public.columns, labelled=False, kind=MEDIA.get(task, "text"))
     return cap(raw, public.limit, "public")

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from fanbu.errors import UsageError
 
-Task = Literal["text-classification", "causal-lm"]
+Task = Literal["text-classification", "image-classification", "audio-classification", "causal-lm"]
 Kind = Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]
 Precision = Literal["fp32", "bf16"]
 Form = Literal["copy", "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4"]  # what `fanbu export` makes
 Progress = Callable[[str, int, int], None]
 
-TASKS: tuple[Task, ...] = ("text-classification", "causal-lm")
+TASKS: tuple[Task, ...] = ("text-classification", "image-classification", "audio-classification", "causal-lm")
+CLASSIFYING: tuple[Task, ...] = TASKS[:3]
+MEDIA: Mapping[str, str] = {"image-classification": "image", "audio-classification": "audio"}  # what a row holds
 FORMS: tuple[Form, ...] = ("copy", "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4")
 KINDS: tuple[Kind, ...] = ("weights", "updates", "predictions", "samples", "modules", "statistics", "scores")
 

@@ -65,10 +65,10 @@ def _opened(source: str, domain: Domain, out: Path, context: Context) -> Any:
     from fanbu.progress import log
 
     model = open_model(source)
-    if model.task is not None or domain.task != "text-classification":
+    if model.task is not None or domain.task == "causal-lm":
         return model
     log(f"{source} is a bare body: opened as a classifier in {out}.opened")
-    network = open_classifier(model, context)
+    network = open_classifier(model, context, task=domain.task)
     return save_network(
         network, load_tokenizer(model), out.with_name(f"{out.name}.opened"), provenance("open", [model], context)
     )

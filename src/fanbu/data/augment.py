@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from fanbu.data.media import is_media
+from fanbu.errors import UsageError
+
 _SHARE = 0.15  # of the words that are dropped, or exchanged
 
 
@@ -16,6 +19,11 @@ def augmented(texts: Sequence[str], times: int, seed: int) -> list[str]:
     spaces is cut into characters instead. (Word exchange for distillation: Jiao et al. 2020, TinyBERT, who draw from a
     masked language model.)
     """
+    if times and any(map(is_media, texts)):
+        raise UsageError(
+            "bad-parameter", "variants are made of texts", allowed="augment: 0 for images and recordings", got=times,
+            remedy="leave it out",
+        )  # fmt: skip
     numbers = random.Random(seed)
     split = [(text.split(), " ") if " " in text else (list(text), "") for text in texts]
     pool = [word for words, _ in split for word in words]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanbu.data.media import media_row
 from fanbu.errors import DataError, UsageError, needs_extra
 
 MAX_TEXT = 1_000_000
 MAX_FILE = 4 * 2**30
-COLUMNS = {"text": "text", "label": "label", "id": "id"}
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "and .jsonl.gz, .csv.gz, .tsv.gz")
 
 
@@ -29,18 +29,18 @@ class RawRow:
 
 
 def load_rows(
-    source: str | Sequence[str], columns: Mapping[str, str] | None = None, *, labelled: bool = True
+    source: str | Sequence[str], columns: Mapping[str, str] | None = None, *, labelled: bool = True, kind: str = "text"
 ) -> list[RawRow]:
     """Reads all rows of a file, of ``datasets:NAME[/CONFIG]:SPLIT``, or of several of these.
 
     ``columns`` maps ``text``, ``label`` and ``id`` to the names that the file uses; without an id column, the
-    row's number is its id (after the file's number, from the second file on). Raises DataError that names the file
-    and the row.
+    row's number is its id (after the file's number, from the second file on). ``kind`` is ``image`` or ``audio``
+    where rows hold these in a column of that name (``data.media``). Raises DataError that names the file and the row.
     """
     if not isinstance(source, str):
         parts = enumerate(source)
-        return [row for n, one in parts for row in _load_file(one, columns, labelled, f"{n}/" if n else "")]
-    return _load_file(source, columns, labelled, "")
+        return [row for n, one in parts for row in _load_file(one, columns, labelled, kind, f"{n}/" if n else "")]
+    return _load_file(source, columns, labelled, kind, "")
 
 
 def load_texts(source: str) -> list[str]:
@@ -51,18 +51,21 @@ def load_texts(source: str) -> list[str]:
     return [line for line in _text(path).splitlines() if line.strip()]
 
 
-def _load_file(source: str, columns: Mapping[str, str] | None, labelled: bool, before: str) -> list[RawRow]:
-    names = {**COLUMNS, **(columns or {})}
-    unknown = set(names) - set(COLUMNS)
+def _load_file(source: str, columns: Mapping[str, str] | None, labelled: bool, kind: str, before: str) -> list[RawRow]:
+    known = {kind: kind, "label": "label", "id": "id"}
+    names = {**known, **(columns or {})}
+    unknown = set(names) - set(known)
     if unknown:
-        raise UsageError("column-map", "unknown key in columns", allowed=COLUMNS, got=unknown, remedy="remove it")
-    rows = []
+        raise UsageError("column-map", "unknown key in columns", allowed=known, got=unknown, remedy="remove it")
+    rows, folder = [], Path(source).expanduser().parent
     for number, record in enumerate(raw_records(source)):
-        text, label = record.get(names["text"]), record.get(names["label"])
+        text, label = record.get(names[kind]), record.get(names["label"])
         where = f"row {number + 1} of {source}"
-        if not isinstance(text, str):
+        if kind != "text":
+            text = media_row(text, kind, folder, where)
+        elif not isinstance(text, str):
             raise _column(where, names["text"], record)
-        if len(text) > MAX_TEXT:
+        elif len(text) > MAX_TEXT:
             raise DataError(
                 "text-too-long",
                 f"{where} is too long",
@@ -164,6 +167,10 @@ def _hub(source: str) -> Iterator[Mapping[str, Any]]:
     if name.count("/") == 2 and not Path(name).exists():
         name, _, config = name.rpartition("/")
     try:
-        yield from datasets.load_dataset(name, config, split=split)
+        found = datasets.load_dataset(name, config, split=split)
+        for column, kind in found.features.items():
+            if isinstance(kind, (datasets.Image, datasets.Audio)):  # as bytes: they are decoded here
+                found = found.cast_column(column, type(kind)(decode=False))
+        yield from found
     except Exception as error:  # the library raises many kinds
         raise DataError("data-not-found", f"{source}: {error}", remedy="check name, split and connection") from None

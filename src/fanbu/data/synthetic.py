@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
+from fanbu.data.media import is_media
 from fanbu.errors import DataError
 
 LEAST = 3  # texts in which a pair of words must occur, to occur in a synthetic one
@@ -47,8 +48,11 @@ class Corpus:
         return found
 
     def hides(self, text: str, least: int = LEAST) -> bool:
-        """Whether a text is none of the domain's, and each pair of words in it occurs in ``least`` of them."""
+        """Whether a text is none of the domain's, and each pair of words in it occurs in ``least`` of them. An image or
+        a recording never is: its bytes are no words."""
         words = self.words(text)
+        if is_media(text):
+            return False
         return words not in self.own and all(self.pairs[pair] >= least for pair in pairwise(words))
 
 

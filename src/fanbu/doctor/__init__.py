@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fanbu.doctor.machine import extras, installed, machine
 from fanbu.errors import FanbuError, UsageError
-from fanbu.types import Progress, silent
+from fanbu.types import CLASSIFYING, MEDIA, Progress, silent
 
 if TYPE_CHECKING:
     from fanbu.domain import Domain
@@ -181,7 +181,7 @@ def _lengths(recipe: Recipe, domains: Mapping[str, Domain], model: Model, found:
         return
     tokenizer = found.attempt("model", lambda: load_tokenizer(model))
     texts = sample(domains, 500)
-    if tokenizer is None or not texts:
+    if tokenizer is None or not texts or task in MEDIA:
         return
     lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
     cut = sum(n > recipe.max_length for n in lengths) / len(lengths)
@@ -284,8 +284,8 @@ def _crosses(recipe: Recipe, d: Domain, ways: Sequence[Any]) -> list[str]:
     from fanbu.catalogue import method
 
     needs = [method(step.method, "feedback").needs for step in ways] if d.role == "feeds" else []
-    asking = any(n.probe for n in needs) or d.task == "text-classification"
-    found = ["statistics (probe)"] if d.task == "text-classification" and d.role == "feeds" else []
+    asking = any(n.probe for n in needs) or d.task in CLASSIFYING
+    found = ["statistics (probe)"] if d.task in CLASSIFYING and d.role == "feeds" else []
     given = recipe.probe.from_domain(d.share) if d.role == "feeds" and asking else None
     if given is not None:
         found.append("samples (texts without labels)" if given == "own" else "samples (synthetic texts)")

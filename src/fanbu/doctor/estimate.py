@@ -15,7 +15,7 @@ from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.model import Model
 from fanbu.recipe import Recipe, Step
-from fanbu.types import Context, Progress, Train, silent
+from fanbu.types import CLASSIFYING, Context, Progress, Train, silent
 
 _BATCHES = 6  # that are timed, after one to warm up
 _ENOUGH = 30.0  # seconds of timing; a large model is judged by fewer batches
@@ -51,7 +51,7 @@ class Work:
 def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Work]:
     """What a round does, stage by stage, in its order."""
     feeding = [d for d in domains.values() if d.role == "feeds"]
-    classes = feeding[0].task == "text-classification"
+    classes = feeding[0].task in CLASSIFYING
     asked = {d.name: _asked(recipe, d) for d in feeding}
     public = sum(p.limit or 1000 for p in recipe.probe.public)
     found = []
@@ -145,10 +145,11 @@ def measure(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progres
     from fanbu.predict import class_logits, limit, token_losses
 
     context = recipe.context()
-    classes = next(iter(domains.values())).task == "text-classification"
+    task = next(iter(domains.values())).task
+    classes = task in CLASSIFYING
     for _ in range(2):  # the first one imports libraries too
         started = time.monotonic()
-        network = open_classifier(model, context, recipe.pooling) if classes else load_network(model)
+        network = open_classifier(model, context, recipe.pooling, task) if classes else load_network(model)
         tokenizer = load_tokenizer(model)
         opened = time.monotonic() - started
     plan = _plan(recipe.feedback, "feedback") or next(

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 EXTRAS = {
     "demo": "the small sentence encoder that `make demo` and `fanbu init` start from",
     "datasets": "data by name: `datasets:NAME:SPLIT`",
+    "media": "images and recordings: decoding and preparing them",
     "track": "rounds and champions in MLflow: `fanbu track`",
     "docs": "building the documentation",
     "dev": "tests and checks of fanbu itself",

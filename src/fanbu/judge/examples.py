@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
+from fanbu.data.media import described
 from fanbu.domain import Domain
 
 MOST, LONGEST = 6, 600
@@ -31,7 +32,7 @@ def examples(domain: Domain, old: Answers, new: Answers) -> Contribution:
     rows, answers = [], {}
     for kind, numbers in chosen.items():
         for rank, i in enumerate(numbers):
-            row = {"id": f"{kind}-{rank}", "text": domain.test.texts[i][:LONGEST]}
+            row = {"id": f"{kind}-{rank}", "text": described(domain.test.texts[i], LONGEST)}
             if domain.test.labels is not None:
                 row["label"] = domain.labels[domain.test.labels[i]]
             rows.append(row)

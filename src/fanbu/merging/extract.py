@@ -19,7 +19,7 @@ from fanbu.merging.adapter import CONFIG, PREFIX, WEIGHTS, body_of
 from fanbu.merging.factors import FORM, Factored
 from fanbu.merging.spectral import Svd, factored_svd, svd
 from fanbu.merging.task_vector import HEAD, TaskVector, head_tensors
-from fanbu.model import MANIFEST, Model, whole_or_not_at_all
+from fanbu.model import MANIFEST, Model, auto_class, whole_or_not_at_all
 from fanbu.tensors import chunks, save_tensors
 from fanbu.types import Context
 
@@ -162,12 +162,9 @@ def linear_layers(base: Model) -> dict[str, tuple[str, bool]]:
     from torch import nn
 
     config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-    kinds = {
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "text-classification": transformers.AutoModelForSequenceClassification, None: transformers.AutoModel,
-    }  # fmt: skip
+    kind = auto_class(base.task) if base.task else transformers.AutoModel
     with torch.device("meta"):
-        network = kinds[base.task].from_config(config, trust_remote_code=False)
+        network = kind.from_config(config, trust_remote_code=False)
     known, heads = base.tensors, set(head_tensors(base))
     prefix = f"{network.base_model_prefix}."
     found = {}
@@ -227,7 +224,7 @@ def _save(
     common = max(set(modules.values()), key=lambda r: (list(modules.values()).count(r), r))
     other = {f"^{m}": r for m, r in sorted(modules.items()) if r != common}
     config = {
-        "peft_type": "LORA", "task_type": TASKS[base.task], "base_model_name_or_path": None, "r": common,
+        "peft_type": "LORA", "task_type": TASKS.get(base.task), "base_model_name_or_path": None, "r": common,
         "lora_alpha": common, "rank_pattern": other, "alpha_pattern": other, "target_modules": sorted(modules),
         "bias": "none", "fan_in_fan_out": conv, "lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": sorted({n.removeprefix(HEAD).rpartition(".")[0] for n in heads}) or None,

@@ -10,6 +10,7 @@ from torch import Tensor
 from fanbu.errors import FitError
 from fanbu.model import Model
 from fanbu.tensors import Tensors
+from fanbu.types import CLASSIFYING
 
 HEADS = ("classifier.out_proj.", "classifier.", "score.")
 HEAD = "head:"
@@ -113,7 +114,7 @@ class Weights(Mapping[str, Tensor]):
 
 def head_tensors(model: Model) -> list[str]:
     """Names of the tensors of the final layer of a classifier; none for a causal model."""
-    if model.task != "text-classification":
+    if model.task not in CLASSIFYING:
         return []
     for prefix in HEADS:
         found = [n for n in (prefix + "weight", prefix + "bias") if n in model.tensors]

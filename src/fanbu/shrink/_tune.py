@@ -14,7 +14,7 @@ from fanbu.objectives import labelled, language
 from fanbu.predict import limit, validation_value
 from fanbu.probing import fit_probe
 from fanbu.train import BatchLoss, train
-from fanbu.types import Context, Train
+from fanbu.types import CLASSIFYING, Context, Train
 
 
 def open_for(parent: Model, domain: Domain, context: Context) -> tuple[Any, Any]:
@@ -29,7 +29,7 @@ def open_for(parent: Model, domain: Domain, context: Context) -> tuple[Any, Any]
             remedy="give a parent of the domain's task (`fanbu run` opens a bare body by itself)",
         )  # fmt: skip
     network, tokenizer = load_network(parent), load_tokenizer(parent)
-    if domain.task == "text-classification":
+    if domain.task in CLASSIFYING:
         if set(domain.full_labels) <= set(parent.labels):
             set_head(network, get_head(network).take(domain.full_labels))
         else:
@@ -42,7 +42,7 @@ def tune(network: Any, tokenizer: Any, domain: Domain, plan: Train, context: Con
     network.to(context.device)
     sequences = encode(tokenizer, domain.train.texts, limit(network, context))
     loss = of_rows(domain, sequences, range(len(sequences)), pad_id(tokenizer), context.device)
-    head = final_layer(network) if domain.task == "text-classification" else None
+    head = final_layer(network) if domain.task in CLASSIFYING else None
     history = train(
         network, [len(s) for s in sequences], loss, plan, context, name, head=head,
         validate=(lambda n: validation_value(n, tokenizer, domain, context)) if len(domain.valid) else None,
@@ -52,7 +52,7 @@ def tune(network: Any, tokenizer: Any, domain: Domain, plan: Train, context: Con
 
 def of_rows(domain: Domain, sequences: Sequences, numbers: Sequence[int], pad: int, device: str) -> BatchLoss:
     """The task's loss over some training rows, whose tokens are given."""
-    if domain.task == "text-classification":
+    if domain.task in CLASSIFYING:
         labels = domain.train.labels or ()
         return labelled(sequences, [labels[i] for i in numbers], pad, device)
     return language(sequences, pad, device)

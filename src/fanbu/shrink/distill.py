@@ -25,7 +25,7 @@ from fanbu.shrink._teaching import on_policy as written_anew
 from fanbu.shrink._tune import open_for
 from fanbu.train import BatchLoss, set_up
 from fanbu.train import train as train_network
-from fanbu.types import Context, Train
+from fanbu.types import CLASSIFYING, Context, Train
 
 CHANGES: frozenset[str] = frozenset()
 
@@ -92,7 +92,7 @@ def shrink(
     sequences = encode(tokenizer, texts, limit(network, context))
     network.to(context.device)
     student = nn.ModuleDict({"network": network})
-    taught = _by_labels if domain.task == "text-classification" else _by_tokens
+    taught = _by_labels if domain.task in CLASSIFYING else _by_tokens
     loss, head = taught(student, tokenizer, chosen, domain, texts, sequences, asked, context)
     history = train_network(
         student, [len(s) for s in sequences], loss, train, context, f"distill {domain.name}", head=head,

@@ -20,7 +20,7 @@ from fanbu.shrink._tune import open_for, tune
 from fanbu.shrink._units import columns
 from fanbu.tensors import save_tensors
 from fanbu.train import set_up
-from fanbu.types import Context, Train
+from fanbu.types import CLASSIFYING, Context, Train
 
 CHANGES: frozenset[str] = frozenset()
 
@@ -57,7 +57,7 @@ def shrink(
 
     network, tokenizer = open_for(parent, domain, context)
     names = _targets(network, domain, targets, directed=kind == "dora")
-    classifies = domain.task == "text-classification"
+    classifies = domain.task in CLASSIFYING
     head = _name_of(network, final_layer(network)) if classifies else None
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, use_dora=kind == "dora",
@@ -97,7 +97,7 @@ def _save_adapter(wrapped: Any, head: str | None, parent: Model, out: Path) -> N
 
 def _targets(network: Any, domain: Domain, endings: Sequence[str], *, directed: bool) -> list[str]:
     output = network.get_output_embeddings()
-    last = final_layer(network) if domain.task == "text-classification" else None
+    last = final_layer(network) if domain.task in CLASSIFYING else None
     known = [
         name.removesuffix(".weight")
         for name, m in linear_layers(network).items()

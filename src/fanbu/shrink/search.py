@@ -25,7 +25,7 @@ from fanbu.predict import validation_value
 from fanbu.shrink import depth, distill, quantize, vocabulary, width
 from fanbu.shrink._space import Choice, Sketch, Space, shape_row
 from fanbu.tensors import Tensors
-from fanbu.types import Context, Train, digest
+from fanbu.types import CLASSIFYING, Context, Train, digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +129,7 @@ def shrink(
             "bad-parameter", "search has no budget", allowed="budget: parameters, bytes or milliseconds", got=0,
             remedy="say how small or how fast it is to be",
         )  # fmt: skip
-    if domain.task == "text-classification" and not set(domain.full_labels) <= set(parent.labels):
+    if domain.task in CLASSIFYING and not set(domain.full_labels) <= set(parent.labels):
         raise FitError(
             "teacher-labels", f"{parent.path} does not know the labels of {domain.name}, so it teaches nothing",
             allowed=sorted(domain.full_labels), got=sorted(parent.labels)[:20], remedy="let `finetune` go before",

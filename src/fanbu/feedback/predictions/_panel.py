@@ -14,11 +14,11 @@ from fanbu.domain import Specialist
 from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.predictions._across import characters, cut, projection, tokens_across
 from fanbu.feedback.predictions._trust import fit_temperature, fit_trust
-from fanbu.heads import check_labels_known
+from fanbu.heads import check_labels_known, domains_of
 from fanbu.merging.tokens import rows_of
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits, token_losses, top_tokens
-from fanbu.types import Context
+from fanbu.types import Context, digest
 
 _SURE = 255  # what probability 1 is written as
 
@@ -46,6 +46,25 @@ def variants(context: Context, domain: str, times: int) -> list[str]:
     return augmented(own, times, context.seeded("variants", domain))
 
 
+def rows_known(base: Model, domain: str) -> tuple[list[int], str]:
+    """A domain's label rows in the base, and a mark of their names: both sides have them, so that none crosses."""
+    rows = domains_of(base.labels).get(domain, [])
+    return rows, digest([base.labels[i] for i in rows])[:12]
+
+
+def columns_of(c: Contribution, base: Model) -> list[int]:
+    """The base's label rows that a panel is about. Raises FitError where it was made for other rows, or names strange
+    ones."""
+    rows, mark = rows_known(base, c.domain)
+    known = c.meta["known"] or list(range(len(rows)))
+    if c.meta["head"] != mark or not all(isinstance(i, int) and 0 <= i < len(rows) for i in known):
+        raise FitError(
+            "other-labels", f"the panel of {c.domain} was made for other label rows than {base.path} has", allowed=mark,
+            got=c.meta["head"], remedy="ask its owner again, with this base",
+        )  # fmt: skip
+    return [rows[i] for i in known]
+
+
 def class_panel(
     specialist: Specialist, base: Model, context: Context, top_k: int, mass: float, augment: int = 0,
     *, alone: bool = False,
@@ -58,9 +77,10 @@ def class_panel(
     learned nothing new gets none; one that is no better, but errs elsewhere, gets its share. ``alone``: what the
     specialist says by itself is sent, whatever its trust.
 
-    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: both
-    temperatures, ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against
-    the base on validation rows.
+    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: which of
+    the domain's label rows in the base these are about (``known``; empty: all, in their order), both temperatures,
+    ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against the base on
+    validation rows.
     """
     domain = specialist.domain
     target = torch.tensor(domain.valid.labels)
@@ -77,10 +97,13 @@ def class_panel(
         valid.append(p[: len(target)])
         probs.append(p[len(target) :])
     trust, most = fit_trust(valid[0], valid[1], target), min(top_k, len(domain.full_labels))
+    group, mark = rows_known(base, domain.name)
+    known = [group.index(base.labels.index(label)) for label in domain.full_labels]
     w = torch.ones(len(texts), 1) if alone else trust.of(*probs)[:, None]
     right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
-        "probe": context.probe.digest, "labels": list(domain.full_labels), "trust": trust.share,
+        "probe": context.probe.digest, "head": mark, "trust": trust.share,
+        "known": [] if known == list(range(len(group))) else known,
         "trust_by": trust.coefficients,
         "temperature": temperatures[0], "base_temperature": temperatures[1], "valid": len(target),
         "wins": int((right & ~base_right).sum()), "losses": int((~right & base_right).sum()),
@@ -106,13 +129,13 @@ def said(probs_nl: Tensor, most: int, mass: float) -> dict[str, Tensor]:
     return {"labels": order[:, :most][keep].to(wide), "probs": q[keep].to(torch.uint8)}
 
 
-def heard(c: Contribution, rows: int) -> Tensor:
-    """``said`` again as [rows, labels], summing to 1: mass that was not said is spread evenly over the other labels.
+def heard(c: Contribution, rows: int, count: int) -> Tensor:
+    """``said`` again as [rows, count of labels], summing to 1: mass that was not said is spread evenly over the others.
 
     Raises IntegrityError where the lists do not come to so many rows, or name no label or one twice.
     """
     meta: Mapping[str, Any] = c.meta
-    count, most, enough = len(meta["labels"]), int(meta["most"]), _SURE * float(meta["mass"])
+    most, enough = int(meta["most"]), _SURE * float(meta["mass"])
     labels, q = c.tensors["labels"].tolist(), c.tensors["probs"].tolist()
     lengths, length, total = [], 0, 0
     for value in q:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fanbu.batches import Sequences
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, heard, heard_tokens
-from fanbu.heads import check_labels_known, domains_of
+from fanbu.feedback.predictions._panel import asked, columns_of, heard, heard_tokens
+from fanbu.heads import domains_of
 from fanbu.model import Model
 from fanbu.predict import class_logits, top_tokens
 from fanbu.types import Context
@@ -36,12 +36,11 @@ def union_targets(
             targets[i] = logits.softmax(0)
     more = []
     for c in teachers:
-        check_labels_known(base, c.meta["labels"])
-        columns = [base.labels.index(label) for label in c.meta["labels"]]
+        columns = columns_of(c, base)
         rows = torch.tensor(answers[c.domain], dtype=torch.long)
         own = torch.tensor([probe[i].domain == c.domain for i in answers[c.domain]], dtype=torch.bool)
         made = augment * int(own.sum())
-        p = heard(c, len(rows) + made)
+        p = heard(c, len(rows) + made, len(columns))
         mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
         targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * p[: len(rows)]
         more.append(torch.zeros(made, len(base.labels)))

@@ -19,7 +19,7 @@ from fanbu.model import Model, copy_model, load_network, load_tokenizer, provena
 from fanbu.objectives import soft_labelled, soft_language
 from fanbu.predict import limit
 from fanbu.train import train as train_network
-from fanbu.types import Context, Needs, Train
+from fanbu.types import CLASSIFYING, Context, Needs, Train
 
 NEEDS = Needs(kind="predictions", probe=True)
 LINEAR = False
@@ -49,7 +49,7 @@ def contribute(
             "bad-parameter", "distill makes variants of texts for classifiers only", allowed="augment: 0", got=augment,
             remedy="leave it out",
         )  # fmt: skip
-    if specialist.domain.task == "text-classification":
+    if specialist.domain.task in CLASSIFYING:
         tensors, meta = class_panel(specialist, base, context, top_k, mass, augment)
     else:
         tensors, meta = token_panel(specialist, base, context, top_k)
@@ -58,7 +58,7 @@ def contribute(
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    train: Train = Train(epochs=3, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
+    train: Train = Train(epochs=6, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -87,7 +87,7 @@ def absorb(
     texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]
     sequences = encode(tokenizer, texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
-    if base.task == "text-classification":
+    if base.task in CLASSIFYING:
         targets = union_targets(base, network, tokenizer, teachers, context, augment)
         loss = soft_labelled(sequences, targets, pad, context.device)
         head = final_layer(network)

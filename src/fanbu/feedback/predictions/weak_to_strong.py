@@ -21,7 +21,7 @@ from fanbu.model import Model, copy_model, load_network, load_tokenizer, provena
 from fanbu.objectives import Confidence, confident, confident_language
 from fanbu.predict import limit
 from fanbu.train import train as train_network
-from fanbu.types import Context, Needs, Train
+from fanbu.types import CLASSIFYING, Context, Needs, Train
 
 NEEDS = Needs(kind="predictions", probe=True)
 LINEAR = False
@@ -40,7 +40,7 @@ def contribute(
         top_k: how many labels, or next tokens, are said at most.
         mass: labels are said, likeliest first, until their probabilities come to this.
     """
-    if specialist.domain.task == "text-classification":
+    if specialist.domain.task in CLASSIFYING:
         tensors, meta = class_panel(specialist, base, context, top_k, mass, alone=True)
     else:
         tensors, meta = token_panel(specialist, base, context, top_k)
@@ -81,7 +81,7 @@ def absorb(
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
     ramp = _RAMP * train.epochs * math.ceil(len(sequences) / train.batch_size)
-    if base.task == "text-classification":
+    if base.task in CLASSIFYING:
         targets = union_targets(base, network, tokenizer, teachers, context)
         groups, own = _groups(base, teachers, context)
         state = Confidence(confidence, ramp, targets, groups, own)

@@ -13,7 +13,7 @@ from fanbu.model import Model, load_network, load_tokenizer, provenance, save_ne
 from fanbu.objectives import labelled, language
 from fanbu.predict import limit
 from fanbu.train import train as train_network
-from fanbu.types import Context, Needs, Train
+from fanbu.types import CLASSIFYING, Context, Needs, Train
 
 NEEDS = Needs(kind="samples", texts=True, labels=True)
 LINEAR = False
@@ -53,7 +53,7 @@ def absorb(
     network.to(context.device)
     sequences = encode(tokenizer, [row["text"] for row in rows], limit(network, context))
     pad, head = pad_id(tokenizer), None
-    if base.task == "text-classification":
+    if base.task in CLASSIFYING:
         check_labels_known(base, sorted({row["label"] for row in rows}))
         numbers = {label: i for i, label in enumerate(base.labels)}
         loss = labelled(sequences, [numbers[row["label"]] for row in rows], pad, context.device)

@@ -11,9 +11,9 @@ from fanbu.feedback.statistics._label_rows import join_rows
 from fanbu.heads import Head
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.probing import fit_probe
-from fanbu.types import Context, Needs
+from fanbu.types import CLASSIFYING, Context, Needs
 
-NEEDS = Needs(kind="statistics", tasks=("text-classification",))
+NEEDS = Needs(kind="statistics", tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 

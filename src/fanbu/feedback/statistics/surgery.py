@@ -15,9 +15,9 @@ from fanbu.heads import Head, get_head
 from fanbu.merging.gram import own_texts
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import features
-from fanbu.types import Context, Needs
+from fanbu.types import CLASSIFYING, Context, Needs
 
-NEEDS = Needs(kind="statistics", tasks=("text-classification",))
+NEEDS = Needs(kind="statistics", tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)

@@ -19,11 +19,11 @@ from fanbu.merging.live import Live, asked_texts
 from fanbu.model import Model, provenance
 from fanbu.predict import limit
 from fanbu.train import set_up
-from fanbu.types import Context, Needs
+from fanbu.types import CLASSIFYING, Context, Needs
 
 __all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
 
-NEEDS = Needs(kind="weights", same_architecture=True, same_tokenizer=True, probe=True, tasks=("text-classification",))
+NEEDS = Needs(kind="weights", same_architecture=True, same_tokenizer=True, probe=True, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 NEUTRAL = {"init": 1.0, "steps": 0}

@@ -13,11 +13,9 @@ from fanbu.feedback.weights._task_vector import contribute as task_vector
 from fanbu.merging.engine import Linear, merge
 from fanbu.merging.live import Live
 from fanbu.model import Model, provenance
-from fanbu.types import Context, Needs
+from fanbu.types import CLASSIFYING, Context, Needs
 
-NEEDS = Needs(
-    kind="weights", same_architecture=True, same_tokenizer=True, texts=True, labels=True, tasks=("text-classification",)
-)
+NEEDS = Needs(kind="weights", same_architecture=True, same_tokenizer=True, texts=True, labels=True, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 NEUTRAL: dict[str, object] = {}

@@ -1,0 +1,224 @@
+"""Images and recordings: what specialists of alphabets and of speakers say, fed back to one network.
+
+Bodies start with random weights (no public checkpoint is needed): a small ViT for the images, a convolution with a
+transformer on top (wav2vec 2.0's) for the sounds. Specialists are fine-tuned from the probed large body; small ones,
+of another architecture, are trained from nothing; the large one then learns from their panels on the domains' training
+rows. Only multitask sees labels.
+
+Run: python benchmarks/media.py [--quick] [--data DIR] [--work DIR] [--seeds N]. --quick: one seed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import wave
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from _common import bar, finish, parser, table
+from _outcomes import Outcomes, mean_over_seeds
+from _specialists import Bench, asking, judged, made, mean, scores
+from fanbu.boundary import cross
+from fanbu.catalogue import method
+from fanbu.contribution import open_contribution
+from fanbu.data.media import data_url
+from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.heads import open_classifier
+from fanbu.judge.compare import gain_kept
+from fanbu.model import Model, load_tokenizer, provenance, save_network
+from fanbu.progress import bar as progress_bar
+from fanbu.progress import log
+from fanbu.recipe import resolve_machine
+from fanbu.types import Context
+
+TASKS = {"image": "image-classification", "audio": "audio-classification"}
+RATE = 8000
+TUNE: Mapping[str, dict[str, Any]] = {
+    "image": {"epochs": 30, "lr": 1e-3, "patience": 8}, "audio": {"epochs": 30, "lr": 1e-3, "patience": 8},
+}  # fmt: skip
+TEACH = {"epochs": 30, "lr": 1e-3}
+SMALL: Mapping[str, dict[str, Any]] = {
+    "image": {"epochs": 60, "lr": 1e-3, "patience": 15}, "audio": {"epochs": 60, "lr": 1e-3, "patience": 15},
+}  # fmt: skip
+
+
+def domains_of(kind: str, data: Path, work: Path) -> dict[str, Domain]:
+    """The open domains of a kind; their arrays are written as PNG and WAV in data URLs first."""
+    found = {}
+    for train in sorted(data.glob("*/train.npz")):
+        if ("n" in np.load(train, allow_pickle=False)) == (kind == "audio"):
+            name = train.parent.name
+            files = {s: _written(kind, train.with_name(f"{s}.npz"), work / name) for s in ("train", "valid", "test")}
+            found[name] = load_domain(name, task=TASKS[kind], **files)  # type: ignore[arg-type]
+    if not found:
+        sys.exit(f"no {kind} domains in {data}; give their folder with --data")
+    return found
+
+
+def _written(kind: str, path: Path, folder: Path) -> str:
+    out = folder / f"{path.stem}.jsonl"
+    if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        z = np.load(path, allow_pickle=False)
+        urls = [_png(x) for x in z["x"]] if kind == "image" else _wavs(z["x"], z["n"])
+        lines = [json.dumps({kind: u, "label": str(y)}) for u, y in zip(urls, z["y"].tolist(), strict=True)]
+        out.write_text("\n".join(lines))
+    return str(out)
+
+
+def _png(x: Any) -> str:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(x).save(stream, "PNG")
+    return data_url(stream.getvalue(), "image/png")
+
+
+def _wavs(x: Any, lengths: Any) -> list[str]:
+    """From 8-bit mu-law, concatenated."""
+    v = x / 127.5 - 1
+    whole = (32767 * np.sign(v) * (256 ** np.abs(v) - 1) / 255).astype("<i2")
+    urls = []
+    for part in np.split(whole, np.cumsum(lengths)[:-1]):
+        stream = io.BytesIO()
+        with wave.open(stream, "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(RATE)
+            sound.writeframes(part.tobytes())
+        urls.append(data_url(stream.getvalue(), "audio/wav"))
+    return urls
+
+
+def body(kind: str, size: int, out: Path, context: Context) -> Model:
+    """Random weights; ``size`` layers, 32 ``size`` wide."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor
+    from transformers import Wav2Vec2Model as Hearing
+
+    torch.manual_seed(context.seeded("body", kind, size))
+    shape = {"num_hidden_layers": size, "num_attention_heads": size}
+    shape |= {"hidden_size": 32 * size, "intermediate_size": 64 * size}
+    if kind == "image":
+        network: Any = ViTModel(ViTConfig(image_size=28, patch_size=4, hidden_dropout_prob=0.1, **shape))
+        reader: Any = ViTImageProcessorPil(size={"height": 28, "width": 28})
+    else:
+        wide = 16 * size
+        network = Hearing(Wav2Vec2Config(
+            conv_dim=(wide,) * 4, conv_kernel=(10, 8, 4, 4), conv_stride=(5, 4, 2, 2), num_feat_extract_layers=4,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_extract_norm="layer",
+            do_stable_layer_norm=True, layerdrop=0.0, vocab_size=8, classifier_proj_size=32 * size, **shape,
+        ))  # fmt: skip
+        reader = Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)
+    return save_network(network, reader, out, provenance("nothing", [], context))
+
+
+def opened(kind: str, size: int, out: Path, domains: Mapping[str, Domain], context: Context) -> Model:
+    """A body with probed label rows."""
+    base, probe = made(out.with_name(f"{out.name}-body"), lambda o: body(kind, size, o, context)), method("probe")
+    network = open_classifier(base, context, task=TASKS[kind])  # type: ignore[arg-type]
+    plain = save_network(
+        network, load_tokenizer(base), out.with_name(f"{out.name}-opened"), provenance("open", [base], context)
+    )
+    sent = [probe.contribute(Specialist(plain, d), plain, context) for d in domains.values()]
+    return probe.absorb(plain, sent, out, context)
+
+
+def prepare(kind: str, seed: int, data: Path, work: Path, context: Context) -> Bench:
+    """The large network, probed, and its specialists."""
+    domains, folder = domains_of(kind, data, work / "data"), work / f"{kind}-{seed}"
+    context = replace(context, seed=seed, probe=asking({d.name: d.train.texts for d in domains.values()}))
+    large = made(folder / "large", lambda out: opened(kind, 4, out, domains, context))
+    return Bench(folder, domains, context, large, _grown(folder / "grown", large, domains, context, TUNE[kind]))
+
+
+def small(kind: str, bench: Bench) -> list[Specialist]:
+    """Specialists of half the depth and width, from nothing."""
+    start = made(bench.folder / "small", lambda out: opened(kind, 2, out, bench.domains, bench.context))
+    return _grown(bench.folder / "grown-small", start, bench.domains, bench.context, SMALL[kind])
+
+
+def _grown(
+    folder: Path, parent: Model, domains: Mapping[str, Domain], context: Context, tune: Mapping[str, Any]
+) -> list[Specialist]:
+    way = method("finetune")
+    return [
+        Specialist(
+            made(folder / d.name, lambda out, d=d: way.shrink(parent, d, out, context, train=tune)), d, parent
+        )
+        for d in domains.values()
+    ]  # fmt: skip
+
+
+def fed_back(bench: Bench, specialists: list[Specialist], name: str) -> tuple[Outcomes, int]:
+    """What distilling makes of their panels, and how many bytes crossed."""
+    way, sent = method("distill", "feedback"), []
+    for s in specialists:
+        place = bench.folder / f"panels-{name}" / s.domain.name
+        if not (place / "contribution.json").exists():
+            cross(way.contribute(s, bench.incumbent, bench.context), s.domain.share, place)
+        sent.append(open_contribution(place))
+    model = made(bench.folder / name, lambda out: way.absorb(bench.incumbent, sent, out, bench.context, train=TEACH))
+    return judged(bench, name, dict.fromkeys(bench.domains, model)), sum(c.bytes for c in sent)
+
+
+def multitask(bench: Bench) -> Outcomes:
+    """All labelled rows together: the reference."""
+    way = method("multitask")
+    sent = [way.contribute(s, bench.incumbent, bench.context) for s in bench.specialists]
+    model = made(
+        bench.folder / "multitask", lambda out: way.absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
+    )
+    return judged(bench, "multitask", dict.fromkeys(bench.domains, model))
+
+
+def one_seed(kind: str, bench: Bench) -> tuple[dict[str, Outcomes], int]:
+    """Outcomes by name, and the bytes of the full-size specialists' panels."""
+    few = small(kind, bench)
+    found = {
+        "probed base": judged(bench, "probed base", dict.fromkeys(bench.domains, bench.incumbent)),
+        "specialists": judged(bench, "specialists", {s.domain.name: s.model for s in bench.specialists}),
+        "small specialists": judged(bench, "small specialists", {s.domain.name: s.model for s in few}),
+    }
+    found["distill"], crossed = fed_back(bench, list(bench.specialists), "distill")
+    found["distill from small"], _ = fed_back(bench, few, "distill-from-small")
+    found["multitask"] = multitask(bench)
+    return found, crossed
+
+
+def main() -> int:
+    flags = parser(__doc__ or "")
+    flags.add_argument("--seeds", type=int, default=None, help="default: 3, with --quick 1")
+    flags.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
+    args = flags.parse_args()
+    device, precision, threads = resolve_machine("auto", "auto", 0)
+    texts, values, bars = [], {}, []
+    for kind in args.only:
+        runs, crossed = [], 0
+        with progress_bar() as progress:
+            for seed in range(args.seeds or (1 if args.quick else 3)):
+                log(f"== {kind}, seed {seed}")
+                context = Context(device=device, precision=precision, threads=threads, progress=progress)
+                found, crossed = one_seed(kind, prepare(kind, seed, args.data, args.work / "media", context))
+                runs.append(found)
+        found = mean_over_seeds(runs)
+        texts.append(table(scores(found)))
+        print(texts[-1], flush=True)
+        kept = gain_kept(found["distill"], found["probed base"], found["specialists"], "told", 0)
+        value = kept["value"] if kept else float("nan")
+        bars.append(bar(f"{kind}: gain kept", f"{value:.2f}", ">= 0.9", value >= 0.9))
+        values[kind] = {
+            "told": {n: mean(o, "told") for n, o in found.items()}, "gain kept": kept, "crossed": crossed,
+            "seeds": len(runs),
+        }  # fmt: skip
+    return finish("media-quick" if args.quick else "media", "\n\n".join(texts), values, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
