@@ -30,10 +30,8 @@ def test_every_example_says_how_it_is_run(name: str) -> None:
     assert f"Run: python examples/{name}.py" in done.stdout
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("own_classifier", "private_domains")]
-
-
-@pytest.mark.parametrize("name", ["causal", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TOLD))
 def test_an_example_runs_in_two_minutes(name: str, tmp_path: Path) -> None:
     started = time.monotonic()
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--work", str(tmp_path)]

@@ -8,14 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
 LAYERS = [
     {"errors", "types", "lang"},
-    {"files", "tensors", "model"},
+    {"files", "tensors", "readers", "model"},
     {"data"},
     {"domain", "contribution", "boundary"},
     {"fingerprint", "ledger"},
     {"heads", "losses", "metrics", "batches"},
     {"train", "objectives", "predict", "probing"},
     {"deploy"},
-    {"merging"},
+    {"merging", "tables"},
     {"shrink"},
     {"feedback"},
     {"judge"},

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fanbu.errors import FitError, IntegrityError, UsageError
-from fanbu.model import Model, auto_class, load_network, load_strictly
+from fanbu.model import Model, load_network, load_strictly
+from fanbu.readers import auto_class
 from fanbu.types import CLASSIFYING, Context, Task
 
 _PATHS = ("classifier.out_proj", "classifier", "score", "classifier.dense")

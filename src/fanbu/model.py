@@ -22,6 +22,7 @@ import psutil
 
 from fanbu.errors import DataError, IntegrityError, UsageError, needs_extra
 from fanbu.files import disk_error, file_sha256, sync, write_text
+from fanbu.readers import HEARING, PROCESSOR, auto_class, for_media, load_processor, write_processor
 from fanbu.tensors import TensorSpec, index_tensors, write_tensors
 from fanbu.types import CLASSIFYING, MEDIA, Context, Task, digest
 
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 MANIFEST = "fanbu.json"
 CARD = "README.md"
 MAX_JSON = 200 * 2**20
-_HEARING = {
-    "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert",
-    "wav2vec2-conformer", "wavlm",
-}  # fmt: skip
-"""Model types whose "sequences" are recordings."""
 # What belongs to a model: weights, configuration, tokenizer. Everything else in a folder is left alone.
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
@@ -99,7 +95,7 @@ class Model:
         """The task that its architecture is made for; None for a bare body."""
         name = str((self.config.get("architectures") or [""])[0])
         if name.endswith("ForSequenceClassification"):
-            return "audio-classification" if self.config.get("model_type") in _HEARING else "text-classification"
+            return "audio-classification" if self.config.get("model_type") in HEARING else "text-classification"
         if name.endswith("ForImageClassification"):
             return "image-classification"
         if name.endswith("ForAudioClassification"):
@@ -233,8 +229,8 @@ def load_tokenizer(model: Model) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if (model.path / _PROCESSOR).exists() and (model.task in MEDIA or (model.task is None and _reads_media(model))):
-        return _load_processor(model)
+    if (model.path / PROCESSOR).exists() and (model.task in MEDIA or (model.task is None and for_media(model.config))):
+        return load_processor(model.path, read_json(model.path / PROCESSOR, "tokenizer-broken"))
     names = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     if not any((model.path / name).exists() for name in names):
         raise IntegrityError(
@@ -254,38 +250,6 @@ def load_tokenizer(model: Model) -> Any:
             remedy="use the tokenizer that the model was trained with",
         )
     return tokenizer
-
-
-_PROCESSOR = "preprocessor_config.json"
-
-
-def _reads_media(body: Model) -> bool:
-    return body.config.get("model_type") in _HEARING or not body.config.get("vocab_size")
-
-
-def _load_processor(model: Model) -> Any:
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
-
-    seeing = "image_processor_type" in read_json(model.path / _PROCESSOR, "tokenizer-broken")
-    with needs_extra("media"):
-        import PIL  # noqa: F401 - transformers says so in many words, and too late
-    try:
-        auto: Any = AutoImageProcessor if seeing else AutoFeatureExtractor
-        return auto.from_pretrained(model.path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise IntegrityError("tokenizer-broken", f"{model.path}: {error}", remedy=_RESTORE) from None
-
-
-def auto_class(task: Task) -> Any:
-    """The transformers class that opens a checkpoint for a task."""
-    import transformers
-
-    return {
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "image-classification": transformers.AutoModelForImageClassification,
-        "audio-classification": transformers.AutoModelForAudioClassification,
-        "causal-lm": transformers.AutoModelForCausalLM,
-    }[task]
 
 
 def load_network(model: Model) -> Any:
@@ -428,7 +392,6 @@ def save_model(
     return open_model(out, verify=False)
 
 
-_VARIES = {"transformers_version", "_processor_class", "processor_class"}
 _NOT_TOKENIZER = {"config.json", "generation_config.json", MANIFEST}
 
 
@@ -440,9 +403,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
                 sync(folder / name)
         return
     if not hasattr(tokenizer, "init_kwargs"):  # what reads images and recordings
-        written = tokenizer.to_dict()
-        text = json.dumps({k: v for k, v in written.items() if k not in _VARIES}, indent=2, sort_keys=True)
-        write_text(folder / _PROCESSOR, text)
+        write_processor(tokenizer, folder)
         return
     before = getattr(tokenizer, "name_or_path", None)
     tokenizer.name_or_path = ""  # paths of this machine do not belong in a checkpoint

@@ -57,7 +57,7 @@ def media_row(value: Any, kind: str, folder: Path, where: str) -> str:
     try:
         (pixels if kind == "image" else samples)(found)
     except DataError as error:
-        raise DataError(error.code, f"{where}: {error.what}", allowed=error.allowed, remedy=error.remedy) from None
+        raise _broken(f"{where}: {error.what}", str(error.allowed)) from None
     return found
 
 

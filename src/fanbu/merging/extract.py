@@ -19,7 +19,8 @@ from fanbu.merging.adapter import CONFIG, PREFIX, WEIGHTS, body_of
 from fanbu.merging.factors import FORM, Factored
 from fanbu.merging.spectral import Svd, factored_svd, svd
 from fanbu.merging.task_vector import HEAD, TaskVector, head_tensors
-from fanbu.model import MANIFEST, Model, auto_class, whole_or_not_at_all
+from fanbu.model import MANIFEST, Model, whole_or_not_at_all
+from fanbu.readers import auto_class
 from fanbu.tensors import chunks, save_tensors
 from fanbu.types import Context
 
