@@ -59,10 +59,15 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
 
 
 def _warnings(turn: Turn, result: Result) -> list[str]:
-    """What the owners' data brought up, and which specialists taught nothing."""
-    silent = result.candidate.manifest.get("parameters", {}).get("silent") or []
+    """What the owners' data brought up, and which specialists taught nothing or were not believed."""
+    parameters = result.candidate.manifest.get("parameters", {})
+    silent, doubted = parameters.get("silent") or [], parameters.get("doubted") or {}
     taught = [
         f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing" for d in silent
+    ] + [
+        f"{d}: its specialist's answers agree with the large model's no more than chance would (kappa {kappa:.2f}): "
+        f"they were not believed; ask its owner what was sent"
+        for d, kappa in doubted.items()
     ]
     return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught
 

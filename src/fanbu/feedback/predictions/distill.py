@@ -12,6 +12,7 @@ from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import UsageError
+from fanbu.feedback.predictions._doubts import doubtful
 from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel, variants
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import final_layer
@@ -64,9 +65,10 @@ def absorb(
 
     q(d | x) is 1 for the domain that a probe row is known to come from, else what the base itself thinks. p_d is the
     specialist's panel where it is trusted at all. Everywhere else p_d is the base's own answer (teacher zero), which
-    holds the base where nobody knows better; where nobody teaches at all, the base comes back bit for bit. By the
-    chain rule this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns the next-token
-    distribution of the row's specialist, or its own before training.
+    holds the base where nobody knows better; where nobody teaches at all, the base comes back bit for bit. A teacher
+    whose answers agree with the base's no more than chance would is not heard (``_doubts.doubtful``), and the record
+    names it. By the chain rule this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns
+    the next-token distribution of the row's specialist, or its own before training.
 
     Args:
         train: how to train; there is no early stopping, since the centre has no labelled rows.
@@ -84,6 +86,12 @@ def absorb(
         return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
+    doubted: dict[str, float] = {}
+    if base.task in CLASSIFYING:
+        doubted = doubtful(base, network, tokenizer, teachers, context, augment)
+        teachers = [c for c in teachers if c.domain not in doubted]
+    if not teachers:
+        return copy_model(base, out)
     texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]
     sequences = encode(tokenizer, texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
@@ -98,6 +106,6 @@ def absorb(
     made = provenance(
         "distill", [base], context, train=vars(train), augment=augment,
         teachers={c.domain: c.meta["trust"] for c in teachers},
-        silent=[c.domain for c in contributions if c not in teachers], steps=history.steps,
+        silent=[c.domain for c in contributions if not c.meta["trust"]], doubted=doubted, steps=history.steps,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)

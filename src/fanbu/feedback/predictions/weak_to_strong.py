@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
+from fanbu.feedback.predictions._doubts import doubtful
 from fanbu.feedback.predictions._panel import asked, check_probe, class_panel, token_panel
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import domains_of, final_layer
@@ -78,6 +79,12 @@ def absorb(
         return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
+    doubted: dict[str, float] = {}
+    if base.task in CLASSIFYING:
+        doubted = doubtful(base, network, tokenizer, teachers, context)
+        teachers = [c for c in teachers if c.domain not in doubted]
+    if not teachers:
+        return copy_model(base, out)
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
     ramp = _RAMP * train.epochs * math.ceil(len(sequences) / train.batch_size)
@@ -99,7 +106,7 @@ def absorb(
     made = provenance(
         "weak_to_strong", [base], context, train=vars(train), confidence=confidence, keep=keep,
         teachers={c.domain: c.meta["trust"] for c in teachers},
-        silent=[c.domain for c in contributions if c not in teachers], steps=history.steps,
+        silent=[c.domain for c in contributions if not c.meta["trust"]], doubted=doubted, steps=history.steps,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
 

@@ -1,0 +1,58 @@
+"""Whose answers cannot be believed, by what the large model itself says: no label is needed at the centre."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanbu.batches import evenly
+from fanbu.contribution import Contribution
+from fanbu.feedback.predictions._panel import asked, columns_of, heard
+from fanbu.model import Model
+from fanbu.predict import class_logits
+from fanbu.types import Context
+
+_ROWS = 500  # of a domain's that are looked at, at most
+_FEW = 30  # of fewer rows chance says nothing
+_MOSTLY = 0.6  # whoever agrees so often is believed, however uneven the labels are
+_ERRORS = 3.0
+
+
+def doubtful(
+    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0
+) -> dict[str, float]:
+    """Cohen's kappa of teacher and base, by domain, for teachers that agree with it no more than chance would.
+
+    kappa = (a - e) / (1 - e): a is the share of the domain's own probe rows of which both find the same label
+    likeliest, e what it would be if they answered independently, each label as often as it does. A teacher is doubted
+    where kappa is below three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at
+    random, always the same, or for exchanged labels are found; those of an honest one that is better than a weak base
+    are not, since the base, probed, is right more often than chance is. What agrees in the main and errs on purpose in
+    few places is not found this way. Reference: Cohen 1960, "A coefficient of agreement for nominal scales".
+    """
+    found = {}
+    for c in teachers:
+        rows = asked(context, c.domain)
+        own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain == c.domain]
+        chosen, columns = evenly(own, _ROWS), columns_of(c, base)
+        if len(chosen) < _FEW or len(columns) < 2:
+            continue
+        said = heard(c, len(rows) + augment * len(own), len(columns))[chosen].argmax(1)
+        texts = [context.probe.rows[rows[k]].text for k in chosen]
+        thought = class_logits(network, tokenizer, texts, context)[:, columns].argmax(1)
+        kappa, error, agreed = agreement(said, thought, len(columns))
+        if agreed < _MOSTLY and kappa < _ERRORS * error:
+            found[c.domain] = round(kappa, 3)
+    return found
+
+
+def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:
+    """kappa, its standard error where both are independent, and the share on which they agree."""
+    agreed = float((one_n == other_n).double().mean())
+    shares = [torch.bincount(x, minlength=labels).double() / len(x) for x in (one_n, other_n)]
+    chance = min(float((shares[0] * shares[1]).sum()), 1 - 1e-9)
+    return (agreed - chance) / (1 - chance), math.sqrt(chance / (len(one_n) * (1 - chance))), agreed

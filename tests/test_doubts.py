@@ -1,0 +1,88 @@
+"""Liars among the specialists: found by what the large model itself says, not heard, and named in the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fanbu.catalogue import method
+from fanbu.contribution import Contribution
+from fanbu.domain import Specialist
+from fanbu.feedback.predictions._doubts import agreement, doubtful
+from fanbu.feedback.predictions._panel import said
+from fanbu.model import Model, load_network, load_tokenizer
+from fanbu.record import _warnings
+from fanbu.types import Context
+
+TRAIN = {"epochs": 2, "lr": 3e-3, "batch_size": 8}
+
+
+def lie(panel: Contribution, kind: str) -> Contribution:
+    """The panel with other answers; what it says of itself (trust, wins) stays."""
+    rows, labels = len(panel.tensors["labels"]), 3
+    torch.manual_seed(1)
+    p = torch.full((48, labels), 0.01)
+    first = {
+        "random": torch.randint(labels, (48,)), "constant": torch.zeros(48, dtype=torch.long),
+        "flipped": (_first(panel, rows) + 1) % labels, "sure of the truth": _first(panel, rows),
+    }[kind]  # fmt: skip
+    p[torch.arange(48), first] = 0.98
+    return replace(panel, tensors=said(p, int(panel.meta["most"]), float(panel.meta["mass"])))
+
+
+def _first(panel: Contribution, rows: int) -> torch.Tensor:
+    from fanbu.feedback.predictions._panel import heard
+
+    return heard(panel, 48, 3).argmax(1)
+
+
+@pytest.mark.parametrize("way", ["distill", "weak_to_strong"])
+@pytest.mark.parametrize("kind", ["random", "constant", "flipped"])
+def test_a_liar_is_not_heard_and_the_others_are(
+    kind: str, way: str, incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    found = method(way, "feedback")
+    panels = {n: found.contribute(s, incumbent, context) for n, s in specialists.items()}
+    liar = lie(panels["rail"], kind)
+    model = found.absorb(incumbent, [panels["food"], liar], tmp_path / "lied", context, train=TRAIN)
+    assert list(model.manifest["parameters"]["doubted"]) == ["rail"]
+    assert list(model.manifest["parameters"]["teachers"]) == ["food"]
+    without = found.absorb(incumbent, [panels["food"]], tmp_path / "without", context, train=TRAIN)
+    assert _weights(model) == _weights(without)
+    alone = found.absorb(incumbent, [liar], tmp_path / "alone", context, train=TRAIN)
+    assert alone.digest == incumbent.digest
+
+
+def _weights(model: Model) -> dict[str, str]:
+    return {n: h for n, h in model.files.items() if n.endswith(".safetensors")}
+
+
+def test_honest_ones_are_not_doubted_not_even_sure_ones(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context
+) -> None:
+    way = method("distill", "feedback")
+    panels = [way.contribute(s, incumbent, context) for s in specialists.values()]
+    panels += [lie(panels[0], "sure of the truth")]
+    network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
+    assert doubtful(incumbent, network, tokenizer, panels, context) == {}
+
+
+def test_agreement_is_cohens_kappa() -> None:
+    one = torch.tensor([0] * 20 + [0] * 5 + [1] * 10 + [1] * 15)
+    other = torch.tensor([0] * 20 + [1] * 5 + [0] * 10 + [1] * 15)
+    kappa, error, agreed = agreement(one, other, 2)  # the textbook's example: 35 of 50, and 25 by chance
+    assert (kappa, agreed) == (pytest.approx(0.4), pytest.approx(0.7))
+    assert error == pytest.approx((0.5 / (50 * 0.5)) ** 0.5)
+
+
+def test_the_record_names_the_liar() -> None:
+    manifest = {"parameters": {"silent": [], "doubted": {"rail": -0.21}}}
+    result: Any = SimpleNamespace(candidate=SimpleNamespace(manifest=manifest))
+    (told,) = _warnings(SimpleNamespace(domains={}, warnings=[]), result)  # type: ignore[arg-type]
+    assert "rail" in told
+    assert "-0.21" in told
