@@ -128,7 +128,7 @@ def test_show_one_method(fanbu: Command) -> None:
     assert down["parameters"]["temperature"]["default"] == 2.0
     assert back["parameters"]["top_k"]["default"] == 64
     assert "int" in back["parameters"]["top_k"]["type"]
-    assert back["parameters"]["train"]["default"]["epochs"] == 3
+    assert back["parameters"]["train"]["default"]["epochs"] == 6
     code, one = fanbu("methods", "show", "ties", "--json")
     assert code == 0
     assert [m["family"] for m in one] == ["weights"]
