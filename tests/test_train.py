@@ -137,7 +137,7 @@ def test_targets_are_the_teachers_where_they_teach_and_the_base_elsewhere(
     small = replace(context, probe=ProbeSet(rows))
     way = method("distill", "feedback")
     panel = way.contribute(specialists["food"], incumbent, small)
-    told = heard(panel, 2)  # asked about its own row and nobody's
+    told = heard(panel, 2, 3)  # asked about its own row and nobody's
     network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
     targets = union_targets(incumbent, network, tokenizer, [panel], small).float()
     base = class_logits(network, tokenizer, small.probe.texts, small)
@@ -207,7 +207,7 @@ def test_a_panel_mixes_specialist_and_base_by_trust(
             for m, key in ((food.model, "temperature"), (incumbent, "base_temperature"))
         )
     )
-    got = heard(panel, len(texts))
+    got = heard(panel, len(texts), own.shape[1])
     between = torch.minimum(own, base) - 4e-3 <= got
     assert bool((between & (got <= torch.maximum(own, base) + 4e-3)).all())
     assert 0 < panel.meta["trust"] <= 1
