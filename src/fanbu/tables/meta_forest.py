@@ -37,8 +37,10 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     the domains' sizes. Nothing is fitted on answers that a voice gives to rows it was fitted on: those are out-of-fold.
 
     Args:
-        specialist_trees, gate_trees: trees in each specialist's forest and in the gate.
-        specialist_leaf, gate_leaf: rows that a leaf has at least.
+        specialist_trees: trees in each specialist's forest.
+        gate_trees: trees in the gate.
+        specialist_leaf: rows that a specialist's leaf has at least.
+        gate_leaf: rows that a gate's leaf has at least.
         passthrough: whether gate and generalist see the row itself, or only what is said of it.
         strength: how many rows a parent's weights are worth.
         cv: folds for out-of-fold answers.
@@ -46,7 +48,8 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         random_state: as in scikit-learn.
 
     Attributes:
-        classes_, n_features_in_: as in scikit-learn. ``voices_``: their names, in the order of ``believed``.
+        classes_: as in scikit-learn.
+        voices_: who may be believed, in the order of ``believed``.
 
     References: Todorovski and Dzeroski 2003, "Combining classifiers with meta decision trees" (leaves that name a
     classifier); Wolpert 1992, "Stacked generalization" (out-of-fold).
