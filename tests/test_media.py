@@ -30,7 +30,7 @@ from transformers import (
 from fanbu.batches import collate, encode
 from fanbu.data.load import load_rows
 from fanbu.data.media import data_url, described, pixels, samples
-from fanbu.data.synthetic import Corpus
+from fanbu.data.synthetic import Corpus, synthetic
 from fanbu.domain import load_domain
 from fanbu.errors import DataError, UsageError
 from fanbu.feedback.predictions._panel import variants
@@ -186,6 +186,8 @@ def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch: pytest.Monk
 def test_media_are_never_taken_for_synthetic_texts_and_have_no_variants() -> None:
     urls = [data_url(png(i % 3, random.Random(i)), "image/png") for i in range(8)]
     assert not Corpus(urls).hides(urls[0] + "A")
+    with pytest.raises(DataError, match="no synthetic text"):
+        synthetic(urls, 5, 0)
     context = Context(probe=ProbeSet(tuple(ProbeRow(str(i), url, "d") for i, url in enumerate(urls))))
     with pytest.raises(UsageError, match="variants"):
         variants(context, "d", 1)

@@ -73,7 +73,7 @@ def synthetic(texts: Sequence[str], count: int, seed: int, least: int = LEAST) -
     lengths = sorted(len(words) - 2 for words in corpus.own)
     longest = lengths[int(0.98 * (len(lengths) - 1))] if lengths else 0
     made: dict[str, None] = {}
-    for _ in range(_TRIES * count):
+    for _ in range(0 if any(map(is_media, texts)) else _TRIES * count):
         words = list(_walk(after, longest, numbers))
         text = (" " if corpus.spaced else "").join(words)
         if len(words) > 1 and corpus.hides(text, least):
