@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def load_processor(folder: Path, facts: Mapping[str, Any]) -> Any:
     """The image processor or feature extractor of a model; ``facts`` is what its file says."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
-    with needs_extra("media"):
-        import PIL  # noqa: F401 - transformers says so in many words, and too late
-    auto: Any = AutoImageProcessor if "image_processor_type" in facts else AutoFeatureExtractor
+    seeing = "image_processor_type" in facts
+    if seeing:
+        with needs_extra("media"):
+            import_module("PIL")  # the processor asks for it late
+    auto: Any = AutoImageProcessor if seeing else AutoFeatureExtractor
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

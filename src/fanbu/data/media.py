@@ -19,7 +19,6 @@ from fanbu.errors import DataError, needs_extra
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MAX_SAMPLES = 2**24
-KINDS = ("image", "audio")
 _URL = re.compile(r"data:(image/(?:png|jpeg|webp|bmp|gif)|audio/wav);base64,([A-Za-z0-9+/]*={0,2})")
 _BEGINS = {
     b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"BM": "image/bmp", b"GIF8": "image/gif",
@@ -121,8 +120,12 @@ def samples(url: str) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
     """Samples in [-1, 1], the mean of all channels, and how many there are a second."""
     try:
         with wave.open(io.BytesIO(content_of(url))) as sound:
-            width, channels, rate, count = sound.getsampwidth(), sound.getnchannels(), sound.getframerate(), 0
-            count = sound.getnframes()
+            width, channels, rate, count = (
+                sound.getsampwidth(),
+                sound.getnchannels(),
+                sound.getframerate(),
+                sound.getnframes(),
+            )
             if count * channels > MAX_SAMPLES or not 1 <= width <= 4 or not 1000 <= rate <= 384_000:
                 raise _broken(f"a recording of {count} samples at {rate} Hz", f"at most {MAX_SAMPLES}, PCM")
             raw = np.frombuffer(sound.readframes(count), np.uint8)

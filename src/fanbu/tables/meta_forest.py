@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fanbu.errors import DataError
+from fanbu.files import write_text
 from fanbu.tables.trees import Array, Trees
 from fanbu.tables.voices import weigh_nodes
 
@@ -78,9 +79,7 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.domains_, group = np.unique(names, return_inverse=True)
         said = self._fit_specialists(X, codes, group)
         meta = self._features(X, said)
-        self._fit_combiners(meta, said, codes)
-        voices, held_out = self._voices(meta, said), self._held_out
-        voices[:, len(self.domains_) :] = held_out
+        voices = np.concatenate([said, self._fit_combiners(meta, said, codes)], 1)
         truth = voices[np.arange(len(codes)), :, codes]
         grown = ExtraTreesRegressor(
             self.gate_trees, min_samples_leaf=self.gate_leaf, max_features=0.3, bootstrap=True, n_jobs=self.n_jobs,
@@ -90,7 +89,6 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         prior = np.concatenate([sizes, np.full(voices.shape[1] - len(sizes), sizes.mean())])
         self._gate = weigh_nodes(Trees.of(grown), meta, truth, prior / prior.sum(), self.strength)
         self._tilt = _untilted(voices.shape[1], len(self.classes_))
-        del self._held_out
         return self
 
     @property
@@ -149,12 +147,12 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         out.mkdir(parents=True, exist_ok=True)
         arrays = {k: np.ascontiguousarray(v) for k, v in self._arrays()}
         save_file(arrays, out / "meta_forest.safetensors")
-        classes = self.classes_.tolist()
         facts = {
-            "format": 1, "classes": classes, "domains": self.domains_.tolist(), "features": self.n_features_in_,
+            "format": 1, "classes": self.classes_.tolist(), "domains": self.domains_.tolist(),
+            "features": self.n_features_in_,
             "parameters": {k: v for k, v in self.get_params().items() if k != "random_state"},
         }  # fmt: skip
-        (out / "meta_forest.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+        write_text(out / "meta_forest.json", json.dumps(facts, indent=1, sort_keys=True))  # last: then it is whole
         return out
 
     @classmethod
@@ -240,7 +238,7 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         parts = [own.reshape(len(x), -1), said.mean(1), said.std(1), np.sqrt((apart**2).mean(2))]
         return np.concatenate([*parts, *([x] if self.passthrough else [])], 1)
 
-    def _fit_combiners(self, meta: Array, said: Array, codes: Array) -> None:
+    def _fit_combiners(self, meta: Array, said: Array, codes: Array) -> Array:
         """Committee and generalist, and what they say of rows that they were not fitted on."""
         flat, everything = said.reshape(len(said), -1), np.arange(len(said))
         folds = self._folds(codes) or [(everything, everything)]
@@ -252,7 +250,7 @@ class MetaForestClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 held[out, 1] = self._forest(meta[fitted], codes[fitted], self.specialist_trees).mean(meta[out])
         self._weight, self._bias = _logistic(flat, codes, len(self.classes_))
         self._generalist = self._forest(meta, codes, self.specialist_trees) if self.passthrough else None
-        self._held_out = held
+        return held
 
     def _committee(self, said: Array) -> Array:
         z = said.reshape(len(said), -1) @ self._weight.T + self._bias

@@ -40,10 +40,11 @@ class Trees:
             whole = np.concatenate([getattr(t, name) + s for t, s in zip(parts, starts, strict=False)])
             return np.where(leaf, 0, whole).astype(np.int32)
 
-        values = np.concatenate([t.value for t in parts])
-        values = values[:, 0] if hasattr(forest, "classes_") else values[:, :, 0]
+        values = np.concatenate([t.value for t in parts])  # [nodes, outputs, classes]; a regressor has one "class"
         if hasattr(forest, "classes_"):
-            values = values / values.sum(1, keepdims=True)
+            values = values[:, 0] / values[:, 0].sum(1, keepdims=True)
+        else:
+            values = values[:, :, 0]
         return cls(
             shifted("children_left"), shifted("children_right"),
             np.where(leaf, 0, np.concatenate([t.feature for t in parts])).astype(np.int32),

@@ -14,7 +14,7 @@ from fanbu.contribution import Contribution
 from fanbu.feedback.predictions._panel import asked, columns_of, heard
 from fanbu.model import Model
 from fanbu.predict import class_logits
-from fanbu.types import Context
+from fanbu.types import CLASSIFYING, Context
 
 _ROWS = 500  # of a domain's that are looked at, at most
 _FEW = 30  # of fewer rows chance says nothing
@@ -32,10 +32,10 @@ def doubtful(
     where kappa is below three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at
     random, always the same, or for exchanged labels are found; those of an honest one that is better than a weak base
     are not, since the base, probed, is right more often than chance is. What agrees in the main and errs on purpose in
-    few places is not found this way. Reference: Cohen 1960, "A coefficient of agreement for nominal scales".
+    few places is not found this way; causal models are not looked at. Reference: Cohen 1960, "A coefficient of agreement for nominal scales".
     """
-    found = {}
-    for c in teachers:
+    found: dict[str, float] = {}
+    for c in teachers if base.task in CLASSIFYING else ():
         rows = asked(context, c.domain)
         own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain == c.domain]
         chosen, columns = evenly(own, _ROWS), columns_of(c, base)

@@ -82,15 +82,11 @@ def absorb(
     """
     check_probe("distill", contributions, context)
     teachers = [c for c in contributions if c.meta["trust"] > 0]
-    if not teachers:  # training on its own answers could only drift
-        return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    doubted: dict[str, float] = {}
-    if base.task in CLASSIFYING:
-        doubted = doubtful(base, network, tokenizer, teachers, context, augment)
-        teachers = [c for c in teachers if c.domain not in doubted]
-    if not teachers:
+    doubted = doubtful(base, network, tokenizer, teachers, context, augment)
+    teachers = [c for c in teachers if c.domain not in doubted]
+    if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]
     sequences = encode(tokenizer, texts, limit(network, context))

@@ -75,15 +75,11 @@ def absorb(
     """
     check_probe("weak_to_strong", contributions, context)
     teachers = [c for c in contributions if c.meta["trust"] > 0]
-    if not teachers:
-        return copy_model(base, out)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    doubted: dict[str, float] = {}
-    if base.task in CLASSIFYING:
-        doubted = doubtful(base, network, tokenizer, teachers, context)
-        teachers = [c for c in teachers if c.domain not in doubted]
-    if not teachers:
+    doubted = doubtful(base, network, tokenizer, teachers, context)
+    teachers = [c for c in teachers if c.domain not in doubted]
+    if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
     pad, head = pad_id(tokenizer), None
