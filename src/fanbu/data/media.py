@@ -120,12 +120,7 @@ def samples(url: str) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
     """Samples in [-1, 1], the mean of all channels, and how many there are a second."""
     try:
         with wave.open(io.BytesIO(content_of(url))) as sound:
-            width, channels, rate, count = (
-                sound.getsampwidth(),
-                sound.getnchannels(),
-                sound.getframerate(),
-                sound.getnframes(),
-            )
+            channels, width, rate, count, *_ = sound.getparams()
             if count * channels > MAX_SAMPLES or not 1 <= width <= 4 or not 1000 <= rate <= 384_000:
                 raise _broken(f"a recording of {count} samples at {rate} Hz", f"at most {MAX_SAMPLES}, PCM")
             raw = np.frombuffer(sound.readframes(count), np.uint8)

@@ -41,10 +41,7 @@ class Trees:
             return np.where(leaf, 0, whole).astype(np.int32)
 
         values = np.concatenate([t.value for t in parts])  # [nodes, outputs, classes]; a regressor has one "class"
-        if hasattr(forest, "classes_"):
-            values = values[:, 0] / values[:, 0].sum(1, keepdims=True)
-        else:
-            values = values[:, :, 0]
+        values = values[:, 0] if hasattr(forest, "classes_") else values[:, :, 0]  # shares of classes come to 1
         return cls(
             shifted("children_left"), shifted("children_right"),
             np.where(leaf, 0, np.concatenate([t.feature for t in parts])).astype(np.int32),
