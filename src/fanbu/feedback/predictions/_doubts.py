@@ -32,8 +32,8 @@ def doubtful(
     where kappa is below three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at
     random, always the same, or for exchanged labels are found; those of an honest one that is better than a weak base
     are not, since the base, probed, is right more often than chance is. What agrees in the main and errs on purpose in
-    few places is not found this way; causal models are not looked at. Reference: Cohen 1960, "A coefficient of agreement
-    for nominal scales".
+    few places is not found this way; causal models are not looked at. Reference: Cohen 1960, "A coefficient of
+    agreement for nominal scales".
     """
     found: dict[str, float] = {}
     for c in teachers if base.task in CLASSIFYING else ():
