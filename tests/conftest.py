@@ -6,6 +6,8 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import fanbu.round
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.generations import run
 from fanbu.heads import open_classifier
@@ -251,3 +254,12 @@ def stages(workspace: Path) -> set[str]:
 def short(names: set[str]) -> set[str]:
     """Names of stages without their keys."""
     return {name.rpartition("-")[0] for name in names}
+
+
+@contextmanager
+def open_gate() -> Iterator[None]:
+    """Every candidate is accepted: what is tested then does not hang on what tiny models happen to learn."""
+    whole = fanbu.round.judge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fanbu.round.judge", lambda *a: {**whole(*a), "accepted": True, "reason": "the gate is open"})
+        yield

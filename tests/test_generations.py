@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import fanbu.round
-from conftest import TOPICS, Done, finished_round, rows, tiny_recipe, write_rows
+from conftest import TOPICS, Done, finished_round, open_gate, rows, tiny_recipe, write_rows
 from fanbu import generations
 from fanbu.data.load import RawRow
 from fanbu.data.split import carve, portion
@@ -26,16 +23,6 @@ from fanbu.recipe import DomainSpec, load_domains, load_recipe
 from fanbu.record import read_records
 from fanbu.tensors import Tensors
 from fanbu.turn import open_turn
-
-
-@contextmanager
-def open_gate() -> Iterator[None]:
-    """Every candidate is accepted: what is tested then does not hang on what tiny models happen to learn."""
-    whole = fanbu.round.judge
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fanbu.round.judge", lambda *a: {**whole(*a), "accepted": True, "reason": "the gate is open"})
-        yield
-
 
 # A candidate with the incumbent's weights: its change is zero, so the gate refuses it
 IDLE = {"method": "distill", "train": {"epochs": 1, "lr": 0.0, "head_lr": 0.0}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from fanbu.errors import IntegrityError
 from fanbu.files import file_sha256, write_text
 from fanbu.model import read_json
 from fanbu.tensors import Tensors, check_finite, chunks, layout, raw_bytes, read_rows, save_tensors
-from fanbu.types import KINDS, Kind, canonical
+from fanbu.types import DOMAIN_NAME, KINDS, Kind, canonical
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 HEADER, TENSORS, ROWS = "contribution.json", "tensors.safetensors", "rows.jsonl"
 MAX_BYTES = 64 * 2**30
 _ROW_KEYS = {"id", "text", "label", "domain"}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def open_contribution(folder: Path) -> Contribution:
     files = header.get("files")
     if header.get("kind") not in KINDS or not isinstance(files, dict) or not set(files) <= {TENSORS, ROWS}:
         raise _refuse(folder, "its header names an unknown kind or unknown files", header.get("kind"))
-    if not _NAME.fullmatch(str(header.get("domain"))) or not isinstance(header.get("meta"), dict):
+    if not DOMAIN_NAME.fullmatch(str(header.get("domain"))) or not isinstance(header.get("meta"), dict):
         raise _refuse(folder, "its header has no sound domain or meta", header.get("domain"))
     for name, expected in files.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:

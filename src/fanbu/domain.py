@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +13,10 @@ from fanbu.data.split import cap, carve, not_carved, portion
 from fanbu.data.standard_library import function_bodies
 from fanbu.errors import DataError, UsageError
 from fanbu.model import Model
-from fanbu.types import CLASSIFYING, MEDIA, PRESETS, TASKS, Share, Task, digest
+from fanbu.types import CLASSIFYING, DOMAIN_NAME, MEDIA, PRESETS, TASKS, Share, Task, digest, industry_of
 
 Role = Literal["feeds", "guard"]
 METRICS = {task: ("loss",) if task == "causal-lm" else ("accuracy",) for task in TASKS}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,14 @@ class Domain:
         return [*self.texts, *self.valid.texts, *self.test.texts, *self.waiting]
 
     @property
+    def industry(self) -> str:
+        """What its labels are filed under: the name, up to an ``@`` (``retail@north`` is an owner of ``retail``)."""
+        return industry_of(self.name)
+
+    @property
     def full_labels(self) -> tuple[str, ...]:
-        """Label names as the union head knows them: ``domain/label``."""
-        return tuple(f"{self.name}/{label}" for label in self.labels)
+        """Label names as the union head knows them: ``industry/label``."""
+        return tuple(f"{self.industry}/{label}" for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,11 @@ def load_domain(
 
 
 def _check_arguments(name: str, task: str, metric: str | None, train: Source, python: str | None, test: Source) -> None:
-    if not _NAME.fullmatch(name):
+    if not DOMAIN_NAME.fullmatch(name):
         raise UsageError(
             "domain-name",
             "a domain's name",
-            allowed="letters, digits, _ . - (64 at most)",
+            allowed="letters, digits, _ . - (64 at most); industry@owner where several owners share labels",
             got=name,
             remedy="rename it",
         )

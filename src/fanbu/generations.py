@@ -66,8 +66,9 @@ def settle(turn: Turn, result: Result) -> dict[str, Any]:
     write_record(record, turn.recipe, folder)
     before = turn.workspace.champion() or {}
     knowing = set(before.get("domains") or [])
-    probed = set(domains_of(result.incumbent.labels)) | knowing
-    candidate = _entry(turn, result.candidate, probed | {d.name for d in turn.feeding})
+    labelled, feeding = set(domains_of(result.incumbent.labels)), turn.feeding
+    probed = {d.name for d in feeding if d.industry in labelled} | (labelled - {d.industry for d in feeding}) | knowing
+    candidate = _entry(turn, result.candidate, probed | {d.name for d in feeding})
     turn.workspace.decide(
         {**candidate, "round": key, "number": turn.number},
         {**_entry(turn, result.incumbent, probed), "base": turn.base.digest},
@@ -119,8 +120,9 @@ def leave(
         forgotten = range(first + 1, len(ledger.rounds()) + 1)
         return ledger.leave(domain, before, {**entry, "number": None, "left": left}, reason, forgotten=forgotten)
     old = open_model(ledger.root / champion["path"])
-    model = without_domain(ledger, old, domain)
-    if model is old and old.labels and not alone:
+    staying = set(knowing) - set(left)
+    model = without_domain(ledger, old, domain, staying)
+    if model is old and old.labels and not (alone or staying):
         raise UsageError(
             "last-domain", f"{domain} is the only domain that the champion knows", remedy="use --forget to start anew"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fanbu.errors import FitError, IntegrityError, UsageError
+from fanbu.errors import FitError, IntegrityError
 from fanbu.model import Model, load_network, load_strictly
 from fanbu.readers import auto_class
 from fanbu.types import CLASSIFYING, Context, Task
@@ -25,20 +25,23 @@ _MEAN = 30.0  # how far the mean outweighs the residual of the first token
 
 @dataclass(frozen=True)
 class Head:
-    """Rows of a label head: names ``domain/label``, weight_lh [labels, hidden], bias_l [labels]."""
+    """Rows of a label head: names ``industry/label``, weight_lh [labels, hidden], bias_l [labels], and from how many
+    training rows each was made, where that is known (count_l)."""
 
     labels: tuple[str, ...]
     weight_lh: Tensor
     bias_l: Tensor
+    count_l: Tensor | None = None
 
     def take(self, labels: Sequence[str]) -> Head:
         """The rows of some labels, in the order given."""
         index = [self.labels.index(label) for label in labels]
-        return Head(tuple(labels), self.weight_lh[index], self.bias_l[index])
+        count_l = None if self.count_l is None else self.count_l[index]
+        return Head(tuple(labels), self.weight_lh[index], self.bias_l[index], count_l)
 
 
 def domains_of(labels: Sequence[str]) -> dict[str, list[int]]:
-    """Row numbers by domain, in the order of first appearance."""
+    """Row numbers by industry (``types.industry_of`` a domain), in the order of first appearance."""
     rows: dict[str, list[int]] = {}
     for number, label in enumerate(labels):
         domain, slash, _ = label.partition("/")
@@ -100,16 +103,13 @@ def set_head(network: Any, head: Head) -> None:
 
 
 def join(heads: Sequence[Head]) -> Head:
-    """All rows in one head, domains by name. A domain's rows are copied bit for bit; each domain may come once."""
-    rows: dict[str, Head] = {}
+    """All rows in one head, industries by name. What one head brings is copied bit for bit; where several owners of an
+    industry bring rows for a label, it is their mean, weighted by ``count_l`` where the heads say it."""
+    rows: dict[str, list[Head]] = {}
     for head in heads:
-        for domain, numbers in domains_of(head.labels).items():
-            if domain in rows:
-                raise UsageError(
-                    "domain-twice", f"two heads bring rows for domain {domain!r}", remedy="give each domain one owner"
-                )
-            rows[domain] = head.take([head.labels[n] for n in numbers])
-    parts = [rows[domain] for domain in sorted(rows)]
+        for industry, numbers in domains_of(head.labels).items():
+            rows.setdefault(industry, []).append(head.take([head.labels[n] for n in numbers]))
+    parts = [rows[industry][0] if len(rows[industry]) == 1 else _mean(rows[industry]) for industry in sorted(rows)]
     return Head(
         tuple(label for p in parts for label in p.labels),
         torch.cat([p.weight_lh for p in parts]),
@@ -117,8 +117,22 @@ def join(heads: Sequence[Head]) -> Head:
     )
 
 
+def _mean(heads: Sequence[Head]) -> Head:
+    """One row a label, labels by name."""
+    labels = sorted({label for head in heads for label in head.labels})
+    weight_lh, bias_l, total_l = torch.zeros(len(labels), heads[0].weight_lh.shape[1]), *torch.zeros(2, len(labels))
+    for head in heads:
+        rows = torch.tensor([labels.index(label) for label in head.labels])
+        count_l = torch.ones(len(rows)) if head.count_l is None else head.count_l.float().clamp_min(1e-6)
+        weight_lh.index_add_(0, rows, count_l[:, None] * head.weight_lh.float())
+        bias_l.index_add_(0, rows, count_l * head.bias_l.float())
+        total_l.index_add_(0, rows, count_l)
+    dtype = heads[0].weight_lh.dtype
+    return Head(tuple(labels), (weight_lh / total_l[:, None]).to(dtype), (bias_l / total_l).to(dtype))
+
+
 def replace_rows(head: Head, new: Sequence[Head]) -> Head:
-    """``head`` with the domains of ``new`` put in the place of its own, all other rows untouched."""
+    """``head`` with the industries of ``new`` put in the place of its own, all other rows untouched."""
     fresh = {domain for h in new for domain in domains_of(h.labels)}
     kept = [label for label in head.labels if label.partition("/")[0] not in fresh and "/" in label]
     return join([*([head.take(kept)] if kept else []), *new])

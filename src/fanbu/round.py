@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fanbu.predict import validation_value
 from fanbu.recipe import Step
 from fanbu.tensors import load_tensors, save_tensors
 from fanbu.turn import Turn
-from fanbu.types import Context, silent
+from fanbu.types import Context, industry_of, silent
 
 
 def open_base(turn: Turn) -> Model:
@@ -50,21 +50,23 @@ def raise_incumbent(turn: Turn) -> Model:
     parent = turn.parent or open_base(turn)
     if turn.feeding[0].task == "causal-lm":
         return parent
-    fresh = [d for d in turn.feeding if not set(d.full_labels) <= set(parent.labels)]
+    unknown = {d.industry for d in turn.feeding if not set(d.full_labels) <= set(parent.labels)}
+    fresh = [d for d in turn.feeding if d.industry in unknown]
     if fresh:
         unborn = [Specialist(parent, d, turn.base) for d in fresh]
         parent = feed(turn, Step(method="probe"), unborn, parent, "incumbent")
     for name in turn.workspace.left():
-        parent = without_domain(turn.workspace, parent, name)
+        parent = without_domain(turn.workspace, parent, name, [d.name for d in turn.feeding])
     for guard in (d for d in turn.domains.values() if d.role == "guard"):
         check_labels_known(parent, guard.full_labels)
     return parent
 
 
-def without_domain(ledger: Workspace, model: Model, domain: str) -> Model:
-    """The model without one domain's label rows; all else bit for bit. One that has no other rows stays itself."""
-    kept = [label for label in model.labels if label.partition("/")[0] != domain]
-    if len(kept) in {0, len(model.labels)}:
+def without_domain(ledger: Workspace, model: Model, domain: str, staying: Iterable[str] = ()) -> Model:
+    """The model without one domain's label rows; all else bit for bit. One that has no other rows stays itself, and so
+    does one whose rows are those of another owner that stays, too."""
+    kept = [label for label in model.labels if label.partition("/")[0] != industry_of(domain)]
+    if len(kept) in {0, len(model.labels)} or industry_of(domain) in map(industry_of, staying):
         return model
 
     def produce(out: Path, scratch: Path) -> None:

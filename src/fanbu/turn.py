@@ -183,7 +183,7 @@ def _unnamed(turn: Turn) -> list[str]:
     return [
         f"{d}: the champion knows it, and this round does not: it keeps its label rows and is not judged; "
         f"`fanbu leave` removes them"
-        for d in sorted(known - set(turn.domains) - {"general"})
+        for d in sorted(known - {d.industry for d in turn.domains.values()} - {"general"})
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,15 @@ class Train:
                 )
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
+
+
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?")
+
+
+def industry_of(domain: str) -> str:
+    """What a domain's labels are filed under: ``retail`` for the owners ``retail@north`` and ``retail@south``, who
+    share label rows; a domain of one owner is an industry of its own."""
+    return domain.partition("@")[0]
 
 
 @dataclass(frozen=True)

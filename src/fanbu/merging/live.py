@@ -14,7 +14,7 @@ from fanbu.heads import domains_of, set_head
 from fanbu.merging.engine import Stack, head_of, stacks
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits
-from fanbu.types import Context
+from fanbu.types import Context, industry_of
 
 
 class Live:
@@ -71,7 +71,7 @@ class Live:
 
     def columns(self, domain: str) -> list[int]:
         """The domain's rows of the label head."""
-        return domains_of(self.labels)[domain]
+        return domains_of(self.labels)[industry_of(domain)]
 
 
 def asked_texts(context: Context, contributions: Sequence[Contribution], method: str) -> dict[str, list[str]]:

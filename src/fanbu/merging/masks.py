@@ -17,7 +17,7 @@ from fanbu.merging.store import pack, unpack
 from fanbu.merging.task_vector import head_tensors
 from fanbu.model import Model, provenance, save_model
 from fanbu.tensors import Shards, Tensors, chunks, save_tensors
-from fanbu.types import Context
+from fanbu.types import Context, industry_of
 
 FILE = "masks.safetensors"
 MASK, SCALE = "mask:", "scale:"
@@ -73,7 +73,7 @@ def only(merged: Model, base: Model, domain: str, out: Path, context: Context) -
         )  # fmt: skip
     masks, new, old = Tensors(place), Tensors(merged.path), Tensors(base.path)
     scale, heads = float(masks[SCALE + domain]), head_tensors(merged)
-    rows = domains_of(merged.labels).get(domain, []) if heads else []
+    rows = domains_of(merged.labels).get(industry_of(domain), []) if heads else []
     layouts = {n: (((len(rows), *s.shape[1:]) if n in heads else s.shape), s.torch_dtype) for n, s in new.specs.items()}
 
     def fill(folder: Path) -> dict[str, str]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fanbu.batches import evenly
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard
+from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for
+from fanbu.feedback.predictions._pool import agreement
 from fanbu.model import Model
 from fanbu.predict import class_logits
 from fanbu.types import CLASSIFYING, Context
@@ -27,7 +24,7 @@ def doubtful(
 ) -> dict[str, float]:
     """Cohen's kappa of teacher and base, by domain, for teachers that agree with it no more than chance would.
 
-    kappa = (a - e) / (1 - e): a is the share of the domain's own probe rows of which both find the same label
+    kappa = (a - e) / (1 - e): a is the share of the probe rows of its industry of which both find the same label
     likeliest, e what it would be if they answered independently, each label as often as it does. A teacher is doubted
     where kappa is below three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at
     random, always the same, or for exchanged labels are found; those of an honest one that is better than a weak base
@@ -38,22 +35,14 @@ def doubtful(
     found: dict[str, float] = {}
     for c in teachers if base.task in CLASSIFYING else ():
         rows = asked(context, c.domain)
-        own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain == c.domain]
+        own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain is not None]
         chosen, columns = evenly(own, _ROWS), columns_of(c, base)
         if len(chosen) < _FEW or len(columns) < 2:
             continue
-        said = heard(c, len(rows) + augment * len(own), len(columns))[chosen].argmax(1)
+        said = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))[chosen].argmax(1)
         texts = [context.probe.rows[rows[k]].text for k in chosen]
         thought = class_logits(network, tokenizer, texts, context)[:, columns].argmax(1)
         kappa, error, agreed = agreement(said, thought, len(columns))
         if agreed < _MOSTLY and kappa < _ERRORS * error:
             found[c.domain] = round(kappa, 3)
     return found
-
-
-def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:
-    """kappa, its standard error where both are independent, and the share on which they agree."""
-    agreed = float((one_n == other_n).double().mean())
-    shares = [torch.bincount(x, minlength=labels).double() / len(x) for x in (one_n, other_n)]
-    chance = min(float((shares[0] * shares[1]).sum()), 1 - 1e-9)
-    return (agreed - chance) / (1 - chance), math.sqrt(chance / (len(one_n) * (1 - chance))), agreed

@@ -18,14 +18,15 @@ from fanbu.heads import check_labels_known, domains_of
 from fanbu.merging.tokens import rows_of
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits, token_losses, top_tokens
-from fanbu.types import Context, digest
+from fanbu.types import Context, digest, industry_of
 
 _SURE = 255  # what probability 1 is written as
 
 
 def asked(context: Context, domain: str) -> list[int]:
-    """Numbers of the probe rows that a specialist is asked about: its own domain's, and those of nobody's."""
-    return [i for i, row in enumerate(context.probe.rows) if row.domain in {domain, None}]
+    """Numbers of the probe rows that a specialist is asked about: its own industry's, and those of nobody's."""
+    industry = industry_of(domain)
+    return [i for i, r in enumerate(context.probe.rows) if r.domain is None or industry_of(r.domain) == industry]
 
 
 def check_probe(name: str, contributions: Sequence[Contribution], context: Context) -> None:
@@ -46,9 +47,15 @@ def variants(context: Context, domain: str, times: int) -> list[str]:
     return augmented(own, times, context.seeded("variants", domain))
 
 
+def made_for(context: Context, domain: str, times: int) -> int:
+    """How many ``variants`` there are."""
+    return times * sum(row.domain == domain for row in context.probe.rows)
+
+
 def rows_known(base: Model, domain: str) -> tuple[list[int], str]:
-    """A domain's label rows in the base, and a mark of their names: both sides have them, so that none crosses."""
-    rows = domains_of(base.labels).get(domain, [])
+    """The base's label rows for a domain's industry, and a mark of their names: both sides have them, so that none
+    crosses."""
+    rows = domains_of(base.labels).get(industry_of(domain), [])
     return rows, digest([base.labels[i] for i in rows])[:12]
 
 
@@ -78,7 +85,7 @@ def class_panel(
     specialist says by itself is sent, whatever its trust.
 
     tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: which of
-    the domain's label rows in the base these are about (``known``; empty: all, in their order), both temperatures,
+    the industry's label rows in the base these are about (``known``; empty: all, in their order), both temperatures,
     ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against the base on
     validation rows.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,43 +11,69 @@ from torch import Tensor
 
 from fanbu.batches import Sequences
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, heard_tokens
+from fanbu.feedback.predictions._panel import asked, columns_of, heard, heard_tokens, made_for
+from fanbu.feedback.predictions._pool import Combine, Voice, pool
 from fanbu.heads import domains_of
 from fanbu.model import Model
 from fanbu.predict import class_logits, top_tokens
-from fanbu.types import Context
+from fanbu.types import Context, industry_of
 
 
 def union_targets(
-    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0
-) -> Tensor:
-    """T [probe rows and each teacher's variants, union labels] in float16, rows summing to 1."""
+    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0,
+    combine: Combine = "weighted",
+) -> Tensor:  # fmt: skip
+    """T [probe rows and each teacher's variants, union labels] in float16, rows summing to 1.
+
+    Of several teachers of one industry, each answers for all its texts, and ``_pool.pool`` makes one answer of them.
+    """
     probe, groups = context.probe.rows, domains_of(base.labels)
-    answers = {c.domain: asked(context, c.domain) for c in teachers}
-    taught = {i for d, rows in answers.items() for i in rows if probe[i].domain == d}
+    panels = [_Panel.of(c, base, context, augment) for c in teachers]
+    industries = {p.industry: [q.voice for q in panels if q.industry == p.industry] for p in panels}
+    agreed = {i for i, voices in industries.items() if all(v.columns == voices[0].columns for v in voices)}
     targets = torch.zeros(len(probe), len(base.labels))
-    # the base is asked only where a row's own specialist does not answer for it
-    rest = [i for i in range(len(probe)) if i not in taught]
+    # the base is asked only where a row's own specialists do not answer alone
+    rest = [i for i, row in enumerate(probe) if row.domain is None or industry_of(row.domain) not in agreed]
     z = class_logits(network, tokenizer, [probe[i].text for i in rest], context)
     for i, logits in zip(rest, z, strict=True):
-        known = groups.get(probe[i].domain or "")
-        if known:  # the domain is known: all mass to its labels
+        known = groups.get(industry_of(probe[i].domain or ""))
+        if known:  # the industry is known: all mass to its labels
             targets[i, known] = logits[known].softmax(0)
         else:
             targets[i] = logits.softmax(0)
-    more = []
-    for c in teachers:
-        columns = columns_of(c, base)
-        rows = torch.tensor(answers[c.domain], dtype=torch.long)
-        own = torch.tensor([probe[i].domain == c.domain for i in answers[c.domain]], dtype=torch.bool)
-        made = augment * int(own.sum())
-        p = heard(c, len(rows) + made, len(columns))
-        mass = torch.where(own, 1.0, targets[rows][:, groups[c.domain]].sum(1))
-        targets[rows[:, None], torch.tensor(columns)[None]] = mass[:, None] * p[: len(rows)]
-        more.append(torch.zeros(made, len(base.labels)))
-        more[-1][:, columns] = p[len(rows) :]
-    targets = torch.cat([targets, *more])
+    for industry, voices in industries.items():
+        rows, labels = torch.tensor(asked(context, voices[0].domain), dtype=torch.long), groups[industry]
+        named = torch.tensor([probe[i].domain is not None for i in rows.tolist()], dtype=torch.bool)
+        start = targets[rows][:, labels]
+        mass = torch.where(named, 1.0, start.sum(1))
+        targets[rows[:, None], torch.tensor(labels)[None]] = mass[:, None] * pool(voices, start, combine)
+    targets = torch.cat([targets, *(p.variants(len(base.labels)) for p in panels)])
     return (targets / targets.sum(1, keepdim=True)).half()
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One teacher's answers: on the probe rows that it was asked about, and on its variants."""
+
+    industry: str
+    voice: Voice
+    rows: Sequence[int]  # of the union head
+    made_nk: Tensor
+
+    @classmethod
+    def of(cls, c: Contribution, base: Model, context: Context, augment: int) -> _Panel:
+        columns, rows, industry = columns_of(c, base), asked(context, c.domain), industry_of(c.domain)
+        labels = domains_of(base.labels)[industry]
+        p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
+        own = torch.tensor([context.probe.rows[i].domain == c.domain for i in rows], dtype=torch.bool)
+        voice = Voice(c.domain, [labels.index(i) for i in columns], p[: len(rows)], own)
+        return cls(industry, voice, columns, p[len(rows) :])
+
+    def variants(self, labels: int) -> Tensor:
+        """[variants, union labels]."""
+        targets = torch.zeros(len(self.made_nk), labels)
+        targets[:, list(self.rows)] = self.made_nk
+        return targets
 
 
 def token_targets(
@@ -54,13 +81,14 @@ def token_targets(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each probe row the likeliest next tokens and their probabilities: of its specialist, else of the base, which
     also answers where a specialist of another vocabulary says nothing."""
-    taught: dict[int, tuple[Tensor, Tensor]] = {}
+    said: dict[int, list[tuple[Tensor, Tensor]]] = {}
     probe = context.probe.rows
     for c in teachers:
         rows = asked(context, c.domain)
         for i, part in zip(rows, heard_tokens(c, [len(sequences[i]) - 1 for i in rows]), strict=True):
-            if probe[i].domain == c.domain:
-                taught[i] = part
+            if probe[i].domain is not None:
+                said.setdefault(i, []).append(part)
+    taught = {i: _mean(parts, top_k) for i, parts in said.items()}
     rest = [i for i in range(len(probe)) if i not in taught or bool((taught[i][1].sum(1) == 0).any())]
     own = top_tokens(network, tokenizer, [probe[i].text for i in rest], context, top_k)
     for i, answer in zip(rest, own, strict=True):
@@ -72,3 +100,17 @@ def _filled(said: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> tuple[Te
     """The own answer at the places where nothing is said."""
     silent = said[1].sum(1, keepdim=True) == 0
     return torch.where(silent, own[0], said[0]), torch.where(silent, own[1], said[1])
+
+
+def _mean(parts: Sequence[tuple[Tensor, Tensor]], top_k: int) -> tuple[Tensor, Tensor]:
+    """The mean of several owners' next tokens, over those that say something at a place; the likeliest ``top_k``."""
+    if len(parts) == 1:
+        return parts[0]
+    indices = torch.cat([i for i, _ in parts], 1).long()
+    probs = torch.cat([p.float() for _, p in parts], 1)
+    speaking = torch.stack([p.float().sum(1) > 0 for _, p in parts]).sum(0).clamp_min(1)
+    same = indices[:, :, None] == indices[:, None, :]
+    first = same.long().argmax(2) == torch.arange(indices.shape[1])  # what is said twice counts where it stands first
+    total = (same * probs[:, None, :]).sum(2) * first / speaking[:, None]
+    p, place = total.topk(min(top_k, total.shape[1]), 1)
+    return indices.gather(1, place).int(), p.half()

@@ -15,14 +15,14 @@ from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.feedback.predictions._doubts import doubtful
-from fanbu.feedback.predictions._panel import asked, check_probe, class_panel, token_panel
+from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import domains_of, final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import Confidence, confident, confident_language
 from fanbu.predict import limit
 from fanbu.train import train as train_network
-from fanbu.types import CLASSIFYING, Context, Needs, Train
+from fanbu.types import CLASSIFYING, Context, Needs, Train, industry_of
 
 NEEDS = Needs(kind="predictions", probe=True)
 LINEAR = False
@@ -92,11 +92,9 @@ def absorb(
         head = final_layer(network)
     else:
         answers = token_targets(network, tokenizer, sequences, teachers, context, top_k)
-        taught = {c.domain for c in teachers}
+        _, own = _groups(base, teachers, context)
         state = Confidence(confidence, ramp)
-        loss = confident_language(
-            sequences, answers, [row.domain in taught for row in context.probe.rows], pad, context.device
-        )
+        loss = confident_language(sequences, answers, [number >= 0 for number in own], pad, context.device)
     student = nn.ModuleDict({"network": network, "confidence": state})
     history = train_network(student, [len(s) for s in sequences], loss, train, context, "weak_to_strong", head=head)
     made = provenance(
@@ -108,14 +106,11 @@ def absorb(
 
 
 def _groups(base: Model, teachers: Sequence[Contribution], context: Context) -> tuple[list[list[int]], list[int]]:
-    """The label rows of each teacher's domain, and for each probe row the number of its teacher, else -1."""
-    known = domains_of(base.labels)
-    own = [-1] * len(context.probe.rows)
-    for number, c in enumerate(teachers):
-        for i in asked(context, c.domain):
-            if context.probe.rows[i].domain == c.domain:
-                own[i] = number
-    return [known[c.domain] for c in teachers], own
+    """The label rows of each industry that is taught, and for each probe row the number of its industry, else -1."""
+    known, taught = domains_of(base.labels), sorted({industry_of(c.domain) for c in teachers})
+    number = {industry: k for k, industry in enumerate(taught)}
+    own = [-1 if row.domain is None else number.get(industry_of(row.domain), -1) for row in context.probe.rows]
+    return [known.get(industry, []) for industry in taught], own
 
 
 def _believed(targets_nl: Tensor, groups: Sequence[Sequence[int]], own: Sequence[int], keep: float) -> Tensor:

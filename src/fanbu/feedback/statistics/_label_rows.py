@@ -9,7 +9,7 @@ from fanbu.batches import evenly
 from fanbu.heads import Head, align_domains, domains_of, get_head, replace_rows, set_head
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import features
-from fanbu.types import Context, ProbeRow, ProbeSet
+from fanbu.types import Context, ProbeRow, ProbeSet, industry_of
 
 _ALIGN = 500
 
@@ -29,7 +29,7 @@ def join_rows(
     if known:
         x = features(network, tokenizer, [row.text for row in known], context)
         movable = [domain for h in new for domain in domains_of(h.labels)]
-        head = align_domains(head, x, [str(row.domain) for row in known], movable)
+        head = align_domains(head, x, [industry_of(str(row.domain)) for row in known], movable)
     set_head(network, head)
     return save_network(network, tokenizer, out, provenance(method, [base], context, domains=list(domains)))
 

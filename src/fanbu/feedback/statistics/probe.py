@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.feedback.statistics._label_rows import join_rows
@@ -26,14 +28,16 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
     """
     network, tokenizer = load_network(base), load_tokenizer(base)
     head, found = fit_probe(network, tokenizer, specialist.domain, context)
-    tensors = {"weight": head.weight_lh, "bias": head.bias_l}
+    count_l = torch.bincount(torch.tensor(specialist.domain.train.labels), minlength=len(head.labels))
+    tensors = {"weight": head.weight_lh, "bias": head.bias_l, "count": count_l.float()}
     return Contribution(
         "statistics", specialist.domain.name, "probe", tensors, meta={"labels": list(head.labels), **found}
     )
 
 
 def absorb(base: Model, contributions: Sequence[Contribution], out: Path, context: Context) -> Model:
-    """Joins the label rows into the base's head; rows of other domains stay bit for bit.
+    """Joins the label rows into the base's head; rows of other domains stay bit for bit. Where several owners of an
+    industry bring rows for a label, it is their mean, weighted by how many training rows each has of it.
 
     Each domain's bias is lowered by its mean logsumexp on its own rows; where the probe set has texts whose domain is
     known, they are aligned on these (``_label_rows.join_rows``). Neither changes an answer within a domain.
@@ -41,5 +45,5 @@ def absorb(base: Model, contributions: Sequence[Contribution], out: Path, contex
     new = []
     for c in contributions:
         bias = c.tensors["bias"] - c.meta["mean_logsumexp"]
-        new.append(Head(tuple(c.meta["labels"]), c.tensors["weight"], bias))
+        new.append(Head(tuple(c.meta["labels"]), c.tensors["weight"], bias, c.tensors["count"]))
     return join_rows(base, new, out, context, "probe", [c.domain for c in contributions])

@@ -1,0 +1,147 @@
+"""Several owners of one industry, asked about the same texts: their answers as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Combine = Literal["weighted", "mean", "log_mean", "gate"]
+_STEPS = 300
+_LEAST = 1e-6
+_LEAST_HEARD = 0.02
+_TEMPERATURES = torch.logspace(0, 1.5, 31)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What one specialist says: ``probs_nk`` [texts, the labels it knows], of the rows ``columns`` of its industry.
+
+    ``own_n`` marks the texts of its own owner.
+    """
+
+    domain: str
+    columns: Sequence[int]
+    probs_nk: Tensor
+    own_n: Tensor
+
+
+def pool(voices: Sequence[Voice], start_nl: Tensor, combine: Combine = "weighted") -> Tensor:
+    """q [texts, labels of the industry], rows summing to 1; nothing for labels that nobody knows.
+
+    ``weighted`` and ``mean``: q minimises sum_t w_t KL(p_t || q restricted to the labels that t knows), so a
+    specialist says nothing of labels that it does not know; where all know the same it is the mean sum_t w_t p_t.
+    ``mean`` gives each the same weight; ``weighted`` each its reliability (``reliable``) times how sure it is of the
+    text, max_l p_t(l). ``log_mean``: the geometric mean, of each p_t scaled to what the mean gives to the labels that
+    t knows. ``gate``: a text's own owner decides; on texts of nobody, the surest.
+    ``start_nl`` [texts, labels] decides between labels that no specialist knows both of.
+    References: Vongkulbhisal et al. 2019 (unifying heterogeneous classifiers); Hunter 2004 for the iteration.
+    """
+    if len(voices) == 1:
+        return _spread(voices[0], start_nl)
+    if combine == "gate":
+        return _gated(voices, start_nl)
+    weights = [torch.ones(len(start_nl))] * len(voices)
+    if combine == "weighted":
+        sure = [(v, weight) for v, weight in reliable(voices)]
+        voices = [v for v, _ in sure]
+        weights = [weight * v.probs_nk.max(1).values for v, weight in sure]
+    q = _unified(voices, weights, start_nl)
+    return _geometric(voices, q) if combine == "log_mean" else q
+
+
+def _spread(voice: Voice, start_nl: Tensor) -> Tensor:
+    q = torch.zeros_like(start_nl)
+    q[:, list(voice.columns)] = voice.probs_nk
+    return q
+
+
+def _unified(voices: Sequence[Voice], weights: Sequence[Tensor], start_nl: Tensor) -> Tensor:
+    """The fixed point of q(l) = sum_t w_t p_t(l) / sum over t that know l of w_t / q(labels of t)."""
+    shares = [w / torch.stack(list(weights)).sum(0).clamp_min(_LEAST) for w in weights]
+    said_nl = sum(w[:, None] * _spread(v, start_nl) for v, w in zip(voices, shares, strict=True))
+    known = torch.zeros(start_nl.shape[1], dtype=torch.bool)
+    for v in voices:
+        known[list(v.columns)] = True
+    q = (start_nl.clamp_min(_LEAST)) * known
+    q = q / q.sum(1, keepdim=True)
+    for _ in range(1 if all(len(v.columns) == int(known.sum()) for v in voices) else _STEPS):
+        asked_nl = torch.zeros_like(q)
+        for v, w in zip(voices, shares, strict=True):
+            columns = list(v.columns)
+            asked_nl[:, columns] += (w / q[:, columns].sum(1).clamp_min(_LEAST))[:, None]
+        q = said_nl / asked_nl.clamp_min(_LEAST)
+        q = q / q.sum(1, keepdim=True).clamp_min(_LEAST)
+    return q
+
+
+def _geometric(voices: Sequence[Voice], mean_nl: Tensor) -> Tensor:
+    total, knowing = torch.zeros_like(mean_nl), torch.zeros(mean_nl.shape[1])
+    for v in voices:
+        columns = list(v.columns)
+        scaled = v.probs_nk * mean_nl[:, columns].sum(1, keepdim=True)
+        total[:, columns] += scaled.clamp_min(_LEAST).log()
+        knowing[columns] += 1
+    q = (total / knowing.clamp_min(1)).exp() * (knowing > 0)
+    return q / q.sum(1, keepdim=True)
+
+
+def _gated(voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+    sure = torch.stack([v.probs_nk.max(1).values + 2 * v.own_n.float() for v in voices])
+    chosen = sure.argmax(0)
+    said = torch.stack([_spread(v, start_nl) for v in voices])
+    return said[chosen, torch.arange(len(start_nl))]
+
+
+def reliable(voices: Sequence[Voice]) -> list[tuple[Voice, float]]:
+    """Each voice with its reliability, by what the others say in the main; two or fewer are both believed.
+
+    The reliability is Cohen's kappa with the mean of the others, over texts that the others give to a label that it
+    knows; at least 0.02, so that labels which it alone knows are not lost. Where all know the same labels, who is surer
+    than it agrees with the others is brought down to that by a temperature: the smallest of 1 to 32 for which its mean
+    max_l p(l) is no more than its agreement.
+    """
+    if len(voices) < 3:
+        return [(v, 1.0) for v in voices]
+    labels = 1 + max(max(v.columns) for v in voices)
+    empty = torch.zeros(len(voices[0].probs_nk), labels)
+    said, knowing = empty.clone(), torch.zeros(labels)
+    for v in voices:
+        said[:, list(v.columns)] += v.probs_nk
+        knowing[list(v.columns)] += 1
+    found = []
+    for v in voices:
+        columns = list(v.columns)
+        others, rest = said.clone(), knowing.clone()
+        others[:, columns] -= v.probs_nk
+        rest[columns] -= 1
+        mean = others / rest.clamp_min(1)
+        known = torch.isin(mean.argmax(1), torch.tensor(columns))
+        if not known.any():
+            found.append((v, 1.0))
+            continue
+        kappa, _, agreed = agreement(v.probs_nk[known].argmax(1), mean[known][:, columns].argmax(1), len(columns))
+        if all(set(other.columns) == set(columns) for other in voices):
+            v = replace(v, probs_nk=_no_surer(v.probs_nk, known, agreed))
+        found.append((v, max(kappa, _LEAST_HEARD)))
+    return found
+
+
+def _no_surer(probs_nk: Tensor, known_n: Tensor, agreed: float) -> Tensor:
+    for temperature in _TEMPERATURES.tolist():
+        calmer = probs_nk.clamp_min(_LEAST).log().div(temperature).softmax(1)
+        if float(calmer[known_n].max(1).values.mean()) <= agreed:
+            break
+    return calmer
+
+
+def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:
+    """Cohen's kappa, its standard error where both are independent, and the share on which they agree."""
+    agreed = float((one_n == other_n).double().mean())
+    shares = [torch.bincount(x, minlength=labels).double() / len(x) for x in (one_n, other_n)]
+    chance = min(float((shares[0] * shares[1]).sum()), 1 - 1e-9)
+    return (agreed - chance) / (1 - chance), math.sqrt(chance / (len(one_n) * (1 - chance))), agreed
