@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeGuard
@@ -105,6 +105,11 @@ class Arrived:
     portion: int = 1
     of: int = 1
     more: bool = False
+
+
+def is_target(domain: Domain, feeding: Iterable[Domain]) -> bool:
+    """Whether a guard has texts that others of its industry, who feed, can answer for it."""
+    return domain.role == "guard" and len(domain.unlabelled) > 0 and domain.industry in {d.industry for d in feeding}
 
 
 Source = str | float | Sequence[str] | None

@@ -47,6 +47,32 @@ def soft_labelled(sequences: Sequences, targets_nl: Tensor, pad: int, device: st
     return loss
 
 
+def informed(
+    sequences: Sequences, targets_nl: Tensor, pad: int, device: str, groups: Sequence[Sequence[int]],
+    group: Sequence[int], weight: float,
+) -> BatchLoss:  # fmt: skip
+    """``soft_labelled``, and information maximisation on rows of a target: + weight (mean H(q(x)) - H(mean q(x))).
+
+    ``group`` [texts] says of each row which of ``groups``, the labels of a target's industry, q is restricted to, -1:
+    of none. Each answer is to be certain and all of them together even. Reference: Liang et al. 2020 (SHOT).
+    """
+    numbers = torch.tensor(group)
+
+    def loss(network: Any, rows: Sequence[int]) -> Tensor:
+        logits = network(**collate([sequences[i] for i in rows], pad, device)).logits.float()
+        few = list(rows)
+        total = soft_cross_entropy(logits, targets_nl[few].float().to(device))
+        for number in sorted(set(numbers[few].tolist()) - {-1}):
+            own = (numbers[few] == number).to(device)
+            log_q = logits[own][:, torch.tensor(groups[number], device=device)].log_softmax(1)
+            mean = log_q.exp().mean(0)
+            unsure = -(log_q.exp() * log_q).sum(1).mean() + (mean * mean.clamp_min(1e-6).log()).sum()
+            total = total + weight * float(own.float().mean()) * unsure
+        return total
+
+    return loss
+
+
 def language(sequences: Sequences, pad: int, device: str) -> BatchLoss:
     """Next-token cross-entropy."""
 

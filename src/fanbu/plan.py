@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fanbu.catalogue import Method, method
-from fanbu.domain import Domain
+from fanbu.domain import Domain, is_target
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
 from fanbu.recipe import Recipe, Step
@@ -90,5 +90,12 @@ def misfit(
         return FitError(
             "no-probe-set", f"{way.name} needs a probe set, and no domain shares texts",
             remedy="name public texts under probe.public, or a number of texts under probe.synthetic",
+        )  # fmt: skip
+    if needs.target and not any(is_target(d, feeding) and recipe.probe.from_domain(d.share) for d in domains):
+        return FitError(
+            "no-target", f"{way.name} needs an owner who has texts and no labels, in an industry that others feed",
+            allowed=[f"{i}@..." for i in sorted({d.industry for d in feeding})],
+            got=[d.name for d in domains if d.role == "guard"],
+            remedy="name it under guards, with its texts under unlabelled and test rows to judge by",
         )  # fmt: skip
     return None

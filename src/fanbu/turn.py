@@ -17,7 +17,7 @@ from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap
 from fanbu.data.standard_library import function_bodies
 from fanbu.data.synthetic import Corpus, synthetic
-from fanbu.domain import Domain
+from fanbu.domain import Domain, is_target
 from fanbu.errors import DataError, UsageError
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Stage, Workspace
@@ -190,12 +190,15 @@ def _unnamed(turn: Turn) -> list[str]:
 def gather_probe(turn: Turn) -> ProbeSet:
     """The probe set: texts (never labels) of domains, their own or synthetic ones, and public ones. Their bytes count.
 
+    A guard gives its texts too where it names unlabelled ones and others of its industry feed: it is a target then,
+    that learns from them without labels of its own.
+
     A text that is in the test rows of any domain is left out, also of one that has yet to join, and of rows that wait
     for their label: test data never trains.
     """
     spec, rows = turn.recipe.probe, []
     later = joining_later(turn.recipe, turn.number, turn.workspace.left())
-    for d in turn.feeding:
+    for d in [*turn.feeding, *(d for d in turn.domains.values() if is_target(d, turn.feeding))]:
         if (what := spec.from_domain(d.share)) is not None:
             rows += domain_texts(turn, d, what)
     for number, public in enumerate(spec.public):

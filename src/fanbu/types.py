@@ -121,7 +121,7 @@ class Needs:
     """What a feedback method needs of specialists and base, and what it sends. The planner matches it to what is there.
 
     ``kind`` is what crosses; ``texts`` and ``labels`` say that rows with them cross; ``probe`` that specialists are
-    asked about shared texts.
+    asked about shared texts; ``target`` that some of these are of an owner in their industry who has no specialist.
     """
 
     kind: Kind
@@ -130,6 +130,7 @@ class Needs:
     probe: bool = False
     texts: bool = False
     labels: bool = False
+    target: bool = False
     tasks: tuple[Task, ...] = TASKS
 
 

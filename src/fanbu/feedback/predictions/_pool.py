@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Combine = Literal["weighted", "mean", "log_mean", "gate"]
+from fanbu.feedback.predictions._stacking import stacked
+
+Combine = Literal["weighted", "mean", "log_mean", "gate", "stacked"]
 _STEPS = 300
 _LEAST = 1e-6
 _LEAST_HEARD = 0.02
@@ -21,23 +23,27 @@ _TEMPERATURES = torch.logspace(0, 1.5, 31)
 class Voice:
     """What one specialist says: ``probs_nk`` [texts, the labels it knows], of the rows ``columns`` of its industry.
 
-    ``own_n`` marks the texts of its own owner.
+    ``own_n`` marks the texts of its own owner, and ``weight`` is how much it counts beside the others from the start.
     """
 
     domain: str
     columns: Sequence[int]
     probs_nk: Tensor
     own_n: Tensor
+    weight: float = 1.0
 
 
-def pool(voices: Sequence[Voice], start_nl: Tensor, combine: Combine = "weighted") -> Tensor:
+def pool(
+    voices: Sequence[Voice], start_nl: Tensor, combine: Combine = "weighted", truth_n: Tensor | None = None
+) -> Tensor:
     """q [texts, labels of the industry], rows summing to 1; nothing for labels that nobody knows.
 
     ``weighted`` and ``mean``: q minimises sum_t w_t KL(p_t || q restricted to the labels that t knows), so a
     specialist says nothing of labels that it does not know; where all know the same it is the mean sum_t w_t p_t.
     ``mean`` gives each the same weight; ``weighted`` each its reliability (``reliable``) times how sure it is of the
     text, max_l p_t(l). ``log_mean``: the geometric mean, of each p_t scaled to what the mean gives to the labels that
-    t knows. ``gate``: a text's own owner decides; on texts of nobody, the surest.
+    t knows. ``gate``: a text's own owner decides; on texts of nobody, the surest. ``stacked``: ``_stacking.stacked`` by
+    the labels ``truth_n``, -1 where they are not known.
     ``start_nl`` [texts, labels] decides between labels that no specialist knows both of.
     References: Vongkulbhisal et al. 2019 (unifying heterogeneous classifiers); Hunter 2004 for the iteration.
     """
@@ -45,12 +51,14 @@ def pool(voices: Sequence[Voice], start_nl: Tensor, combine: Combine = "weighted
         return _spread(voices[0], start_nl)
     if combine == "gate":
         return _gated(voices, start_nl)
-    weights = [torch.ones(len(start_nl))] * len(voices)
+    weights = [torch.full((len(start_nl),), v.weight) for v in voices]
     if combine == "weighted":
-        sure = [(v, weight) for v, weight in reliable(voices)]
-        voices = [v for v, _ in sure]
-        weights = [weight * v.probs_nk.max(1).values for v, weight in sure]
+        judged = reliable(voices)
+        voices = [v for v, _ in judged]
+        weights = [v.weight * reliability * v.probs_nk.max(1).values for v, reliability in judged]
     q = _unified(voices, weights, start_nl)
+    if combine == "stacked":
+        return stacked([_beside(v, q) for v in voices], [v.own_n for v in voices], q, truth_n)
     return _geometric(voices, q) if combine == "log_mean" else q
 
 
@@ -79,14 +87,20 @@ def _unified(voices: Sequence[Voice], weights: Sequence[Tensor], start_nl: Tenso
     return q
 
 
+def _beside(voice: Voice, mean_nl: Tensor) -> Tensor:
+    """log p - log mean [texts, labels]: what one says beyond the mean, 0 of labels that it does not know."""
+    columns, beyond = list(voice.columns), torch.zeros_like(mean_nl)
+    scaled = voice.probs_nk * mean_nl[:, columns].sum(1, keepdim=True)
+    beyond[:, columns] = scaled.clamp_min(_LEAST).log() - mean_nl[:, columns].clamp_min(_LEAST).log()
+    return beyond
+
+
 def _geometric(voices: Sequence[Voice], mean_nl: Tensor) -> Tensor:
     total, knowing = torch.zeros_like(mean_nl), torch.zeros(mean_nl.shape[1])
     for v in voices:
-        columns = list(v.columns)
-        scaled = v.probs_nk * mean_nl[:, columns].sum(1, keepdim=True)
-        total[:, columns] += scaled.clamp_min(_LEAST).log()
-        knowing[columns] += 1
-    q = (total / knowing.clamp_min(1)).exp() * (knowing > 0)
+        total += v.weight * _beside(v, mean_nl)
+        knowing[list(v.columns)] += v.weight
+    q = mean_nl * (total / knowing.clamp_min(_LEAST)).exp()
     return q / q.sum(1, keepdim=True)
 
 

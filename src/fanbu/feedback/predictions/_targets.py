@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +12,32 @@ from torch import Tensor
 from fanbu.batches import Sequences
 from fanbu.contribution import Contribution
 from fanbu.feedback.predictions._panel import asked, columns_of, heard, heard_tokens, made_for
-from fanbu.feedback.predictions._pool import Combine, Voice, pool
+from fanbu.feedback.predictions._pool import Voice, pool
 from fanbu.heads import domains_of
 from fanbu.model import Model
 from fanbu.predict import class_logits, top_tokens
 from fanbu.types import Context, industry_of
 
+Together = Callable[[Sequence[int], Sequence[Voice], Tensor], Tensor]
+
 
 def union_targets(
     base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0,
-    combine: Combine = "weighted",
+    together: Together | None = None,
 ) -> Tensor:  # fmt: skip
     """T [probe rows and each teacher's variants, union labels] in float16, rows summing to 1.
 
-    Of several teachers of one industry, each answers for all its texts, and ``_pool.pool`` makes one answer of them.
+    Of several teachers of one industry, each answers for all its texts; ``together`` (the numbers of these rows, what
+    each says, what the base says) makes one answer of them. Without it that is ``_pool.pool``, and the base is not
+    asked about rows that are their teachers' alone.
     """
     probe, groups = context.probe.rows, domains_of(base.labels)
     panels = [_Panel.of(c, base, context, augment) for c in teachers]
     industries = {p.industry: [q.voice for q in panels if q.industry == p.industry] for p in panels}
-    agreed = {i for i, voices in industries.items() if all(v.columns == voices[0].columns for v in voices)}
+    alike = {i for i, voices in industries.items() if all(v.columns == voices[0].columns for v in voices)}
+    alone = set() if together else alike
     targets = torch.zeros(len(probe), len(base.labels))
-    # the base is asked only where a row's own specialists do not answer alone
-    rest = [i for i, row in enumerate(probe) if row.domain is None or industry_of(row.domain) not in agreed]
+    rest = [i for i, row in enumerate(probe) if row.domain is None or industry_of(row.domain) not in alone]
     z = class_logits(network, tokenizer, [probe[i].text for i in rest], context)
     for i, logits in zip(rest, z, strict=True):
         known = groups.get(industry_of(probe[i].domain or ""))
@@ -46,7 +50,8 @@ def union_targets(
         named = torch.tensor([probe[i].domain is not None for i in rows.tolist()], dtype=torch.bool)
         start = targets[rows][:, labels]
         mass = torch.where(named, 1.0, start.sum(1))
-        targets[rows[:, None], torch.tensor(labels)[None]] = mass[:, None] * pool(voices, start, combine)
+        q = together(rows.tolist(), voices, start) if together else pool(voices, start)
+        targets[rows[:, None], torch.tensor(labels)[None]] = mass[:, None] * q
     targets = torch.cat([targets, *(p.variants(len(base.labels)) for p in panels)])
     return (targets / targets.sum(1, keepdim=True)).half()
 

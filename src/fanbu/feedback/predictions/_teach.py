@@ -1,0 +1,70 @@
+"""What specialists say together becomes what the large model learns: shared by the ways that form committees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanbu.batches import Sequences, encode, pad_id
+from fanbu.contribution import Contribution
+from fanbu.feedback.predictions._doubts import doubtful
+from fanbu.feedback.predictions._panel import check_probe
+from fanbu.feedback.predictions._pool import Voice
+from fanbu.feedback.predictions._targets import Together, union_targets
+from fanbu.heads import final_layer
+from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
+from fanbu.predict import limit
+from fanbu.train import BatchLoss
+from fanbu.train import train as train_network
+from fanbu.types import Context, Train
+
+Loss = Callable[[Sequences, Tensor, int, str], BatchLoss]  # of token ids, targets [texts, labels], padding and device
+BASE = "base"  # the name of the base's own voice
+
+
+def teach(
+    name: str, base: Model, contributions: Sequence[Contribution], out: Path, context: Context, train: Train,
+    committee: tuple[Together, Loss], facts: Mapping[str, Any],
+) -> Model:  # fmt: skip
+    """Trains the base on T(l | x) = q(industry | x) p(l | x), with the p that a committee makes of all voices.
+
+    Voices are the specialists of an industry that are trusted and not doubted, each with its trust as weight, and the
+    base with what they leave. ``facts`` go into the manifest; the committee may add to them while it sits.
+    """
+    check_probe(name, contributions, context)
+    trust = {c.domain: float(c.meta["trust"]) for c in contributions}
+    teachers = [c for c in contributions if trust[c.domain] > 0]
+    network, tokenizer = load_network(base), load_tokenizer(base)
+    network.to(context.device)
+    doubted = doubtful(base, network, tokenizer, teachers, context)
+    teachers = [c for c in teachers if c.domain not in doubted]
+    if not teachers:  # training on its own answers could only drift
+        return copy_model(base, out)
+    combine, loss = committee
+
+    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+        return combine(rows, _with_base([replace(v, weight=trust[v.domain]) for v in voices], start_nl), start_nl)
+
+    sequences = encode(tokenizer, context.probe.texts, limit(network, context))
+    targets = union_targets(base, network, tokenizer, teachers, context, together=together)
+    minimised = loss(sequences, targets, pad_id(tokenizer), context.device)
+    lengths, head = [len(s) for s in sequences], final_layer(network)
+    history = train_network(network, lengths, minimised, train, context, name, head=head)
+    made = provenance(
+        name, [base], context, train=vars(train), teachers={c.domain: trust[c.domain] for c in teachers},
+        silent=sorted(d for d, share in trust.items() if not share), doubted=doubted, steps=history.steps, **facts,
+    )  # fmt: skip
+    return save_network(network, tokenizer, out, made)
+
+
+def _with_base(voices: Sequence[Voice], start_nl: Tensor) -> list[Voice]:
+    """And the base, with the weight that trust leaves it; no text is its own."""
+    left = 1 - sum(v.weight for v in voices) / len(voices)
+    p = start_nl / start_nl.sum(1, keepdim=True).clamp_min(1e-6)
+    nobody = torch.zeros(len(p), dtype=torch.bool)
+    return [*voices, Voice(BASE, list(range(p.shape[1])), p, nobody, left)] if left > 0 else list(voices)

@@ -1,0 +1,132 @@
+"""Ensembles: what an industry's specialists say together, how alike they are, and what labels add."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import rows, write_rows
+from fanbu.boundary import cross
+from fanbu.catalogue import method
+from fanbu.domain import Domain, Specialist, load_domain
+from fanbu.errors import BoundaryError
+from fanbu.feedback.predictions._diversity import diversity
+from fanbu.feedback.predictions._pool import Voice, pool
+from fanbu.heads import open_classifier
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.predict import class_logits
+from fanbu.types import PRESETS, Context, ProbeRow, ProbeSet
+
+TRAIN = {"epochs": 3, "lr": 3e-3, "head_lr": 1e-2, "batch_size": 8}
+WAY = method("ensemble")
+
+
+def says(labels: torch.Tensor, sure: float, own: torch.Tensor, name: str = "x@a") -> Voice:
+    p = torch.full((len(labels), 4), (1 - sure) / 3)
+    p[torch.arange(len(labels)), labels] = sure
+    return Voice(name, [0, 1, 2, 3], p, own)
+
+
+def noisy(truth: torch.Tensor, right: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(
+        torch.rand(len(truth), generator=generator) < right, truth,
+        torch.randint(4, (len(truth),), generator=generator),
+    )  # fmt: skip
+
+
+def test_labels_show_who_counts_and_a_memory_is_not_believed() -> None:
+    truth = torch.randint(4, (900,), generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(900).bool()
+    owner = torch.arange(900) < 300
+    memory = torch.where(owner, truth, noisy(truth, 0.1, 1))  # perfect on its own texts, hopeless elsewhere
+    voices = [says(memory, 0.95, owner), says(noisy(truth, 0.8, 2), 0.7, none), says(noisy(truth, 0.3, 3), 0.7, none)]
+    start = torch.full((900, 4), 0.25)
+    known = torch.where(torch.arange(900) < 600, truth, -1)
+    unseen = slice(600, None)
+
+    def right(q: torch.Tensor) -> float:
+        return float((q[unseen].argmax(1) == truth[unseen]).float().mean())
+
+    assert right(pool(voices, start, "stacked", known)) > right(pool(voices, start, "mean")) + 0.2
+    assert torch.equal(pool(voices, start, "stacked"), pool(voices, start, "mean"))  # without labels nothing is learned
+
+
+def test_few_labels_move_the_mean_little() -> None:
+    truth = torch.randint(4, (50,), generator=torch.Generator().manual_seed(0))
+    voices = [says(noisy(truth, r, s), 0.7, torch.zeros(50).bool()) for s, r in enumerate((0.8, 0.7))]
+    start, known = torch.full((50, 4), 0.25), torch.full((50,), -1)
+    known[0] = truth[0]
+    apart = (pool(voices, start, "stacked", known) - pool(voices, start, "mean")).abs().max()
+    assert 0 < float(apart) < 0.15
+
+
+def test_pairs_are_told_apart_by_where_they_err() -> None:
+    truth, none = torch.zeros(100, dtype=torch.long), torch.zeros(100).bool()
+    first, other, same = truth.clone(), truth.clone(), truth.clone()
+    first[:20], same[:20], other[20:40] = 1, 2, 1
+    one, copy, apart = (says(x, 0.9, none, n) for n, x in (("a", first), ("b", same), ("c", other)))
+    by_pair = {tuple(p["pair"]): p for p in diversity([one, copy, apart], truth)}  # type: ignore[arg-type]
+    assert by_pair["a", "b"]["q"] == 1.0
+    assert by_pair["a", "b"]["disagreement"] == 0.2
+    # 60 right by both, 20 each by one alone, none wrong by both
+    assert by_pair["a", "c"]["q"] == -1.0
+    assert by_pair["a", "c"]["disagreement"] == 0.4
+
+
+@pytest.fixture(scope="module")
+def place(
+    bert: Path, context: Context, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Model, list[Specialist], Context]:
+    """Three owners of rail, the base that is probed for them, and their specialists."""
+    folder, domains = tmp_path_factory.mktemp("rail"), []
+    for number, owner in enumerate(("east", "north", "west")):
+        files = {
+            split: write_rows(folder / f"{owner}.{split}.jsonl", rows("rail", count, 10 * number + k))
+            for k, (split, count) in enumerate({"train": 36, "valid": 18, "test": 36}.items())
+        }
+        domains.append(load_domain(f"rail@{owner}", **files))
+    found = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in domains for i, t in enumerate(d.train.texts)]
+    context = replace(context, probe=ProbeSet(tuple(found)))
+    base, probe = open_model(bert), method("probe")
+    made = provenance("open", [base], context)
+    opened = save_network(open_classifier(base, context), load_tokenizer(base), folder / "opened", made)
+    sent = [probe.contribute(Specialist(opened, d), opened, context) for d in domains]
+    base, way = probe.absorb(opened, sent, folder / "probed", context), method("finetune")
+    return base, [Specialist(way.shrink(base, d, folder / d.name, context, train=TRAIN), d) for d in domains], context
+
+
+def accuracy(model: Model, domain: Domain, context: Context) -> float:
+    z = class_logits(load_network(model), load_tokenizer(model), domain.test.texts, context)
+    return float((z.argmax(1) == torch.tensor(domain.test.labels)).float().mean())
+
+
+@pytest.mark.parametrize("combine", ["weighted", "mean", "log_mean", "gate", "stacked"])
+def test_the_large_model_learns_from_them_together(
+    combine: str, place: tuple[Model, list[Specialist], Context], tmp_path: Path
+) -> None:
+    base, specialists, context = place
+    given = {"combine": combine}
+    sent = [WAY.contribute(s, base, context, **given) for s in specialists]
+    assert all(bool(c.rows) == (combine == "stacked") for c in sent)
+    made = WAY.absorb(base, sent, tmp_path / "made", context, train=TRAIN, **given)
+    domain = specialists[0].domain
+    assert accuracy(made, domain, context) > max(0.8, accuracy(base, domain, context))
+    told = made.manifest["parameters"]["diversity"]["rail"]
+    assert {tuple(p["pair"]) for p in told} >= {("rail@east", "rail@north"), ("rail@north", "rail@west")}
+    assert all(0 <= p["disagreement"] <= 1 for p in told)
+
+
+def test_labels_cross_only_where_they_may(place: tuple[Model, list[Specialist], Context], tmp_path: Path) -> None:
+    base, specialists, context = place
+    sent = WAY.contribute(specialists[0], base, context, combine="stacked")
+    with pytest.raises(BoundaryError, match="labels stay with their owner"):
+        cross(sent, PRESETS["internal"], tmp_path / "out")
+    assert {row["id"].partition("/")[0] for row in sent.rows} == {"rail@east"}
+    forged = replace(sent, rows=[{"id": r.id, "label": "rail/seat"} for r in context.probe.rows])
+    from fanbu.feedback.predictions.ensemble import _labels
+
+    assert set(_labels(base, [forged], context)["rail"]) == {row["id"] for row in sent.rows}
