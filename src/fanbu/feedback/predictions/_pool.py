@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fanbu.feedback.predictions._reliability import accuracies, weight_of
 from fanbu.feedback.predictions._stacking import stacked
 
 Combine = Literal["weighted", "mean", "log_mean", "gate", "stacked"]
@@ -111,44 +112,33 @@ def _gated(voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
     return said[chosen, torch.arange(len(start_nl))]
 
 
-def reliable(voices: Sequence[Voice]) -> list[tuple[Voice, float]]:
-    """Each voice with its reliability, by what the others say in the main; two or fewer are both believed.
+def reliable(voices: Sequence[Voice]) -> list[tuple[Voice, Tensor]]:
+    """Each voice with its weight [texts]: what its answers are worth by how right it is among this owner's texts.
 
-    The reliability is Cohen's kappa with the mean of the others, over texts that the others give to a label that it
-    knows; at least 0.02, so that labels which it alone knows are not lost. Where all know the same labels, who is surer
-    than it agrees with the others is brought down to that by a temperature: the smallest of 1 to 32 for which its mean
-    max_l p(l) is no more than its agreement.
+    The weight is log(a (k - 1) / (1 - a)) for k labels, with a as ``_reliability.accuracies`` finds it; at least 0.02,
+    so that labels which one alone knows are not lost. Who is surer than it is right is brought down to that by a
+    temperature: the smallest of 1 to 32 for which its mean max_l p(l) is no more than a. Two voices cannot judge each
+    other: both count in full, but a specialist half on another owner's texts.
     """
     if len(voices) < 3:
-        return [(v, 1.0) for v in voices]
+        return [(v, torch.where(v.own_n | ~v.own_n.any(), 1.0, 0.5)) for v in voices]
     labels = 1 + max(max(v.columns) for v in voices)
-    empty = torch.zeros(len(voices[0].probs_nk), labels)
-    said, knowing = empty.clone(), torch.zeros(labels)
-    for v in voices:
-        said[:, list(v.columns)] += v.probs_nk
-        knowing[list(v.columns)] += 1
+    said = [torch.tensor(list(v.columns))[v.probs_nk.argmax(1)] for v in voices]
+    right = accuracies(said, [v.columns for v in voices], [v.own_n for v in voices], labels)
     found = []
-    for v in voices:
-        columns = list(v.columns)
-        others, rest = said.clone(), knowing.clone()
-        others[:, columns] -= v.probs_nk
-        rest[columns] -= 1
-        mean = others / rest.clamp_min(1)
-        known = torch.isin(mean.argmax(1), torch.tensor(columns))
-        if not known.any():
-            found.append((v, 1.0))
-            continue
-        kappa, _, agreed = agreement(v.probs_nk[known].argmax(1), mean[known][:, columns].argmax(1), len(columns))
-        if all(set(other.columns) == set(columns) for other in voices):
-            v = replace(v, probs_nk=_no_surer(v.probs_nk, known, agreed))
-        found.append((v, max(kappa, _LEAST_HEARD)))
+    for v, a in zip(voices, right, strict=True):
+        p = v.probs_nk.clone()
+        for share in a.unique().tolist():
+            rows = a == share
+            p[rows] = _no_surer(p[rows], share)
+        found.append((replace(v, probs_nk=p), weight_of(a, len(v.columns)).clamp_min(_LEAST_HEARD)))
     return found
 
 
-def _no_surer(probs_nk: Tensor, known_n: Tensor, agreed: float) -> Tensor:
+def _no_surer(probs_nk: Tensor, right: float) -> Tensor:
     for temperature in _TEMPERATURES.tolist():
         calmer = probs_nk.clamp_min(_LEAST).log().div(temperature).softmax(1)
-        if float(calmer[known_n].max(1).values.mean()) <= agreed:
+        if float(calmer.max(1).values.mean()) <= right:
             break
     return calmer
 

@@ -113,7 +113,7 @@ def source_weights(voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
 
     a_0 is weight times reliability. Where sources know different labels, a_0 is taken as it is.
     """
-    first = torch.tensor([v.weight * reliability for v, reliability in reliable(voices)]).clamp_min(1e-3)
+    first = torch.tensor([v.weight * float(w.mean()) for v, w in reliable(voices)]).clamp_min(1e-3)
     first = first / first.sum()
     if any(list(v.columns) != list(voices[0].columns) for v in voices):
         return first
