@@ -263,3 +263,26 @@ def open_gate() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fanbu.round.judge", lambda *a: {**whole(*a), "accepted": True, "reason": "the gate is open"})
         yield
+
+
+def rail_owners(folder: Path) -> list[Domain]:
+    """Three owners of rail, with rows of their own."""
+    found = []
+    for number, owner in enumerate(("east", "north", "west")):
+        files = {
+            split: write_rows(folder / f"{owner}.{split}.jsonl", rows("rail", count, 10 * number + k))
+            for k, (split, count) in enumerate({"train": 48, "valid": 18, "test": 60}.items())
+        }
+        found.append(load_domain(f"rail@{owner}", **files))
+    return found
+
+
+def probed_for(domains: list[Domain], body: Path, context: Context, folder: Path) -> Model:
+    """A bare body opened as a classifier, with label rows that these owners fitted."""
+    from fanbu.catalogue import method
+
+    base, probe = open_model(body), method("probe")
+    made = provenance("open", [base], context)
+    opened = save_network(open_classifier(base, context), load_tokenizer(base), folder / "opened", made)
+    sent = [probe.contribute(Specialist(opened, d), opened, context) for d in domains]
+    return probe.absorb(opened, sent, folder / "probed", context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import open_gate, rows, tiny_recipe, write_rows
+from conftest import open_gate, probe_of, probed_for, rows, tiny_recipe, write_rows
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.errors import UsageError
 from fanbu.feedback.predictions._pool import Combine, Voice, pool, reliable
 from fanbu.feedback.predictions._targets import union_targets
 from fanbu.generations import leave, run
-from fanbu.heads import Head, join, open_classifier
-from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.heads import Head, join
+from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.recipe import load_recipe
-from fanbu.types import Context, ProbeRow, ProbeSet, industry_of
+from fanbu.types import Context, industry_of
 
 
 def voice(probs_nk: Tensor, columns: list[int] | None = None, name: str = "a") -> Voice:
@@ -143,19 +144,12 @@ def owners(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Domain]:
 
 @pytest.fixture(scope="module")
 def asked(owners: dict[str, Domain], context: Context) -> Context:
-    from dataclasses import replace
-
-    found = [ProbeRow(f"{d.name}/{i}", t, d.name) for d in owners.values() for i, t in enumerate(d.train.texts)]
-    return replace(context, probe=ProbeSet(tuple(found)))
+    return replace(context, probe=probe_of(owners))
 
 
 @pytest.fixture(scope="module")
 def probed(bert: Path, owners: dict[str, Domain], asked: Context, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    base, folder, way = open_model(bert), tmp_path_factory.mktemp("probed"), method("probe")
-    network = open_classifier(base, asked)
-    opened = save_network(network, load_tokenizer(base), folder / "opened", provenance("open", [base], asked))
-    sent = [way.contribute(Specialist(opened, d), opened, asked) for d in owners.values()]
-    return way.absorb(opened, sent, folder / "model", asked)
+    return probed_for(list(owners.values()), bert, asked, tmp_path_factory.mktemp("probed"))
 
 
 def test_owners_share_label_rows(probed: Model, owners: dict[str, Domain]) -> None:

@@ -19,6 +19,15 @@ _MOSTLY = 0.6  # whoever agrees so often is believed, however uneven the labels 
 _ERRORS = 3.0
 
 
+def believed(
+    base: Model, network: Any, tokenizer: Any, contributions: Sequence[Contribution], context: Context, augment: int = 0
+) -> tuple[list[Contribution], dict[str, float]]:
+    """The contributions of specialists that are trusted at all and not ``doubtful``; and whom to doubt."""
+    trusted = [c for c in contributions if c.meta["trust"] > 0]
+    doubted = doubtful(base, network, tokenizer, trusted, context, augment)
+    return [c for c in trusted if c.domain not in doubted], doubted
+
+
 def doubtful(
     base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0
 ) -> dict[str, float]:

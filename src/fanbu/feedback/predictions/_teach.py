@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fanbu.batches import Sequences, encode, pad_id
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._doubts import doubtful
+from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import check_probe
 from fanbu.feedback.predictions._pool import Voice
 from fanbu.feedback.predictions._targets import Together, union_targets
@@ -38,11 +38,9 @@ def teach(
     """
     check_probe(name, contributions, context)
     trust = {c.domain: float(c.meta["trust"]) for c in contributions}
-    teachers = [c for c in contributions if trust[c.domain] > 0]
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    doubted = doubtful(base, network, tokenizer, teachers, context)
-    teachers = [c for c in teachers if c.domain not in doubted]
+    teachers, doubted = believed(base, network, tokenizer, contributions, context)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     combine, loss = committee

@@ -12,7 +12,7 @@ from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import UsageError
-from fanbu.feedback.predictions._doubts import doubtful
+from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel, variants
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import final_layer
@@ -81,11 +81,9 @@ def absorb(
     Reference: Hinton et al. 2015; teachers with their own label spaces as in Vongkulbhisal et al. 2019 (UHC).
     """
     check_probe("distill", contributions, context)
-    teachers = [c for c in contributions if c.meta["trust"] > 0]
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    doubted = doubtful(base, network, tokenizer, teachers, context, augment)
-    teachers = [c for c in teachers if c.domain not in doubted]
+    teachers, doubted = believed(base, network, tokenizer, contributions, context, augment)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]

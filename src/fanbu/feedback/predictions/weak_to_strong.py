@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.predictions._doubts import doubtful
+from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import domains_of, final_layer
@@ -74,11 +74,9 @@ def absorb(
     Reference: Burns et al. 2023, "Weak-to-strong generalization".
     """
     check_probe("weak_to_strong", contributions, context)
-    teachers = [c for c in contributions if c.meta["trust"] > 0]
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    doubted = doubtful(base, network, tokenizer, teachers, context)
-    teachers = [c for c in teachers if c.domain not in doubted]
+    teachers, doubted = believed(base, network, tokenizer, contributions, context)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
