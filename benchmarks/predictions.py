@@ -143,7 +143,9 @@ def _kl(sequences: Sequences, z_nl: Tensor, pad: int, device: str, temperature: 
 def without_texts(bench: Bench) -> Bench:
     """The same where the probe set is synthetic."""
     made_up = {
-        d.name: synthetic(d.texts, 2 * len(d.train), bench.context.seeded("synthetic", d.name))
+        d.name: synthetic(
+            d.train.texts, 2 * len(d.train), bench.context.seeded("synthetic", d.name), labels=d.train.labels
+        )
         for d in bench.domains.values()
     }
     context = replace(bench.context, probe=asking(made_up))

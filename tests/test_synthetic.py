@@ -1,4 +1,4 @@
-"""Synthetic texts: none is an owner's, no pair of words tells of few rows; the boundary looks for itself."""
+"""Synthetic texts: none is an owner's, no word and no pair of them tells of few rows; the boundary looks for itself."""
 
 from __future__ import annotations
 
@@ -24,18 +24,32 @@ TEXTS = [f"{a} {b}" for a in WORDS for b in ("today", "and i need help", "in the
 SECRET = "call Eve on 555"
 
 
-def test_no_text_is_an_owners_and_no_pair_is_rare() -> None:
-    own = [*TEXTS, f"my card was lost {SECRET}"]
+def test_no_text_is_an_owners_and_nothing_in_it_is_rare() -> None:
+    own = [*TEXTS, f"my card was lost {SECRET}", "is card my"]
     made = synthetic(own, 40, 0)
     assert len(made) == len(set(made)) > 10
     assert not set(made) & set(own)
-    counted: Counter[Any] = Counter()
+    words, pairs = Counter[str](), Counter[Any]()
     for text in own:
-        counted.update(set(pairwise(["<", *text.split(), ">"])))
-    assert min(counted[pair] for text in made for pair in pairwise(["<", *text.split(), ">"])) >= LEAST
-    assert not any("Eve" in text for text in made)
+        words.update(set(text.split()))
+        pairs.update(set(pairwise(["<", *text.split(), ">"])))
+    assert min(words[word] for text in made for word in text.split()) >= LEAST
+    assert not {1, 2} & {pairs[pair] for text in made for pair in pairwise(["<", *text.split(), ">"])}
+    assert not any("Eve" in text or "is card" in text for text in made)
     spread = Corpus([text.replace(" ", "  ") for text in own])
     assert not any(spread.hides(text) for text in own)  # white space makes no other text
+    assert not Corpus(own).hides("my card is card")
+    assert not Corpus(own).hides("my card was 555")
+    assert Corpus(own).hides("help shop card was lost")  # nobody says so
+
+
+def test_with_labels_a_text_keeps_to_one_of_them() -> None:
+    food = [f"{a} {b} soup" for a in ("warm", "more", "some") for b in ("leek", "broth", "pea", "bean")]
+    rail = [f"{a} {b} train" for a in ("late", "next", "last") for b in ("east", "west", "north", "south")]
+    made = synthetic([*food, *rail], 30, 0, labels=[0] * 12 + [1] * 12)
+    of = [{w for t in texts for w in t.split()} for texts in (food, rail)]
+    assert all(sum(set(text.split()) <= words for words in of) == 1 for text in made)
+    assert {next(k for k, words in enumerate(of) if set(text.split()) <= words) for text in made} == {0, 1}
 
 
 def test_the_same_seed_gives_the_same_texts() -> None:

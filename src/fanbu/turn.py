@@ -248,7 +248,9 @@ def probe_texts(d: Domain, limit: int | None) -> Contribution:
 def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
     """What a domain that keeps its texts gives instead (``data.synthetic``)."""
     corpus = Corpus(d.every_text)  # a walk may come upon a held-out text
-    made = [text for text in synthetic(d.texts, count, seed) if corpus.hides(text)]
+    known = dict(zip(d.train.texts, d.train.labels or (), strict=False))
+    labels = [known.get(text, -1) for text in d.texts]
+    made = [text for text in synthetic(d.texts, count, seed, labels=labels) if corpus.hides(text)]
     rows = [{"id": f"{d.name}/synthetic-{i}", "text": text, "domain": d.name} for i, text in enumerate(made)]
     return Contribution("samples", d.name, "synthetic texts", rows=rows)
 
