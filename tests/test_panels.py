@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import FitError, IntegrityError, UsageError
+from fanbu.errors import BoundaryError, FitError, IntegrityError, UsageError
 from fanbu.feedback.predictions._panel import columns_of, heard, heard_tokens, said, variants
 from fanbu.feedback.predictions._targets import union_targets
 from fanbu.heads import get_head, set_head
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
-from fanbu.types import Context
+from fanbu.predict import features
+from fanbu.types import PRESETS, Context
 
 
 def panel(p: torch.Tensor, most: int = 64, mass: float = 0.98) -> Contribution:
@@ -142,3 +144,37 @@ def test_variants_are_for_classifiers(llama: Path, texts: dict[str, Domain], con
     model = open_model(llama)
     with pytest.raises(UsageError, match="variants"):
         method("distill", "feedback").contribute(Specialist(model, texts["food"]), model, context, augment=1)
+
+
+def test_features_cross_only_with_texts_and_teach_angles(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    way, train = method("distill", "feedback"), {"epochs": 8, "lr": 1e-3, "batch_size": 16}
+    sent = [way.contribute(s, incumbent, context, features=1.0) for s in specialists.values()]
+    assert all(c.tensors["features"].dtype == torch.int8 and len(c.tensors["features"]) == 48 for c in sent)
+    with pytest.raises(BoundaryError, match="features stay with their owner"):
+        cross(sent[0], PRESETS["internal"], tmp_path / "kept")
+    cross(sent[0], PRESETS["open"], tmp_path / "sent")
+    plain = way.absorb(incumbent, sent, tmp_path / "plain", context, train=train)
+    taught = way.absorb(incumbent, sent, tmp_path / "taught", context, train=train, features=20.0)
+
+    def apart(model: Model) -> float:
+        network, tokenizer = load_network(model), load_tokenizer(model)
+        found = []
+        for c in sent:
+            texts = [r.text for r in context.probe.rows if r.domain == c.domain]
+            x, y = features(network, tokenizer, texts, context), c.tensors["features"].float()
+            x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
+            found.append(float((x @ x.T - y @ y.T).square().mean()))
+        return sum(found)
+
+    assert apart(taught) < 0.8 * apart(plain)
+    bare = [way.contribute(s, incumbent, context) for s in specialists.values()]
+    with pytest.raises(FitError, match="no panel holds any"):
+        way.absorb(incumbent, bare, tmp_path / "none", context, train=train, features=1.0)
+    few = replace(sent[0], tensors={**sent[0].tensors, "features": sent[0].tensors["features"][:3]})
+    with pytest.raises(IntegrityError, match="not those of the rows"):
+        way.absorb(incumbent, [few], tmp_path / "few", context, train=train, features=1.0)
+    domain = replace(specialists["food"].domain, task="causal-lm")
+    with pytest.raises(UsageError, match="for classifiers only"):
+        way.contribute(replace(specialists["food"], domain=domain), incumbent, context, features=1.0)

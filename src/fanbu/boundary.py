@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fanbu.contribution import Contribution, check_contribution, write_contribution
+from fanbu.contribution import FEATURES, Contribution, check_contribution, write_contribution
 from fanbu.data.synthetic import Corpus
 from fanbu.errors import BoundaryError
 from fanbu.types import Share
@@ -45,6 +45,8 @@ def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -
         corpus = Corpus(own)
         if bare := sum(not corpus.hides(text) for text in texts):
             return f"{bare} of {len(texts)} texts are not synthetic, and texts stay with their owner"
+    if not share.texts and FEATURES in contribution.tensors:
+        return "features stay with their owner where texts do: texts can be guessed from them"
     if not share.texts and (long := _longest(contribution)) > MAX_NAME:
         return f"a string of {long} characters is among its ids or meta, and texts stay with their owner"
     if not share.labels and any("label" in row for row in contribution.rows):

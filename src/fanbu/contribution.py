@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HEADER, TENSORS, ROWS = "contribution.json", "tensors.safetensors", "rows.jsonl"
 MAX_BYTES = 64 * 2**30
+FEATURES = "features"  # the tensor that pooled features of texts are sent in: texts can be guessed from them
 _ROW_KEYS = {"id", "text", "label", "domain"}
 
 

@@ -73,6 +73,35 @@ def informed(
     return loss
 
 
+def related(
+    sequences: Sequences, targets_nl: Tensor, pad: int, device: str, features: Sequence[Tensor], place_nt: Tensor,
+    weight: float,
+) -> BatchLoss:  # fmt: skip
+    """``soft_labelled`` + weight mean over pairs of a batch that a teacher saw of (cos teacher - cos student)^2.
+
+    ``features`` are each teacher's unit vectors, ``place_nt`` [texts, teachers] the row's place in them or -1; rows
+    beyond its length have none. Only angles between pooled features count, so widths may differ. Reference: Tung and
+    Mori 2019, "Similarity-preserving knowledge distillation".
+    """
+
+    def loss(network: Any, rows: Sequence[int]) -> Tensor:
+        with without_head(network):
+            pooled = network(**collate([sequences[i] for i in rows], pad, device)).logits
+        logits = final_layer(network)(pooled).float()
+        total = soft_cross_entropy(logits, targets_nl[list(rows)].float().to(device))
+        x, apart = functional.normalize(pooled.float(), dim=1), []
+        for teacher, known in enumerate(features):
+            places = [int(place_nt[i, teacher]) if i < len(place_nt) else -1 for i in rows]
+            own = [k for k, at in enumerate(places) if at >= 0]
+            if len(own) > 1:
+                seen = known[[places[k] for k in own]].to(device)
+                off = (seen @ seen.T - x[own] @ x[own].T).square()
+                apart.append(off[~torch.eye(len(own), dtype=torch.bool, device=device)])
+        return total + weight * torch.cat(apart).mean() if apart else total
+
+    return loss
+
+
 def language(sequences: Sequences, pad: int, device: str) -> BatchLoss:
     """Next-token cross-entropy."""
 

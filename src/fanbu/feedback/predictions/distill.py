@@ -13,11 +13,12 @@ from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import UsageError
 from fanbu.feedback.predictions._doubts import believed
+from fanbu.feedback.predictions._features import seen, shown
 from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel, variants
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
-from fanbu.objectives import soft_labelled, soft_language
+from fanbu.objectives import related, soft_labelled, soft_language
 from fanbu.predict import limit
 from fanbu.train import train as train_network
 from fanbu.types import CLASSIFYING, Context, Needs, Train
@@ -30,6 +31,7 @@ SENSITIVITY = None
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64,
     mass: Annotated[float, Gt(0), Le(1)] = 0.98, augment: Annotated[int, Ge(0)] = 0,
+    features: Annotated[float, Ge(0)] = 0.0,
 ) -> Contribution:  # fmt: skip
     """What the specialist says on the probe rows of its own domain and on those of nobody's.
 
@@ -41,17 +43,20 @@ def contribute(
         top_k: how many labels, or next tokens, are said at most.
         mass: labels are said, likeliest first, until their probabilities come to this.
         augment: so many variants of each of the domain's probe texts are answered too (``_panel.variants``).
+        features: with more than 0 a classifier sends its pooled features of the probe rows too, a byte a number. Texts
+            can be guessed from features, so they cross only where texts may.
 
     Raises:
-        UsageError: variants for a causal model.
+        UsageError: variants or features of a causal model.
     """
-    if augment and specialist.domain.task == "causal-lm":
+    if (augment or features) and specialist.domain.task == "causal-lm":
         raise UsageError(
-            "bad-parameter", "distill makes variants of texts for classifiers only", allowed="augment: 0", got=augment,
-            remedy="leave it out",
+            "bad-parameter", "distill makes variants of texts, and learns from features, for classifiers only",
+            allowed="augment: 0 and features: 0", got=f"{augment} and {features}", remedy="leave them out",
         )  # fmt: skip
     if specialist.domain.task in CLASSIFYING:
         tensors, meta = class_panel(specialist, base, context, top_k, mass, augment)
+        tensors |= shown(specialist, context) if features else {}
     else:
         tensors, meta = token_panel(specialist, base, context, top_k)
     return Contribution("predictions", specialist.domain.name, "distill", tensors, meta=meta)
@@ -60,6 +65,7 @@ def contribute(
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
     train: Train = Train(epochs=6, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
+    features: Annotated[float, Ge(0)] = 0.0,
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -74,6 +80,8 @@ def absorb(
         train: how to train; there is no early stopping, since the centre has no labelled rows.
         top_k: how many next tokens of teacher zero are kept (causal models).
         augment: how many variants of each text were answered.
+        features: how much it counts that texts lie to each other as they do in a specialist's features
+            (``objectives.related``), whatever their width.
 
     Raises:
         FitError: the probe set is empty, or a panel does not belong to it.
@@ -92,13 +100,15 @@ def absorb(
     if base.task in CLASSIFYING:
         targets = union_targets(base, network, tokenizer, teachers, context, augment)
         loss = soft_labelled(sequences, targets, pad, context.device)
+        if features:
+            loss = related(sequences, targets, pad, context.device, *seen(teachers, context), features)
         head = final_layer(network)
     else:
         answers = token_targets(network, tokenizer, sequences, teachers, context, top_k)
         loss = soft_language(sequences, answers, pad, context.device)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
-        "distill", [base], context, train=vars(train), augment=augment,
+        "distill", [base], context, train=vars(train), augment=augment, features=features,
         teachers={c.domain: c.meta["trust"] for c in teachers},
         silent=[c.domain for c in contributions if not c.meta["trust"]], doubted=doubted, steps=history.steps,
     )  # fmt: skip
