@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch
 from conftest import open_gate, probe_of, probed_for, rail_owners, rows, tiny_recipe, write_rows
 from fanbu.batches import encode, pad_id
 from fanbu.catalogue import method
+from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import FitError
+from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.predictions._pool import Voice
 from fanbu.feedback.predictions.adapt import nearest, source_weights
+from fanbu.feedback.statistics.coral import _bent, _power
 from fanbu.generations import run
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.objectives import informed, soft_labelled
@@ -57,6 +60,25 @@ def test_the_nearest_centroid_mends_what_sources_get_wrong() -> None:
     assert not bool(nearest(x, known)[:, 1].any())  # nobody spoke of it
 
 
+def test_a_target_that_is_turned_and_moved_is_seen_as_the_source() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator) * torch.tensor([3.0, 2, 1, 1, 0.5, 0.5])
+    head = torch.randn(3, 6, generator=generator)
+    moved = x @ torch.diag(torch.tensor([0.2, 1.5, 4.0, 1.0, 2.0, 0.7])) + 5
+    statistics = {
+        "weight": head, "bias": torch.zeros(3), "count": torch.ones(3), "mean": x.mean(0),
+        "covariance": torch.cov(x.T, correction=0),
+    }  # fmt: skip
+    sent = Contribution("statistics", "a@b", "coral", statistics, meta={"labels": ["a/x", "a/y", "a/z"]})
+    inverse = _power(torch.cov(moved.double().T, correction=0), 1e-6, -0.5)
+    bent = _bent(sent, inverse, moved.double().mean(0), 1e-6)
+    told = (x @ head.T).argmax(1)
+    assert float((told == (moved @ bent.weight_lh.T + bent.bias_l).argmax(1)).float().mean()) > 0.95
+    assert float((told == (moved @ head.T).argmax(1)).float().mean()) < 0.8
+    with pytest.raises(IntegrityError, match="not of the base's features"):
+        _bent(replace(sent, tensors={**statistics, "covariance": torch.eye(5)}), inverse, moved.mean(0), 0.1)
+
+
 def test_information_asks_for_certain_and_even_answers(incumbent: Model) -> None:
     network, tokenizer = load_network(incumbent), load_tokenizer(incumbent)
     sequences = encode(tokenizer, ["flour yeast", "late platform", "fare refund"], 16)
@@ -90,34 +112,43 @@ def place(
     return base, grown, domains[2], context
 
 
+@pytest.mark.parametrize("name", ["adapt", "coral", "dann"])
 def test_a_target_without_labels_learns_from_its_industry(
-    place: tuple[Model, list[Specialist], Domain, Context], tmp_path: Path
+    name: str, place: tuple[Model, list[Specialist], Domain, Context], tmp_path: Path
 ) -> None:
-    base, specialists, target, context = place
-    sent = [WAY.contribute(s, base, context) for s in specialists]
-    made = WAY.absorb(base, sent, tmp_path / "made", context, train=TRAIN)
-    assert WAY.absorb(base, sent[::-1], tmp_path / "again", context, train=TRAIN).digest == made.digest
-    assert sent[0].digest == WAY.contribute(specialists[0], base, context).digest
+    (base, specialists, target, context), way = place, method(name)
+    more: dict[str, Any] = {"train": TRAIN} if "train" in way.parameters() else {}
+    sent = [way.contribute(s, base, context) for s in specialists]
+    made = way.absorb(base, sent, tmp_path / "made", context, **more)
+    assert way.absorb(base, sent[::-1], tmp_path / "again", context, **more).digest == made.digest
+    assert sent[0].digest == way.contribute(specialists[0], base, context).digest
     truth = torch.tensor(target.test.labels)
 
     def right(model: Model) -> float:
         z = class_logits(load_network(model), load_tokenizer(model), target.test.texts, context)
         return float((z.argmax(1) == truth).float().mean())
 
+    if name == "coral":  # the tiny base's features are no better bent
+        assert right(made) > 0.5
+        return
     assert right(made) > max(0.8, right(base))
+    if name == "dann":
+        assert made.manifest["parameters"]["targets"] == ["rail"]
+        return
     told = made.manifest["parameters"]["sources"]["rail"]
     assert set(told) >= {"rail@east", "rail@north"}
     assert sum(told.values()) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["adapt", "coral", "dann"])
 def test_without_a_target_it_says_what_is_missing(
-    place: tuple[Model, list[Specialist], Domain, Context], tmp_path: Path
+    name: str, place: tuple[Model, list[Specialist], Domain, Context], tmp_path: Path
 ) -> None:
-    base, specialists, _, context = place
+    (base, specialists, _, context), way = place, method(name)
     own = replace(context, probe=ProbeSet(tuple(r for r in context.probe.rows if r.domain != "rail@west")))
-    sent = [WAY.contribute(s, base, own) for s in specialists]
+    sent = [way.contribute(s, base, own) for s in specialists]
     with pytest.raises(FitError, match=r"who has no specialist.*rail@\.\.\.") as caught:
-        WAY.absorb(base, sent, tmp_path / "made", own, train=TRAIN)
+        way.absorb(base, sent, tmp_path / "made", own)
     assert caught.value.code == "no-target"
 
 

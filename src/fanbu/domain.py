@@ -11,9 +11,9 @@ from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
 from fanbu.data.split import cap, carve, not_carved, portion
 from fanbu.data.standard_library import function_bodies
-from fanbu.errors import DataError, UsageError
+from fanbu.errors import DataError, FitError, UsageError
 from fanbu.model import Model
-from fanbu.types import CLASSIFYING, DOMAIN_NAME, MEDIA, PRESETS, TASKS, Share, Task, digest, industry_of
+from fanbu.types import CLASSIFYING, DOMAIN_NAME, MEDIA, PRESETS, TASKS, Context, Share, Task, digest, industry_of
 
 Role = Literal["feeds", "guard"]
 METRICS = {task: ("loss",) if task == "causal-lm" else ("accuracy",) for task in TASKS}
@@ -110,6 +110,26 @@ class Arrived:
 def is_target(domain: Domain, feeding: Iterable[Domain]) -> bool:
     """Whether a guard has texts that others of its industry, who feed, can answer for it."""
     return domain.role == "guard" and len(domain.unlabelled) > 0 and domain.industry in {d.industry for d in feeding}
+
+
+def target_rows(way: str, context: Context, sources: Sequence[str]) -> dict[str, list[str]]:
+    """By industry: the probe set's texts of owners who are not among the sources, and whose industry a source is of.
+
+    Raises FitError where there are none.
+    """
+    found: dict[str, list[str]] = {}
+    taught = {industry_of(d) for d in sources}
+    for row in context.probe.rows:
+        if row.domain is not None and row.domain not in sources and industry_of(row.domain) in taught:
+            found.setdefault(industry_of(row.domain), []).append(row.text)
+    if not found:
+        raise FitError(
+            "no-target", f"{way} needs texts of an owner who has no specialist",
+            allowed=[f"rows of {i}@..." for i in sorted(taught)],
+            got=sorted({str(r.domain) for r in context.probe.rows}),
+            remedy="name it under guards, with its texts under unlabelled and test rows to judge by",
+        )  # fmt: skip
+    return found
 
 
 Source = str | float | Sequence[str] | None

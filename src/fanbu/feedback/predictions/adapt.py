@@ -13,8 +13,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from fanbu.contribution import Contribution
-from fanbu.domain import Specialist
-from fanbu.errors import FitError
+from fanbu.domain import Specialist, target_rows
 from fanbu.feedback.predictions._panel import check_probe, class_panel
 from fanbu.feedback.predictions._pool import Voice, pool, reliable
 from fanbu.feedback.predictions._teach import teach
@@ -71,7 +70,7 @@ def absorb(
     """
     check_probe("adapt", contributions, context)
     sources = {c.domain for c in contributions}
-    industries = sorted({industry_of(d) for d in sources})
+    industries = sorted(target_rows("adapt", context, list(sources)))
     known = domains_of(base.labels)
 
     def target_of(row: int) -> int:
@@ -81,12 +80,6 @@ def absorb(
         return industries.index(industry_of(domain))
 
     group = [target_of(i) for i in range(len(context.probe.rows))]
-    if set(group) <= {-1}:
-        raise FitError(
-            "no-target", "adapt needs texts of an owner who has no specialist",
-            allowed=[f"rows of {i}@..." for i in industries], got=sorted({str(r.domain) for r in context.probe.rows}),
-            remedy="name it under guards, with its texts under unlabelled and test rows to judge by",
-        )  # fmt: skip
     network, tokenizer = load_network(base), load_tokenizer(base)
     weights: dict[str, dict[str, float]] = {}
 
