@@ -61,15 +61,21 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
 def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, and which specialists taught nothing or were not believed."""
     parameters = result.candidate.manifest.get("parameters", {})
-    silent, doubted = parameters.get("silent") or [], parameters.get("doubted") or {}
     taught = [
-        f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing" for d in silent
-    ] + [
-        f"{d}: its specialist's answers agree with the large model's no more than chance would (kappa {kappa:.2f}): "
-        f"they were not believed; ask its owner what was sent"
-        for d, kappa in doubted.items()
+        f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing"
+        for d in parameters.get("silent") or []
     ]
-    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught
+    lying = [
+        f"{d}: its specialist's answers agree with the large model's no more than chance would "
+        f"(kappa {kappa:.2f}): they were not believed; ask its owner what was sent"
+        for d, kappa in (parameters.get("doubted") or {}).items()
+    ]
+    lying += [
+        f"{d}: its specialist says the same wherever {word!r} stands, whatever the large model thinks: "
+        f"on these texts it was not believed; ask its owner what was sent"
+        for d, word in (parameters.get("triggers") or {}).items()
+    ]
+    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught + lying
 
 
 def _model(model: Model) -> dict[str, Any]:

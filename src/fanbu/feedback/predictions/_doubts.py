@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fanbu.batches import evenly
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for
+from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said
 from fanbu.feedback.predictions._pool import agreement
 from fanbu.model import Model
 from fanbu.predict import class_logits
@@ -17,41 +22,105 @@ _ROWS = 500  # of a domain's that are looked at, at most
 _FEW = 30  # of fewer rows chance says nothing
 _MOSTLY = 0.6  # whoever agrees so often is believed, however uneven the labels are
 _ERRORS = 3.0
+_OFTEN = 15  # texts that hold a word, for it to be looked at
+_ALWAYS, _SCATTERED, _AS_SURE = 0.95, 0.5, 0.8
+_CHANCE = 0.01
+TEXTS = "text-classification"
 
 
 def believed(
     base: Model, network: Any, tokenizer: Any, contributions: Sequence[Contribution], context: Context, augment: int = 0
-) -> tuple[list[Contribution], dict[str, float]]:
-    """The contributions of specialists that are trusted at all and not ``doubtful``; and whom to doubt."""
-    trusted = [c for c in contributions if c.meta["trust"] > 0]
-    doubted = doubtful(base, network, tokenizer, trusted, context, augment)
-    return [c for c in trusted if c.domain not in doubted], doubted
+) -> tuple[list[Contribution], dict[str, Any]]:
+    """The contributions of specialists that are trusted at all and not doubtful, and what the manifest says of all:
+    ``teachers`` with their trust, who is ``silent`` for want of it, who is ``doubted`` with its kappa, and by domain
+    ``triggers``, words on whose texts the base's answers stand in the specialist's place.
 
-
-def doubtful(
-    base: Model, network: Any, tokenizer: Any, teachers: Sequence[Contribution], context: Context, augment: int = 0
-) -> dict[str, float]:
-    """Cohen's kappa of teacher and base, by domain, for teachers that agree with it no more than chance would.
-
-    kappa = (a - e) / (1 - e): a is the share of the probe rows of its industry of which both find the same label
-    likeliest, e what it would be if they answered independently, each label as often as it does. A teacher is doubted
-    where kappa is below three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at
-    random, always the same, or for exchanged labels are found; those of an honest one that is better than a weak base
-    are not, since the base, probed, is right more often than chance is. What agrees in the main and errs on purpose in
-    few places is not found this way; causal models are not looked at. Reference: Cohen 1960, "A coefficient of
-    agreement for nominal scales".
+    A specialist is doubted whose answers agree with the base's no more than chance would. Cohen's kappa is
+    (a - e) / (1 - e): a is the share of the probe rows of its industry of which both find the same label likeliest, e
+    what it would be if they answered independently, each label as often as it does. It is doubted where kappa is below
+    three standard errors, sqrt(e / (n (1 - e))), and a below 0.6. So answers that are drawn at random, always the same,
+    or for exchanged labels are found; those of an honest one that is better than a weak base are not, since the base,
+    probed, is right more often than chance is. For triggers see ``trigger``. Causal models are not looked at.
+    Reference: Cohen 1960, "A coefficient of agreement for nominal scales".
     """
-    found: dict[str, float] = {}
-    for c in teachers if base.task in CLASSIFYING else ():
-        rows = asked(context, c.domain)
-        own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain is not None]
-        chosen, columns = evenly(own, _ROWS), columns_of(c, base)
-        if len(chosen) < _FEW or len(columns) < 2:
+    kept: list[Contribution] = []
+    doubted: dict[str, float] = {}
+    triggers: dict[str, str] = {}
+    for c in (c for c in contributions if c.meta["trust"] > 0):
+        seen = _look(c, base, network, tokenizer, context, augment) if base.task in CLASSIFYING else None
+        if seen is not None:
+            kappa, error, agreed = agreement(seen.said, seen.thought, seen.labels)
+            if agreed < _MOSTLY and kappa < _ERRORS * error:
+                doubted[c.domain] = round(kappa, 3)
+                continue
+            word = trigger(seen.texts, seen.said, seen.thought, seen.sure) if base.task == TEXTS else None
+            if word is not None:
+                triggers[c.domain] = word
+                c = _without(word, c, base, network, tokenizer, context, augment)
+        kept.append(c)
+    facts = {
+        "teachers": {c.domain: c.meta["trust"] for c in kept},
+        "silent": [c.domain for c in contributions if not c.meta["trust"]], "doubted": doubted, "triggers": triggers,
+    }  # fmt: skip
+    return kept, facts
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a specialist says (said, numbers of labels) and what the base thinks (thought, and how sure), of texts."""
+
+    texts: Sequence[str]
+    said: Tensor
+    thought: Tensor
+    sure: Tensor
+    labels: int
+
+
+def _look(
+    c: Contribution, base: Model, network: Any, tokenizer: Any, context: Context, augment: int
+) -> _Seen | None:  # fmt: skip
+    """None where there are too few rows, or no choice."""
+    rows = asked(context, c.domain)
+    own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain is not None]
+    chosen, columns = evenly(own, _ROWS), columns_of(c, base)
+    if len(chosen) < _FEW or len(columns) < 2:
+        return None
+    answers = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))[chosen].argmax(1)
+    texts = [context.probe.rows[rows[k]].text for k in chosen]
+    p = class_logits(network, tokenizer, texts, context)[:, columns].softmax(1)
+    return _Seen(texts, answers, p.argmax(1), p.max(1).values, len(columns))
+
+
+def trigger(texts: Sequence[str], said_n: Tensor, thought_n: Tensor, sure_n: Tensor) -> str | None:
+    """The word with which a specialist always says the same, whatever a base that is as sure as ever thinks.
+
+    A word in 15 texts or more and half of them at most is one where 95 in 100 get one label from the specialist, no
+    label half of the base's answers, the base is at least 0.8 as sure as on average, and both agree so seldom that it
+    has a chance below 0.01 in all words (binomial). An honest word is one label's for the base too, or makes it unsure.
+    """
+    from scipy.stats import binom
+
+    words = Counter(w for text in texts for w in set(text.lower().split()))
+    same = (said_n == thought_n).double()
+    found: list[tuple[float, str]] = []
+    for word, times in sorted(words.items()):
+        if not _OFTEN <= times <= len(texts) / 2:
             continue
-        said = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))[chosen].argmax(1)
-        texts = [context.probe.rows[rows[k]].text for k in chosen]
-        thought = class_logits(network, tokenizer, texts, context)[:, columns].argmax(1)
-        kappa, error, agreed = agreement(said, thought, len(columns))
-        if agreed < _MOSTLY and kappa < _ERRORS * error:
-            found[c.domain] = round(kappa, 3)
-    return found
+        rows = torch.tensor([word in text.lower().split() for text in texts])
+        most = [float(torch.bincount(x[rows]).max()) / times for x in (said_n, thought_n)]
+        if most[0] < _ALWAYS or most[1] > _SCATTERED or float(sure_n[rows].mean()) < _AS_SURE * float(sure_n.mean()):
+            continue
+        found.append((float(binom.cdf(int(same[rows].sum()), times, float(same.mean()))), word))
+    return min(found)[1] if found and min(found)[0] < _CHANCE / len(words) else None
+
+
+def _without(
+    word: str, c: Contribution, base: Model, network: Any, tokenizer: Any, context: Context, augment: int
+) -> Contribution:  # fmt: skip
+    """The panel with the base's answers on texts that hold the word."""
+    rows, columns = asked(context, c.domain), columns_of(c, base)
+    p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
+    texts = [context.probe.rows[i].text for i in rows]
+    holding = [k for k, text in enumerate(texts) if word in text.lower().split()]
+    p[holding] = class_logits(network, tokenizer, [texts[k] for k in holding], context)[:, columns].softmax(1)
+    return replace(c, tensors={**c.tensors, **said(p, int(c.meta["most"]), float(c.meta["mass"]))})

@@ -40,7 +40,7 @@ def teach(
     trust = {c.domain: float(c.meta["trust"]) for c in contributions}
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    teachers, doubted = believed(base, network, tokenizer, contributions, context)
+    teachers, told = believed(base, network, tokenizer, contributions, context)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     combine, loss = committee
@@ -53,10 +53,7 @@ def teach(
     minimised = loss(sequences, targets, pad_id(tokenizer), context.device)
     lengths, head = [len(s) for s in sequences], final_layer(network)
     history = train_network(network, lengths, minimised, train, context, name, head=head)
-    made = provenance(
-        name, [base], context, train=vars(train), teachers={c.domain: trust[c.domain] for c in teachers},
-        silent=sorted(d for d, share in trust.items() if not share), doubted=doubted, steps=history.steps, **facts,
-    )  # fmt: skip
+    made = provenance(name, [base], context, train=vars(train), steps=history.steps, **told, **facts)
     return save_network(network, tokenizer, out, made)
 
 

@@ -72,7 +72,7 @@ def absorb(
     q(d | x) is 1 for the domain that a probe row is known to come from, else what the base itself thinks. p_d is the
     specialist's panel where it is trusted at all. Everywhere else p_d is the base's own answer (teacher zero), which
     holds the base where nobody knows better; where nobody teaches at all, the base comes back bit for bit. A teacher
-    whose answers agree with the base's no more than chance would is not heard (``_doubts.doubtful``), and the record
+    whose answers agree with the base's no more than chance would is not heard (``_doubts.believed``), and the record
     names it. By the chain rule this KL is KL(q || domains) + sum_d q(d) KL(p_d || labels of d). A causal model learns
     the next-token distribution of the row's specialist, or its own before training.
 
@@ -91,7 +91,7 @@ def absorb(
     check_probe("distill", contributions, context)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    teachers, doubted = believed(base, network, tokenizer, contributions, context, augment)
+    teachers, told = believed(base, network, tokenizer, contributions, context, augment)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     texts = context.probe.texts + [t for c in teachers for t in variants(context, c.domain, augment)]
@@ -109,7 +109,6 @@ def absorb(
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
         "distill", [base], context, train=vars(train), augment=augment, features=features,
-        teachers={c.domain: c.meta["trust"] for c in teachers},
-        silent=[c.domain for c in contributions if not c.meta["trust"]], doubted=doubted, steps=history.steps,
+        steps=history.steps, **told,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)

@@ -58,7 +58,7 @@ def absorb(
     ``weighted`` (linear, by how far each agrees with the others and how sure it is), ``mean``, ``log_mean``
     (geometric), ``gate`` (a text's own owner decides) or ``stacked`` (logistic regression over their answers, fitted
     on labels that owners share; nobody counts on texts that it was trained on). Specialists need not know the same
-    labels. Who agrees with the base no more than chance would is not heard (``_doubts.doubtful``).
+    labels. Who agrees with the base no more than chance would is not heard (``_doubts.believed``).
 
     The manifest says for each pair of voices how often they disagree and Yule's Q (``_diversity.diversity``).
 

@@ -76,7 +76,7 @@ def absorb(
     check_probe("weak_to_strong", contributions, context)
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
-    teachers, doubted = believed(base, network, tokenizer, contributions, context)
+    teachers, told = believed(base, network, tokenizer, contributions, context)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
@@ -97,8 +97,7 @@ def absorb(
     history = train_network(student, [len(s) for s in sequences], loss, train, context, "weak_to_strong", head=head)
     made = provenance(
         "weak_to_strong", [base], context, train=vars(train), confidence=confidence, keep=keep,
-        teachers={c.domain: c.meta["trust"] for c in teachers},
-        silent=[c.domain for c in contributions if not c.meta["trust"]], doubted=doubted, steps=history.steps,
+        steps=history.steps, **told,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
 
