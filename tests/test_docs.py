@@ -359,7 +359,7 @@ def test_the_python_page_can_be_walked(
         "shrink": [{"method": "finetune", "train": short}], "feedback": {"method": "average"},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    whole, steps = python_blocks("api.md")
+    whole, steps, together = python_blocks("api.md")
     done: dict[str, Any] = {}
     exec(whole, done)
     incumbent = open_model(done["record"]["incumbent"]["path"])
@@ -369,6 +369,8 @@ def test_the_python_page_can_be_walked(
     exec(steps, made)
     assert made["verdict"]["domains"].keys() == {"bank"}
     assert made["candidate"].digest != incumbent.digest
+    exec(together, made)
+    assert len(made["answers"]) == len(made["bank"].test)
 
 
 # Links, and the site

@@ -11,8 +11,9 @@ import torch
 from conftest import probe_of, probed_for, rail_owners
 from fanbu.boundary import cross
 from fanbu.catalogue import method
+from fanbu.committee import Committee
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import BoundaryError
+from fanbu.errors import BoundaryError, UsageError
 from fanbu.feedback.predictions._diversity import diversity
 from fanbu.feedback.predictions._pool import Voice, pool
 from fanbu.model import Model, load_network, load_tokenizer
@@ -119,3 +120,29 @@ def test_labels_cross_only_where_they_may(place: tuple[Model, list[Specialist], 
     from fanbu.feedback.predictions.ensemble import _labels
 
     assert set(_labels(base, [forged], context)["rail"]) == {row["id"] for row in sent.rows}
+
+
+def test_a_committee_answers_with_the_specialists_themselves(
+    place: tuple[Model, list[Specialist], Context], incumbent: Model, specialists: dict[str, Specialist]
+) -> None:
+    base, grown, context = place
+    domain, models = grown[0].domain, {s.domain.name: s.model for s in grown}
+    panels = [WAY.contribute(s, base, context) for s in grown]
+    truth = [domain.full_labels[i] for i in domain.test.labels or ()]
+    for combine in ("weighted", "mean", "log_mean", "gate"):
+        committee = Committee(base, models, context, panels, combine)  # type: ignore[arg-type]
+        p = committee.probabilities(domain.test.texts, domain.name)
+        torch.testing.assert_close(p.sum(1), torch.ones(len(domain.test)))
+        said = committee.answers(domain.test.texts, domain.name)
+        assert sum(s == t for s, t in zip(said, truth, strict=True)) / len(truth) > 0.8
+    two = {n: s.model for n, s in specialists.items()}
+    rail = specialists["rail"].domain
+    untold = Committee(incumbent, two, context).answers(rail.test.texts)
+    assert sum(label.startswith("rail/") for label in untold) > 0.6 * len(untold)
+    alone = class_logits(load_network(two["rail"]), load_tokenizer(two["rail"]), rail.test.texts, context)
+    told = Committee(incumbent, two, context).answers(rail.test.texts, "rail")
+    assert told == [two["rail"].labels[i] for i in alone.argmax(1).tolist()]
+    with pytest.raises(UsageError, match=r"whose industries the base knows.*allowed: food, rail.*got: sea"):
+        Committee(incumbent, {"sea": two["rail"]}, context)
+    with pytest.raises(UsageError, match="no labels to stack by"):
+        Committee(incumbent, two, context, combine="stacked")

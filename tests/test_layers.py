@@ -25,7 +25,7 @@ LAYERS = [
     {"live", "record", "turn", "round", "generations"},
     {"search"},
     {"serve", "report", "track", "progress"},
-    {"api", "from_mergekit", "init", "doctor", "export", "cli", "__main__"},
+    {"api", "committee", "from_mergekit", "init", "doctor", "export", "cli", "__main__"},
 ]
 # shrink, feedback and judge know nothing of each other, and neither do the families of feedback
 STRANGERS = ({"shrink"}, {"feedback"}, {"judge"})
