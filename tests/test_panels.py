@@ -14,6 +14,7 @@ from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import BoundaryError, FitError, IntegrityError, UsageError
+from fanbu.feedback.predictions._balance import row_weights
 from fanbu.feedback.predictions._panel import columns_of, heard, heard_tokens, said, variants
 from fanbu.feedback.predictions._targets import union_targets
 from fanbu.heads import get_head, set_head
@@ -178,3 +179,29 @@ def test_features_cross_only_with_texts_and_teach_angles(
     domain = replace(specialists["food"].domain, task="causal-lm")
     with pytest.raises(UsageError, match="for classifiers only"):
         way.contribute(replace(specialists["food"], domain=domain), incumbent, context, features=1.0)
+
+
+def test_domains_count_by_size_and_by_how_far_the_base_is() -> None:
+    domains = ["a"] * 30 + ["b"] * 10 + [None] * 2
+    targets, logits = torch.tensor([[0.9, 0.1]] * 42), torch.zeros(42, 2)
+    logits[30:40] = torch.tensor([-3.0, 3.0])  # the base is wrong on b
+    even = row_weights(domains, 0, 0, targets, logits)
+    assert torch.equal(even, torch.ones(42))
+    by_size = row_weights(domains, 1, 0, targets, logits)
+    assert float(by_size.mean()) == pytest.approx(1)
+    assert [float(by_size[k : k + n].sum()) for k, n in ((0, 30), (30, 10), (40, 2))] == pytest.approx([14.0] * 3)
+    hard = row_weights(domains, 0, 1, targets, logits)
+    apart = torch.nn.functional.kl_div(logits.log_softmax(1), targets, reduction="none").sum(1)
+    assert float(hard[30] / hard[0]) == pytest.approx(float(apart[30] / apart[0]), rel=1e-4)
+
+
+def test_balanced_domains_train_otherwise(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    way, train = method("distill", "feedback"), {"epochs": 1, "batch_size": 8}
+    sent = [way.contribute(s, incumbent, context) for s in specialists.values()]
+    made = {
+        name: way.absorb(incumbent, sent, tmp_path / name, context, train=train, **more).digest
+        for name, more in {"plain": {}, "difficult": {"by_difficulty": 1.0}, "again": {"by_difficulty": 1.0}}.items()
+    }
+    assert made["again"] == made["difficult"] != made["plain"]

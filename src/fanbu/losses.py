@@ -19,13 +19,16 @@ _LOG_2 = math.log(2)
 _TOKENS = 96  # at least so many at a time, or an eighth of the hidden size: then logits stay smaller than the head
 
 
-def soft_cross_entropy(logits_bl: Tensor, targets_bl: Tensor) -> Tensor:
-    """Mean over rows of KL(t || softmax(z)) = sum_l t_l (log t_l - log softmax(z)_l).
+def soft_cross_entropy(logits_bl: Tensor, targets_bl: Tensor, weights_b: Tensor | None = None) -> Tensor:
+    """Mean over rows of w KL(t || softmax(z)) = w sum_l t_l (log t_l - log softmax(z)_l); w is 1 where none is given.
 
     logits_bl: [batch, labels]; targets_bl: the same shape, rows that sum to 1 (Hinton et al. 2015, temperature
     applied by the teacher).
     """
-    return functional.kl_div(logits_bl.log_softmax(-1), targets_bl, reduction="batchmean")
+    if weights_b is None:
+        return functional.kl_div(logits_bl.log_softmax(-1), targets_bl, reduction="batchmean")
+    apart = functional.kl_div(logits_bl.log_softmax(-1), targets_bl, reduction="none").sum(-1)
+    return (weights_b * apart).mean()
 
 
 def next_token_loss(logits_btv: Tensor, ids_bt: Tensor, mask_bt: Tensor) -> Tensor:

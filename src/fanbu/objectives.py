@@ -37,12 +37,16 @@ def labelled(sequences: Sequences, labels: Sequence[int], pad: int, device: str)
     return loss
 
 
-def soft_labelled(sequences: Sequences, targets_nl: Tensor, pad: int, device: str) -> BatchLoss:
+def soft_labelled(
+    sequences: Sequences, targets_nl: Tensor, pad: int, device: str, weights_n: Tensor | None = None
+) -> BatchLoss:
     """KL to soft labels over the whole union head (``losses.soft_cross_entropy``)."""
 
     def loss(network: Any, rows: Sequence[int]) -> Tensor:
         logits = network(**collate([sequences[i] for i in rows], pad, device)).logits
-        return soft_cross_entropy(logits.float(), targets_nl[list(rows)].float().to(device))
+        few = list(rows)
+        weights = None if weights_n is None else weights_n[few].to(device)
+        return soft_cross_entropy(logits.float(), targets_nl[few].float().to(device), weights)
 
     return loss
 
@@ -75,7 +79,7 @@ def informed(
 
 def related(
     sequences: Sequences, targets_nl: Tensor, pad: int, device: str, features: Sequence[Tensor], place_nt: Tensor,
-    weight: float,
+    weight: float, weights_n: Tensor | None = None,
 ) -> BatchLoss:  # fmt: skip
     """``soft_labelled`` + weight mean over pairs of a batch that a teacher saw of (cos teacher - cos student)^2.
 
@@ -88,7 +92,9 @@ def related(
         with without_head(network):
             pooled = network(**collate([sequences[i] for i in rows], pad, device)).logits
         logits = final_layer(network)(pooled).float()
-        total = soft_cross_entropy(logits, targets_nl[list(rows)].float().to(device))
+        few = list(rows)
+        weights = None if weights_n is None else weights_n[few].to(device)
+        total = soft_cross_entropy(logits, targets_nl[few].float().to(device), weights)
         x, apart = functional.normalize(pooled.float(), dim=1), []
         for teacher, known in enumerate(features):
             places = [int(place_nt[i, teacher]) if i < len(place_nt) else -1 for i in rows]

@@ -12,9 +12,10 @@ from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import UsageError
+from fanbu.feedback.predictions._balance import balanced
 from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._features import seen, shown
-from fanbu.feedback.predictions._panel import check_probe, class_panel, token_panel, variants
+from fanbu.feedback.predictions._panel import check_probe, class_panel, made_for, token_panel, variants
 from fanbu.feedback.predictions._targets import token_targets, union_targets
 from fanbu.heads import final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
@@ -65,7 +66,8 @@ def contribute(
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
     train: Train = Train(epochs=6, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
-    features: Annotated[float, Ge(0)] = 0.0,
+    features: Annotated[float, Ge(0)] = 0.0, by_size: Annotated[float, Ge(0), Le(1)] = 0.0,
+    by_difficulty: Annotated[float, Ge(0), Le(1)] = 0.0,
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -82,6 +84,8 @@ def absorb(
         augment: how many variants of each text were answered.
         features: how much it counts that texts lie to each other as they do in a specialist's features
             (``objectives.related``), whatever their width.
+        by_size: 0: all texts count alike; 1: all domains do, whatever their number of texts (classifiers).
+        by_difficulty: how much more a domain counts whose specialist the base is further from (classifiers).
 
     Raises:
         FitError: the probe set is empty, or a panel does not belong to it.
@@ -99,16 +103,19 @@ def absorb(
     pad, head = pad_id(tokenizer), None
     if base.task in CLASSIFYING:
         targets = union_targets(base, network, tokenizer, teachers, context, augment)
-        loss = soft_labelled(sequences, targets, pad, context.device)
+        origin = [row.domain for row in context.probe.rows]
+        origin += [c.domain for c in teachers for _ in range(made_for(context, c.domain, augment))]
+        weights = balanced(network, tokenizer, texts, origin, targets, context, by_size, by_difficulty)
+        loss = soft_labelled(sequences, targets, pad, context.device, weights)
         if features:
-            loss = related(sequences, targets, pad, context.device, *seen(teachers, context), features)
+            loss = related(sequences, targets, pad, context.device, *seen(teachers, context), features, weights)
         head = final_layer(network)
     else:
         answers = token_targets(network, tokenizer, sequences, teachers, context, top_k)
         loss = soft_language(sequences, answers, pad, context.device)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
-        "distill", [base], context, train=vars(train), augment=augment, features=features,
-        steps=history.steps, **told,
+        "distill", [base], context, train=vars(train), augment=augment, features=features, by_size=by_size,
+        by_difficulty=by_difficulty, steps=history.steps, **told,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
