@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import TOPICS, make_llama, open_gate, rows, tiny_recipe
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
+from fanbu.errors import UsageError
 from fanbu.feedback.predictions._across import Cut, characters, cut, projection, tokens_across
 from fanbu.feedback.predictions._targets import token_targets
+from fanbu.generations import run
 from fanbu.merging.tokens import rows_of, vocabulary_of
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.predict import token_losses, top_tokens
+from fanbu.recipe import load_recipe
 from fanbu.types import Context
 from test_vocabulary_merge import bpe, corpus, llama_of, unigram
 
@@ -116,3 +121,23 @@ def test_a_specialist_with_other_tokens_teaches(
         token_losses(load_network(m), load_tokenizer(m), food.test.texts, context)[:, 0].sum() for m in (base, made)
     )
     assert after < before
+
+
+def test_the_large_model_writes_and_its_specialists_answer(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path)
+    make_llama(tmp_path / "llama")
+    value.update(model=str(tmp_path / "llama"), references=[], probe={"written": 5, "limit": 12})
+    value["domains"] = {n: {**spec, "task": "causal-lm"} for n, spec in value["domains"].items()}
+    with open_gate():
+        record = run(load_recipe(value))
+    (stage,) = (p for p in (tmp_path / "ws" / "stages").iterdir() if p.name.startswith("written"))
+    made = json.loads((stage / "texts.json").read_text())
+    assert 5 < len(made) <= 10
+    given = [row["text"] for name in TOPICS for row in rows(name, 144, 0)]
+    begun = [t for t in given if any(w.startswith(t[: len(t) // 4]) for w in made)]
+    assert len(begun) >= 5  # they begin as the domains' texts do, and go on otherwise
+    assert not set(made) & set(given)
+    assert record["domains"]["food"]["crossed"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="a classifier writes no texts"):
+        run(load_recipe({**tiny_recipe(tmp_path / "other"), "probe": {"written": 5}}))

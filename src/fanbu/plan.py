@@ -25,6 +25,11 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)
     if "tfidf" in recipe.references and tasks != {"text-classification"}:
         raise UsageError("no-tfidf", "references: tfidf is for classifying texts", remedy="leave it out")
+    if recipe.probe.written and tasks != {"causal-lm"}:
+        raise UsageError(
+            "bad-parameter", "probe: written", allowed="0, but for causal models", got=recipe.probe.written,
+            remedy="leave it out: a classifier writes no texts",
+        )  # fmt: skip
     _check_teachers(recipe)
     for d in domains.values():
         if "scores" not in d.share.kinds or d.share.private:

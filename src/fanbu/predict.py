@@ -132,6 +132,31 @@ def top_tokens(
     return over_batches(network, tokenizer, texts, context, reduce, size=16)
 
 
+def written(network: Any, tokenizer: Any, texts: Sequence[str], context: Context) -> list[str]:
+    """Each text's first half, in tokens, and a second one that the network writes: sampled, one seed for all."""
+    set_up(context, "written")
+    found = []
+    for done, ids in enumerate(encode(tokenizer, texts, limit(network, context)), 1):
+        made = continued(network, ids[: max(1, len(ids) // 2)], len(ids), tokenizer.eos_token_id)
+        found.append(tokenizer.decode(made, skip_special_tokens=True))
+        context.progress("written", done, len(texts))
+    return found
+
+
+def continued(network: Any, ids: Sequence[int], length: int, end: int | None) -> list[int]:
+    """Token ids up to ``length``, those that are not given sampled from the network."""
+    training = network.training
+    network.eval()
+    with torch.no_grad():
+        given = torch.tensor([list(ids)], device=network.device)
+        made = network.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0,
+            max_new_tokens=max(1, length - len(ids)), pad_token_id=end,
+        )  # fmt: skip
+    network.train(training)
+    return [int(i) for i in made[0].tolist()]
+
+
 def validation_value(network: Any, tokenizer: Any, domain: Domain, context: Context) -> float:
     """The value on the domain's validation rows, higher is better: told accuracy (ties broken by the loss), or minus
     the loss per token in nats."""

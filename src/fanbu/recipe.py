@@ -153,12 +153,14 @@ class PublicTexts(_Part):
 
 class ProbeSpec(_Part):
     """The texts that specialists are asked about: of the domains that share texts, public ones, and of each domain
-    whose own do not join so many ``synthetic`` ones."""
+    whose own do not join so many ``synthetic`` ones; and for causal models so many of each domain's that the large
+    model has ``written`` to the end."""
 
     domains: bool = True
     limit: PositiveInt | None = None
     public: list[PublicTexts] = Field(default_factory=list)
     synthetic: int = Field(default=0, ge=0)
+    written: int = Field(default=0, ge=0)
 
     def from_domain(self, share: Share) -> Literal["own", "synthetic"] | None:
         """What a feeding domain that shares so gives to the probe set."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from fanbu.batches import evenly
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
@@ -19,11 +21,13 @@ from fanbu.data.standard_library import function_bodies
 from fanbu.data.synthetic import Corpus, synthetic
 from fanbu.domain import Domain, is_target
 from fanbu.errors import DataError, UsageError
+from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Stage, Workspace
 from fanbu.live import Live
-from fanbu.model import Model, open_model
+from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.plan import check_plan
+from fanbu.predict import written
 from fanbu.recipe import PublicTexts, Recipe, Step, load_domains, open_domain
 from fanbu.record import read_records
 from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, silent
@@ -174,6 +178,8 @@ def open_turn(
     asking = any(method(step.method, "feedback").needs.probe for step in steps)
     if asking or any(d.task in CLASSIFYING for d in domains.values()):
         turn.context = replace(context, probe=gather_probe(turn))
+        if recipe.probe.written:
+            turn.context = replace(context, probe=with_written(turn))
     return turn
 
 
@@ -207,6 +213,28 @@ def gather_probe(turn: Turn) -> ProbeSet:
     if len(kept) < len(rows):
         turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
     return ProbeSet(tuple(kept))
+
+
+def with_written(turn: Turn) -> ProbeSet:
+    """The probe set, and texts of each domain in it that the large model has written to the end: what its specialists
+    say of these is said of what the large model itself would write."""
+    probe, model = turn.context.probe, turn.parent or turn.base
+    chosen = [
+        row
+        for d in sorted({row.domain for row in probe.rows if row.domain})
+        for row in evenly([row for row in probe.rows if row.domain == d], turn.recipe.probe.written)
+    ]
+
+    def make(out: Path, context: Context) -> None:
+        network, tokenizer = load_network(model).to(context.device), load_tokenizer(model)
+        texts = written(network, tokenizer, [row.text for row in chosen], context)
+        write_text(out / "texts.json", json.dumps(texts))
+
+    inputs = {"model": model.digest, "rows": [row.id for row in chosen], **turn.settings(probe=True)}
+    done = turn.stage("written texts", "fanbu.predict", inputs, make)
+    texts = json.loads((done.path / "texts.json").read_text(encoding="utf-8"))
+    new = [ProbeRow(f"{row.id}/written", text, row.domain) for row, text in zip(chosen, texts, strict=True) if text]
+    return ProbeSet((*probe.rows, *new))
 
 
 def without_test_texts(rows: Iterable[ProbeRow], domains: Iterable[Domain]) -> list[ProbeRow]:

@@ -77,9 +77,11 @@ def _asked(recipe: Recipe, d: Domain) -> int:
     """Probe rows that come from a domain."""
     given = recipe.probe.from_domain(d.share)
     if given != "own":
-        return recipe.probe.synthetic if given else 0
-    texts = len(d.train) + len(d.unlabelled)
-    return min(texts, recipe.probe.limit or texts)
+        texts = recipe.probe.synthetic if given else 0
+    else:
+        texts = len(d.train) + len(d.unlabelled)
+        texts = min(texts, recipe.probe.limit or texts)
+    return texts + min(texts, recipe.probe.written)
 
 
 def _fit(rows: int, labels: int, model: Model) -> float:

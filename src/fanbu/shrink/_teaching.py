@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fanbu.batches import Sequences, collate
 from fanbu.errors import FitError
 from fanbu.model import Model, load_network, load_tokenizer
-from fanbu.predict import top_tokens
+from fanbu.predict import continued, top_tokens
 from fanbu.shrink._units import follows
 from fanbu.shrink.depth import layers_of
 from fanbu.tensors import load_tensors, save_tensors
@@ -164,24 +164,11 @@ def on_policy(loss: BatchLoss, share: float, network: Any, sequences: Sequences,
         kept = {i: sequences[i] for i in drawn}
         try:
             for i in drawn:
-                sequences[i] = _written(network, sequences[i], end)
+                ids = sequences[i]
+                sequences[i] = continued(network, ids[: len(ids) // 2], len(ids), end)
             return loss(student, rows)
         finally:
             for i, ids in kept.items():
                 sequences[i] = ids
 
     return total
-
-
-def _written(network: Any, ids: list[int], end: int | None) -> list[int]:
-    half = len(ids) // 2
-    training = network.training
-    network.eval()
-    with torch.no_grad():
-        given = torch.tensor([ids[:half]], device=network.device)
-        made = network.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0,
-            max_new_tokens=len(ids) - half, pad_token_id=end,
-        )  # fmt: skip
-    network.train(training)
-    return [int(i) for i in made[0].tolist()]
