@@ -75,7 +75,7 @@ def write_contribution(contribution: Contribution, out: Path) -> Contribution:
         write_text(out / ROWS, "".join(canonical(row) + "\n" for row in contribution.rows))
         files[ROWS] = file_sha256(out / ROWS)
     header = {**contribution._header(), "files": files, "digest": contribution.digest}
-    write_text(out / HEADER, json.dumps(header, indent=1, sort_keys=True))
+    write_text(out / HEADER, canonical(header))
     return replace(contribution, bytes=_size(out))
 
 
