@@ -19,7 +19,7 @@ from fanbu.types import Context
 
 RATE = 8000
 CLASSES = 100
-STEPS = {"image": 300, "audio": 600}
+STEPS = {"image": 1000, "audio": 600}
 BATCH = {"image": 64, "audio": 32}
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
