@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/fanbu run recipes/demo.yaml
 
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
