@@ -16,6 +16,8 @@ from fanbu.domain import Domain, Specialist
 from fanbu.errors import BoundaryError, UsageError
 from fanbu.feedback.predictions._diversity import diversity
 from fanbu.feedback.predictions._pool import Voice, pool
+from fanbu.feedback.predictions._teach import numbers_of
+from fanbu.feedback.predictions.meta_forest import believed
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits
 from fanbu.types import PRESETS, Context
@@ -53,6 +55,25 @@ def test_labels_show_who_counts_and_a_memory_is_not_believed() -> None:
 
     assert right(pool(voices, start, "stacked", known)) > right(pool(voices, start, "mean")) + 0.2
     assert torch.equal(pool(voices, start, "stacked"), pool(voices, start, "mean"))  # without labels nothing is learned
+
+
+def test_leaves_say_whom_to_believe() -> None:
+    truth = torch.randint(4, (1200,), generator=torch.Generator().manual_seed(0))
+    none, half = torch.zeros(1200).bool(), torch.arange(1200) % 2 == 0
+    voices = []
+    for number, good in enumerate((half, ~half)):  # each is right on one half, and less sure on the other
+        said, p = torch.where(good, noisy(truth, 0.9, number), noisy(truth, 0.2, number + 5)), None
+        p = torch.where(good[:, None], says(said, 0.9, none).probs_nk, says(said, 0.6, none).probs_nk)
+        voices.append(Voice(f"x@{number}", [0, 1, 2, 3], p, none))
+    mean = pool(voices, torch.full((1200, 4), 0.25), "mean")
+    known = torch.where(torch.arange(1200) < 600, truth, -1)
+    w = believed(voices, mean, known, 30, 20, 0)
+    torch.testing.assert_close(w.sum(1), torch.ones(1200))
+    assert float(w[half, 0].mean()) > 0.8 > 0.2 > float(w[~half, 0].mean())
+    untaught = believed(voices, mean, torch.full((1200,), -1), 30, 20, 0)
+    torch.testing.assert_close(untaught, torch.full((1200, 2), 0.5))
+    seen = [Voice(v.domain, v.columns, v.probs_nk, torch.ones(1200).bool()) for v in voices]
+    torch.testing.assert_close(believed(seen, mean, known, 30, 20, 0), untaught)  # nobody's memory counts
 
 
 def test_few_labels_move_the_mean_little() -> None:
@@ -110,6 +131,17 @@ def test_the_large_model_learns_from_them_together(
     assert all(0 <= p["disagreement"] <= 1 for p in told)
 
 
+def test_a_meta_forest_teaches_too(place: tuple[Model, list[Specialist], Context], tmp_path: Path) -> None:
+    (base, specialists, context), way = place, method("meta_forest")
+    sent = [way.contribute(s, base, context) for s in specialists]
+    assert all(c.rows for c in sent)
+    made = way.absorb(base, sent, tmp_path / "made", context, train=TRAIN)
+    assert accuracy(made, specialists[0].domain, context) > 0.8
+    told = made.manifest["parameters"]["believed"]["rail"]
+    assert sum(told.values()) == pytest.approx(1, abs=1e-3)
+    assert set(told) >= {"rail@east", "rail@north"}
+
+
 def test_labels_cross_only_where_they_may(place: tuple[Model, list[Specialist], Context], tmp_path: Path) -> None:
     base, specialists, context = place
     sent = WAY.contribute(specialists[0], base, context, combine="stacked")
@@ -117,9 +149,7 @@ def test_labels_cross_only_where_they_may(place: tuple[Model, list[Specialist], 
         cross(sent, PRESETS["internal"], tmp_path / "out")
     assert {row["id"].partition("/")[0] for row in sent.rows} == {"rail@east"}
     forged = replace(sent, rows=[{"id": r.id, "label": "rail/seat"} for r in context.probe.rows])
-    from fanbu.feedback.predictions.ensemble import _labels
-
-    assert set(_labels(base, [forged], context)["rail"]) == {row["id"] for row in sent.rows}
+    assert set(numbers_of(base, [forged], context)["rail"]) == {row["id"] for row in sent.rows}
 
 
 def test_a_committee_answers_with_the_specialists_themselves(

@@ -90,10 +90,14 @@ def _unified(voices: Sequence[Voice], weights: Sequence[Tensor], start_nl: Tenso
 
 def _beside(voice: Voice, mean_nl: Tensor) -> Tensor:
     """log p - log mean [texts, labels]: what one says beyond the mean, 0 of labels that it does not know."""
-    columns, beyond = list(voice.columns), torch.zeros_like(mean_nl)
-    scaled = voice.probs_nk * mean_nl[:, columns].sum(1, keepdim=True)
-    beyond[:, columns] = scaled.clamp_min(_LEAST).log() - mean_nl[:, columns].clamp_min(_LEAST).log()
-    return beyond
+    return among_all(voice, mean_nl).clamp_min(_LEAST).log() - mean_nl.clamp_min(_LEAST).log()
+
+
+def among_all(voice: Voice, mean_nl: Tensor) -> Tensor:
+    """p [texts, labels]: what one says of the labels it knows, scaled to what the mean gives them; else the mean."""
+    columns, p = list(voice.columns), mean_nl.clone()
+    p[:, columns] = voice.probs_nk * mean_nl[:, columns].sum(1, keepdim=True)
+    return p
 
 
 def _geometric(voices: Sequence[Voice], mean_nl: Tensor) -> Tensor:

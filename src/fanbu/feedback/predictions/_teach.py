@@ -16,12 +16,12 @@ from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import check_probe
 from fanbu.feedback.predictions._pool import Voice
 from fanbu.feedback.predictions._targets import Together, union_targets
-from fanbu.heads import final_layer
+from fanbu.heads import domains_of, final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import limit
 from fanbu.train import BatchLoss
 from fanbu.train import train as train_network
-from fanbu.types import Context, Train
+from fanbu.types import Context, Train, industry_of
 
 Loss = Callable[[Sequences, Tensor, int, str], BatchLoss]  # of token ids, targets [texts, labels], padding and device
 BASE = "base"  # the name of the base's own voice
@@ -63,3 +63,15 @@ def _with_base(voices: Sequence[Voice], start_nl: Tensor) -> list[Voice]:
     p = start_nl / start_nl.sum(1, keepdim=True).clamp_min(1e-6)
     nobody = torch.zeros(len(p), dtype=torch.bool)
     return [*voices, Voice(BASE, list(range(p.shape[1])), p, nobody, left)] if left > 0 else list(voices)
+
+
+def numbers_of(base: Model, contributions: Sequence[Contribution], context: Context) -> dict[str, dict[str, int]]:
+    """By industry, then by id of a probe row: the number of its label among the industry's, where it was sent."""
+    found: dict[str, dict[str, int]] = {}
+    for c in contributions:
+        industry = industry_of(c.domain)
+        numbers = {base.labels[i]: k for k, i in enumerate(domains_of(base.labels)[industry])}
+        sent = {str(row.get("id")): numbers.get(str(row.get("label")), -1) for row in c.rows}
+        own = {row.id for row in context.probe.rows if row.domain == c.domain}  # it has no say on others' texts
+        found.setdefault(industry, {}).update({i: label for i, label in sent.items() if i in own})
+    return found

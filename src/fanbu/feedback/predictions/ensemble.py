@@ -15,8 +15,7 @@ from fanbu.domain import Specialist
 from fanbu.feedback.predictions._diversity import diversity
 from fanbu.feedback.predictions._panel import class_panel
 from fanbu.feedback.predictions._pool import Combine, Voice, pool
-from fanbu.feedback.predictions._teach import teach
-from fanbu.heads import domains_of
+from fanbu.feedback.predictions._teach import numbers_of, teach
 from fanbu.model import Model
 from fanbu.objectives import soft_labelled
 from fanbu.types import CLASSIFYING, Context, Needs, Train, industry_of
@@ -71,7 +70,7 @@ def absorb(
 
     References: Vongkulbhisal et al. 2019 for differing labels; Wolpert 1992 for stacking.
     """
-    truth, told = _labels(base, contributions, context), dict[str, list[Mapping[str, object]]]()
+    truth, told = numbers_of(base, contributions, context), dict[str, list[Mapping[str, object]]]()
 
     def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
         industry = industry_of(voices[0].domain)
@@ -82,15 +81,3 @@ def absorb(
 
     facts = {"combine": combine, "diversity": told}
     return teach("ensemble", base, contributions, out, context, train, (together, soft_labelled), facts)
-
-
-def _labels(base: Model, contributions: Sequence[Contribution], context: Context) -> dict[str, dict[str, int]]:
-    """By industry, then by id of a probe row: the number of its label among the industry's, where it was sent."""
-    found: dict[str, dict[str, int]] = {}
-    for c in contributions:
-        industry = industry_of(c.domain)
-        numbers = {base.labels[i]: k for k, i in enumerate(domains_of(base.labels)[industry])}
-        sent = {str(row.get("id")): numbers.get(str(row.get("label")), -1) for row in c.rows}
-        own = {row.id for row in context.probe.rows if row.domain == c.domain}  # it has no say on others' texts
-        found.setdefault(industry, {}).update({i: label for i, label in sent.items() if i in own})
-    return found
