@@ -7,7 +7,7 @@ TextBrewer distils from several teachers). ``one after the other``: a domain at 
 Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the parameters and from some that grew from
 nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
 without the auxiliary confidence loss; ``synthetic``: the same as ``main`` where no text of a domain leaves its owner,
-with synthetic ones instead, twice as many as there are training texts.
+with synthetic ones instead, as many as there are training texts, for three epochs at half the rate.
 
 Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
 resumes: what is in the work folder is not made again, so give a new folder after a change of code. At most 1,000 rows a
@@ -49,6 +49,7 @@ from fanbu.types import Context, Train
 
 TRAIN = {"epochs": 3, "lr": 2e-4}  # specialists
 TEACH = {"epochs": 6, "lr": 2e-4}  # all ways back
+MADE_UP = {"epochs": 3, "lr": 1e-4}  # distilling on synthetic texts
 TEMPERATURE = 4.0
 ROWS = {True: {"train": 600, "valid": 100, "test": 400}, False: {"train": 1000, "valid": 300, "test": 1000}}
 
@@ -143,9 +144,7 @@ def _kl(sequences: Sequences, z_nl: Tensor, pad: int, device: str, temperature: 
 def without_texts(bench: Bench) -> Bench:
     """The same where the probe set is synthetic."""
     made_up = {
-        d.name: synthetic(
-            d.train.texts, 2 * len(d.train), bench.context.seeded("synthetic", d.name), labels=d.train.labels
-        )
+        d.name: synthetic(d.train.texts, len(d.train), bench.context.seeded("synthetic", d.name), labels=d.train.labels)
         for d in bench.domains.values()
     }
     context = replace(bench.context, probe=asking(made_up))
@@ -157,7 +156,7 @@ def from_synthetic(bench: Bench, out: Path) -> Model:
     """Distilling where no text leaves its owner."""
     apart = without_texts(bench)
     sent = panels(apart, apart.specialists, "panels-synthetic")
-    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=TEACH)
+    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=MADE_UP)
 
 
 PARTS: dict[str, dict[str, Callable[[Bench, Path], Model]]] = {
