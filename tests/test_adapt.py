@@ -18,7 +18,7 @@ from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.predictions._pool import Voice
 from fanbu.feedback.predictions.adapt import nearest, source_weights
 from fanbu.feedback.statistics.coral import _bent, _power
-from fanbu.generations import run
+from fanbu.generations import leave, run
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.objectives import informed, soft_labelled
 from fanbu.predict import class_logits
@@ -166,3 +166,4 @@ def test_a_recipe_names_the_target_as_a_guard_with_texts(tmp_path: Path) -> None
     made = open_model(record["candidate"]["path"])
     assert set(made.manifest["parameters"]["sources"]["rail"]) >= {"rail@north"}
     assert record["domains"]["rail@west"]["role"] == "guard"
+    leave(tmp_path / "ws", "rail@west", forget=True)  # it was learned from, so it can be forgotten

@@ -114,6 +114,17 @@ def test_what_does_not_fit_and_why(tmp_path: Path, recipe: dict[str, Any]) -> No
     assert found_again["estimate"] is None
 
 
+def test_arguments_that_let_more_cross_are_looked_at_before(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["domains"]["food"]["share"] = {"preset": "open", "labels": False}
+    recipe["feedback"] = {"method": "ensemble"}
+    assert examine(written(tmp_path, recipe))["problems"] == []
+    recipe["feedback"] = {"method": "ensemble", "combine": "stacked"}
+    assert [p["code"] for p in examine(written(tmp_path, recipe))["problems"]] == ["not-shared"]
+    recipe["domains"]["food"]["share"] = "internal"
+    recipe["feedback"] = {"method": "distill", "features": 1.0}
+    assert [p["code"] for p in examine(written(tmp_path, recipe))["problems"]] == ["not-shared"]
+
+
 def test_warnings(tmp_path: Path, recipe: dict[str, Any]) -> None:
     recipe["gate"]["margin"] = 0.02
     recipe["max_length"] = 4

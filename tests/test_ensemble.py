@@ -13,9 +13,9 @@ from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.committee import Committee
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import BoundaryError, UsageError
+from fanbu.errors import BoundaryError, IntegrityError, UsageError
 from fanbu.feedback.predictions._diversity import diversity
-from fanbu.feedback.predictions._pool import Voice, pool
+from fanbu.feedback.predictions._pool import Voice, blind, pool
 from fanbu.feedback.predictions._teach import numbers_of
 from fanbu.feedback.predictions.meta_forest import believed
 from fanbu.model import Model, load_network, load_tokenizer
@@ -67,13 +67,28 @@ def test_leaves_say_whom_to_believe() -> None:
         voices.append(Voice(f"x@{number}", [0, 1, 2, 3], p, none))
     mean = pool(voices, torch.full((1200, 4), 0.25), "mean")
     known = torch.where(torch.arange(1200) < 600, truth, -1)
-    w = believed(voices, mean, known, 30, 20, 0)
+    w = believed(voices, mean, mean, known, 30, 20, 0)
     torch.testing.assert_close(w.sum(1), torch.ones(1200))
     assert float(w[half, 0].mean()) > 0.8 > 0.2 > float(w[~half, 0].mean())
-    untaught = believed(voices, mean, torch.full((1200,), -1), 30, 20, 0)
+    untaught = believed(voices, mean, mean, torch.full((1200,), -1), 30, 20, 0)
     torch.testing.assert_close(untaught, torch.full((1200, 2), 0.5))
     seen = [Voice(v.domain, v.columns, v.probs_nk, torch.ones(1200).bool()) for v in voices]
-    torch.testing.assert_close(believed(seen, mean, known, 30, 20, 0), untaught)  # nobody's memory counts
+    torch.testing.assert_close(believed(seen, mean, mean, known, 30, 20, 0), untaught)  # nobody's memory counts
+
+
+def test_an_owner_gains_nothing_by_its_own_labels() -> None:
+    """Three equal ones, of whom one owns all labelled texts and knows them by heart."""
+    truth = torch.randint(4, (900,), generator=torch.Generator().manual_seed(0))
+    mine, none = torch.arange(900) < 600, torch.zeros(900).bool()
+    first = says(torch.where(mine, truth, noisy(truth, 0.6, 1)), 0.8, mine)
+    voices = [first, *(says(noisy(truth, 0.6, k), 0.8, none) for k in (2, 3))]
+    start, known = torch.full((900, 4), 0.25), torch.where(mine, truth, -1)
+    mean, unseen = pool(voices, start, "mean"), blind(voices, start)
+    w = believed(voices, mean, unseen, known, 30, 20, 0)[~mine].mean(0)
+    assert float(w.max() - w.min()) < 0.25
+    q = pool(voices, start, "stacked", known)[~mine]
+    right = [float((x.argmax(1) == truth[~mine]).float().mean()) for x in (q, mean[~mine])]
+    assert right[0] > right[1] - 0.05
 
 
 def test_few_labels_move_the_mean_little() -> None:
@@ -148,6 +163,9 @@ def test_labels_cross_only_where_they_may(place: tuple[Model, list[Specialist], 
     with pytest.raises(BoundaryError, match="labels stay with their owner"):
         cross(sent, PRESETS["internal"], tmp_path / "out")
     assert {row["id"].partition("/")[0] for row in sent.rows} == {"rail@east"}
+    for lie in (1e3, float("nan"), "all"):
+        with pytest.raises(IntegrityError, match="a trust that is no share"):
+            WAY.absorb(base, [replace(sent, meta={**sent.meta, "trust": lie})], tmp_path / "lie", context)
     forged = replace(sent, rows=[{"id": r.id, "label": "rail/seat"} for r in context.probe.rows])
     assert set(numbers_of(base, [forged], context)["rail"]) == {row["id"] for row in sent.rows}
 
@@ -174,5 +192,11 @@ def test_a_committee_answers_with_the_specialists_themselves(
     assert told == [two["rail"].labels[i] for i in alone.argmax(1).tolist()]
     with pytest.raises(UsageError, match=r"whose industries the base knows.*allowed: food, rail.*got: sea"):
         Committee(incumbent, {"sea": two["rail"]}, context)
+    silent = [replace(c, meta={**c.meta, "trust": 0}) for c in panels]
+    own = class_logits(load_network(base), load_tokenizer(base), domain.test.texts, context)
+    told = Committee(base, models, context, silent).answers(domain.test.texts, domain.name)
+    assert told == [base.labels[i] for i in own.argmax(1).tolist()]  # nobody is trusted: the base answers
+    with pytest.raises(UsageError, match="does not know"):
+        Committee(incumbent, two, context).answers(["a"], "sea")
     with pytest.raises(UsageError, match="no labels to stack by"):
         Committee(incumbent, two, context, combine="stacked")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import make_bert
 from fanbu.batches import collate, encode
+from fanbu.contribution import Contribution
 from fanbu.domain import Domain
-from fanbu.errors import FitError
-from fanbu.heads import Head, align_domains, domains_of, get_head, join, open_classifier, replace_rows, set_head
+from fanbu.errors import FitError, IntegrityError
+from fanbu.heads import (
+    Head,
+    align_domains,
+    domains_of,
+    get_head,
+    join,
+    open_classifier,
+    replace_rows,
+    sent_head,
+    set_head,
+)
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import class_logits, features
 from fanbu.types import Context
@@ -67,6 +79,35 @@ def test_a_domain_joins_and_the_others_stay_bit_for_bit() -> None:
     assert torch.equal(replaced.take(new.labels).bias_l, new.bias_l)
     assert domains_of(replaced.labels) == {"a": [0, 1, 2], "b": [3, 4, 5, 6]}
     torch.testing.assert_close(join([a, a]).weight_lh, a.weight_lh)
+
+
+def test_labels_of_an_owner_who_is_absent_stay() -> None:
+    head = join([random_head("a", 3, 8, 1), random_head("b", 2, 8, 2)])
+    new = random_head("a", 2, 8, 3)  # a/2 is known to somebody else
+    replaced = replace_rows(head, [new])
+    assert replaced.labels == head.labels
+    assert torch.equal(replaced.take(new.labels).weight_lh, new.weight_lh)
+    kept = ("a/2", "b/0", "b/1")
+    assert torch.equal(replaced.take(kept).weight_lh, head.take(kept).weight_lh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": ["a/0", "b/1"]}, {"labels": ["a/0", "a/0"]}, {"labels": ["a/0"]}, {"labels": ["a/0", "x"]},
+        {"bias": torch.zeros(3)}, {"count": torch.ones(5)}, {"weight": torch.zeros(2)},
+    ],
+)  # fmt: skip
+def test_label_rows_that_are_not_the_senders_are_refused(change: dict[str, Any]) -> None:
+    tensors = {"weight": torch.ones(2, 4), "bias": torch.zeros(2), "count": torch.tensor([1.0, 1e30])}
+    tensors |= {k: v for k, v in change.items() if k != "labels"}
+    labels = change.get("labels", ["a/0", "a/1"])
+    with pytest.raises(IntegrityError, match="not its industry's"):
+        sent_head(Contribution("statistics", "a@north", "probe", tensors, meta={"labels": labels}))
+    good = {"weight": torch.ones(2, 4), "bias": torch.zeros(2), "count": torch.tensor([1.0, 1e30])}
+    head = sent_head(Contribution("statistics", "a@north", "probe", good, meta={"labels": ["a/0", "a/1"]}))
+    assert head.count_l is not None
+    assert float(head.count_l.max()) <= 1e6
 
 
 def test_alignment_finds_the_domain_and_leaves_told_answers_alone() -> None:

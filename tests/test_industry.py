@@ -19,6 +19,7 @@ from fanbu.feedback.predictions._targets import union_targets
 from fanbu.generations import leave, run
 from fanbu.heads import Head, join
 from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.predict import class_logits
 from fanbu.recipe import load_recipe
 from fanbu.types import Context, industry_of
 
@@ -184,6 +185,22 @@ def test_owners_answer_for_each_others_texts(
     assert float(targets[fruit][:, 1].mean()) > 0.7  # the north, asked too, has no word for it
 
 
+def test_what_no_heard_specialist_knows_is_left_to_the_base(
+    probed: Model, owners: dict[str, Domain], asked: Context, tmp_path: Path
+) -> None:
+    """The south, who alone knows fruit, is not trusted: its texts keep the base's answer for that label."""
+    north = owners["food@north"]
+    grown = method("finetune").shrink(probed, north, tmp_path / "north", asked, train={"epochs": 1, "batch_size": 8})
+    panel = method("distill", "feedback").contribute(Specialist(grown, north), probed, asked)
+    panel = replace(panel, meta={**panel.meta, "trust": max(0.5, panel.meta["trust"])})
+    network, tokenizer = load_network(probed), load_tokenizer(probed)
+    targets = union_targets(probed, network, tokenizer, [panel], asked).float()
+    rows = {o: [i for i, r in enumerate(asked.probe.rows) if r.domain == f"food@{o}"] for o in ("north", "south")}
+    z = class_logits(network, tokenizer, [asked.probe.rows[i].text for i in rows["south"]], asked)[:, :3].softmax(1)
+    torch.testing.assert_close(targets[rows["south"]][:, 1], z[:, 1], atol=2e-3, rtol=1e-2)
+    assert float(targets[rows["north"]][:, 1].max()) == 0.0
+
+
 @pytest.mark.parametrize("way", ["average", "probe", "weak_to_strong", "multitask"])
 def test_every_kind_of_way_takes_several_owners(
     way: str, probed: Model, owners: dict[str, Domain], asked: Context, tmp_path: Path
@@ -219,6 +236,10 @@ def test_a_round_with_owners_and_one_that_leaves(tmp_path: Path) -> None:
     with open_gate():
         record = run(load_recipe({**value, "rounds": 2}))
     assert set(record["domains"]) == {"rail", "food@south"}
+    guarding = {n: v for n, v in value["domains"].items() if n != "food@south"}
+    guard = {"food@south": {"test": food["test"]}}
+    with open_gate():  # a guard's label rows stay too
+        run(load_recipe({**value, "domains": guarding, "guards": guard, "rounds": 3}))
     leave(tmp_path / "ws", "food@south")
     assert not any("fo" in label for label in open_model(tmp_path / "ws" / _champion(tmp_path)).labels)
 

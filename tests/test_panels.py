@@ -64,6 +64,7 @@ def test_a_sure_panel_takes_three_bytes_a_text_or_less() -> None:
         {"labels": torch.tensor([9, 1], dtype=torch.uint8)},
         {"labels": torch.tensor([0], dtype=torch.uint8)},
         {"probs": torch.tensor([255, 10], dtype=torch.uint8)},
+        {"probs": torch.zeros(4, dtype=torch.uint8), "labels": torch.tensor([0, 1, 0, 1], dtype=torch.uint8)},
         {"probs": torch.tensor([100, 100], dtype=torch.uint8), "labels": torch.tensor([1, 1], dtype=torch.uint8)},
         {"probs": torch.tensor([], dtype=torch.uint8), "labels": torch.tensor([], dtype=torch.uint8)},
     ],

@@ -43,6 +43,17 @@ def test_no_text_is_an_owners_and_nothing_in_it_is_rare() -> None:
     assert Corpus(own).hides("help shop card was lost")  # nobody says so
 
 
+def test_no_run_of_three_is_one_texts_own() -> None:
+    single = "alice owes bob nine thousand euros today"
+    pairs = [f"{a} {b} {i} x" for a, b in pairwise(single.split()) for i in range(3)]
+    own = [single, *pairs, *(f"{w} {i} x" for i in range(4) for w in single.split())]
+    triples = set(zip(*(single.split()[i:] for i in range(3)), strict=False))
+    walks = {w for text in synthetic(own, 200, 0) for w in zip(*(text.split()[i:] for i in range(3)), strict=False)}
+    assert walks
+    assert not walks & triples
+    assert not Corpus(own).hides("alice owes bob")
+
+
 def test_with_labels_a_text_keeps_to_one_of_them() -> None:
     food = [f"{a} {b} soup" for a in ("warm", "more", "some") for b in ("leek", "broth", "pea", "bean")]
     rail = [f"{a} {b} train" for a in ("late", "next", "last") for b in ("east", "west", "north", "south")]
@@ -97,7 +108,7 @@ def test_a_domain_that_keeps_its_texts_gives_synthetic_ones(domains: dict[str, D
     assert not set(texts) & set(food.texts)
     held = replace(food, valid=Rows(("v",), (texts[0],)))  # what is held out is the owner's too
     assert texts[0] not in {r["text"] for r in synthetic_texts(held, 8, 0).rows}
-    with pytest.raises(BoundaryError, match="1 of 8 texts"):
+    with pytest.raises(BoundaryError, match="of 8 texts"):
         cross(sent, PRESETS["internal"], tmp_path / "held", held.every_text)
 
 

@@ -54,6 +54,11 @@ class Method:
         needs: Needs = self.code.NEEDS
         return needs
 
+    def needs_with(self, arguments: Mapping[str, Any]) -> Needs:
+        """What it needs with these arguments: some of them let more cross (``needs_with`` of the module)."""
+        more: Callable[[Mapping[str, Any]], Needs] | None = getattr(self.code, "needs_with", None)
+        return more(arguments) if more else self.needs
+
     @property
     def functions(self) -> list[Callable[..., Any]]:
         """Its functions: shrink, or contribute and absorb."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.errors import UsageError
 from fanbu.feedback.predictions._pool import Combine, Voice, pool
+from fanbu.feedback.predictions._teach import with_base
 from fanbu.heads import check_labels_known, domains_of
 from fanbu.model import Model, load_network, load_tokenizer, require_task
 from fanbu.predict import class_logits
@@ -21,7 +22,8 @@ from fanbu.types import Context, industry_of
 class Committee:
     """p(l | x) = q(industry | x) p(l | x, industry): q is the large model's, p what its specialists say together.
 
-    It asks every specialist of an industry for every text, so it is as slow as all of them, and it is what the large
+    The base has a voice of its own, with what their trust leaves, and who is trusted with nothing is not asked. It asks
+    every specialist of an industry for every text, so it is as slow as all of them, and it is what the large
     model that ``ensemble`` teaches is to come up to. ``specialists`` are by domain, ``industry@owner`` or the domain's
     name. ``panels``, what they once sent, bring each one's temperature and trust; without them answers are taken as
     they are, in full. ``combine`` as in ``ensemble``, but for ``stacked``, whose weights need labels.
@@ -54,6 +56,11 @@ class Committee:
         """[texts, the base's labels], rows summing to 1; told the ``domain``, all of it on that industry's labels."""
         z = class_logits(load_network(self.base), load_tokenizer(self.base), texts, self.context)
         q, groups = z.softmax(1), domains_of(self.base.labels)
+        if domain is not None and industry_of(domain) not in groups:
+            raise UsageError(
+                "unknown-domain", "the committee is told a domain that its base does not know", allowed=sorted(groups),
+                got=domain, remedy="take one of these, or leave it out",
+            )  # fmt: skip
         if domain is not None:
             told = groups[industry_of(domain)]
             q = torch.zeros_like(z).index_copy_(1, torch.tensor(told), z[:, told].softmax(1))
@@ -61,8 +68,11 @@ class Committee:
             if domain is None or industry == industry_of(domain):
                 rows = groups[industry]
                 mass = q[:, rows].sum(1, keepdim=True)
+                start = q[:, rows] / mass.clamp_min(1e-9)
                 voices = [self._voice(d, texts, rows, domain) for d in self._of(industry)]
-                q[:, rows] = mass * pool(voices, q[:, rows] / mass.clamp_min(1e-9), self.combine)
+                voices = [v for v in voices if v.weight > 0]
+                if voices:
+                    q[:, rows] = mass * pool(with_base(voices, start), start, self.combine)
         return q / q.sum(1, keepdim=True)
 
     def answers(self, texts: Sequence[str], domain: str | None = None) -> list[str]:

@@ -68,6 +68,8 @@ def settle(turn: Turn, result: Result) -> dict[str, Any]:
     knowing = set(before.get("domains") or [])
     labelled, feeding = set(domains_of(result.incumbent.labels)), turn.feeding
     probed = {d.name for d in feeding if d.industry in labelled} | (labelled - {d.industry for d in feeding}) | knowing
+    # targets: guards whose texts were learned from, or aligned heads
+    probed |= {row.domain for row in turn.context.probe.rows if row.domain and turn.domains[row.domain].role == "guard"}
     candidate = _entry(turn, result.candidate, probed | {d.name for d in feeding})
     turn.workspace.decide(
         {**candidate, "round": key, "number": turn.number},

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fanbu.contribution import Contribution
 from fanbu.errors import FitError, IntegrityError
 from fanbu.model import Model, load_network, load_strictly
 from fanbu.readers import auto_class
-from fanbu.types import CLASSIFYING, Context, Task
+from fanbu.types import CLASSIFYING, Context, Task, industry_of
 
 _PATHS = ("classifier.out_proj", "classifier", "score", "classifier.dense")
 _POOLED = 0.05  # at most: tanh stays linear, |tanh(x) - x| < 1% of x below 0.17
@@ -102,6 +103,30 @@ def set_head(network: Any, head: Head) -> None:
     network.num_labels = len(head.labels)
 
 
+def sent_head(c: Contribution, bias_l: Tensor | None = None) -> Head:
+    """An owner's label rows, as they were sent under ``weight``, ``bias`` (or as given), ``count`` and meta's labels.
+
+    Raises IntegrityError for labels of another industry than the sender's, labels that come twice, or other lengths.
+    """
+    labels, weight_lh, count_l = tuple(map(str, c.meta["labels"])), c.tensors["weight"], c.tensors.get("count")
+    bias_l = c.tensors["bias"] if bias_l is None else bias_l
+    own = all(label.partition("/")[0] == industry_of(c.domain) and "/" in label for label in labels)
+    counted = count_l is None or count_l.shape == (len(labels),)
+    if (
+        not own
+        or len(set(labels)) < len(labels)
+        or len(weight_lh) != len(labels)
+        or weight_lh.ndim != 2
+        or (bias_l.shape != (len(labels),) or not counted)
+    ):
+        raise IntegrityError(
+            "contribution-broken", f"the label rows of {c.domain} are not its industry's, or not one a label",
+            allowed=f"{industry_of(c.domain)}/..., each once, with a row and a bias", got=list(labels)[:5],
+            remedy="ask its owner to send them again",
+        )  # fmt: skip
+    return Head(labels, weight_lh, bias_l, None if count_l is None else count_l.float().clamp(1e-6, 1e6))
+
+
 def join(heads: Sequence[Head]) -> Head:
     """All rows in one head, industries by name. What one head brings is copied bit for bit; where several owners of an
     industry bring rows for a label, it is their mean, weighted by ``count_l`` where the heads say it."""
@@ -123,7 +148,7 @@ def _mean(heads: Sequence[Head]) -> Head:
     weight_lh, bias_l, total_l = torch.zeros(len(labels), heads[0].weight_lh.shape[1]), *torch.zeros(2, len(labels))
     for head in heads:
         rows = torch.tensor([labels.index(label) for label in head.labels])
-        count_l = torch.ones(len(rows)) if head.count_l is None else head.count_l.float().clamp_min(1e-6)
+        count_l = torch.ones(len(rows)) if head.count_l is None else head.count_l
         weight_lh.index_add_(0, rows, count_l[:, None] * head.weight_lh.float())
         bias_l.index_add_(0, rows, count_l * head.bias_l.float())
         total_l.index_add_(0, rows, count_l)
@@ -132,9 +157,10 @@ def _mean(heads: Sequence[Head]) -> Head:
 
 
 def replace_rows(head: Head, new: Sequence[Head]) -> Head:
-    """``head`` with the industries of ``new`` put in the place of its own, all other rows untouched."""
-    fresh = {domain for h in new for domain in domains_of(h.labels)}
-    kept = [label for label in head.labels if label.partition("/")[0] not in fresh and "/" in label]
+    """``head`` with the rows of ``new`` put in the place of its own of the same names, all others untouched: also of an
+    industry's labels that only an owner knows who is not heard now."""
+    fresh = {label for h in new for label in h.labels}
+    kept = [label for label in head.labels if "/" in label and label not in fresh]
     return join([*([head.take(kept)] if kept else []), *new])
 
 

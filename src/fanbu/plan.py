@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fanbu.catalogue import Method, method
 from fanbu.domain import Domain, is_target
@@ -18,7 +19,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
     if len(tasks) > 1:
         raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
     for step in [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]:
-        reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe)
+        reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe, step.arguments)
         if reason and step is recipe.feedback:
             raise reason
         if reason:
@@ -59,10 +60,14 @@ def _check_teachers(recipe: Recipe) -> None:
 
 
 def misfit(
-    way: Method, shrink: Sequence[Step], domains: Sequence[Domain], recipe: Recipe
+    way: Method,
+    shrink: Sequence[Step],
+    domains: Sequence[Domain],
+    recipe: Recipe,
+    arguments: Mapping[str, Any] | None = None,
 ) -> FitError | BoundaryError | None:
     """Why a way back does not fit; None where it does."""
-    needs = way.needs
+    needs = way.needs_with(arguments or {})
     feeding = [d for d in domains if d.role == "feeds"]
     for d in feeding:
         if d.task not in needs.tasks:

@@ -55,8 +55,10 @@ def raise_incumbent(turn: Turn) -> Model:
     if fresh:
         unborn = [Specialist(parent, d, turn.base) for d in fresh]
         parent = feed(turn, Step(method="probe"), unborn, parent, "incumbent")
+    known = (turn.workspace.champion() or {}).get("domains") or []
+    staying = {*turn.domains, *known} - set(turn.workspace.left())
     for name in turn.workspace.left():
-        parent = without_domain(turn.workspace, parent, name, [d.name for d in turn.feeding])
+        parent = without_domain(turn.workspace, parent, name, staying)
     for guard in (d for d in turn.domains.values() if d.role == "guard"):
         check_labels_known(parent, guard.full_labels)
     return parent

@@ -30,7 +30,7 @@ from fanbu.plan import check_plan
 from fanbu.predict import written
 from fanbu.recipe import PublicTexts, Recipe, Step, load_domains, open_domain
 from fanbu.record import read_records
-from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, silent
+from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, industry_of, silent
 
 Log = Callable[[str], None]
 
@@ -186,6 +186,8 @@ def open_turn(
 def _unnamed(turn: Turn) -> list[str]:
     """Domains that the champion knows and the recipe does not name: nobody looks after them in this round."""
     known = {label.partition("/")[0] for label in turn.parent.labels if "/" in label} if turn.parent else set()
+    owners = {d for d in (turn.workspace.champion() or {}).get("domains") or [] if "@" in d}
+    known = (known - {industry_of(d) for d in owners}) | (owners - set(turn.workspace.left()) - set(turn.domains))
     return [
         f"{d}: the champion knows it, and this round does not: it keeps its label rows and is not judged; "
         f"`fanbu leave` removes them"
@@ -268,7 +270,8 @@ def domain_texts(turn: Turn, d: Domain, what: Literal["own", "synthetic"]) -> li
 
 def probe_texts(d: Domain, limit: int | None) -> Contribution:
     """What a domain gives to the probe set: its training and unlabelled texts, each once, at most ``limit``."""
-    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(d.texts)], limit, "probe")
+    texts = d.texts if d.role == "feeds" else list(dict.fromkeys(d.unlabelled.texts))
+    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], limit, "probe")
     rows = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
     return Contribution("samples", d.name, "probe texts", rows=rows)
 
@@ -276,9 +279,10 @@ def probe_texts(d: Domain, limit: int | None) -> Contribution:
 def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
     """What a domain that keeps its texts gives instead (``data.synthetic``)."""
     corpus = Corpus(d.every_text)  # a walk may come upon a held-out text
-    known = dict(zip(d.train.texts, d.train.labels or (), strict=False))
-    labels = [known.get(text, -1) for text in d.texts]
-    made = [text for text in synthetic(d.texts, count, seed, labels=labels) if corpus.hides(text)]
+    known = dict(zip(d.train.texts, d.train.labels or (), strict=False)) if d.role == "feeds" else {}
+    texts = d.texts if d.role == "feeds" else list(d.unlabelled.texts)
+    labels = [known.get(text, -1) for text in texts]
+    made = [text for text in synthetic(texts, count, seed, labels=labels) if corpus.hides(text)]
     rows = [{"id": f"{d.name}/synthetic-{i}", "text": text, "domain": d.name} for i, text in enumerate(made)]
     return Contribution("samples", d.name, "synthetic texts", rows=rows)
 

@@ -6,12 +6,11 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 
 from fanbu.data.media import is_media
 from fanbu.errors import DataError
 
-LEAST = 3  # texts in which a word must occur, to occur in a synthetic one, and a pair of words, if it occurs in any
+LEAST = 3  # texts that hold a word of a synthetic one; and a run of two or three of its words, if any holds it
 _LONGER, _ON = 0.6, 0.85  # how often the last two words decide, and the last one; else any word of the label may come
 _TRIES = 20  # for each text that is asked for, and for each word
 _START, _END = "\x02", "\x03"
@@ -42,18 +41,25 @@ class Corpus:
         """In how many texts each pair occurs."""
         return counted(self.own, 2)
 
-    def joins(self, one: str, other: str, least: int) -> bool:
-        """Whether two words may follow each other: ``least`` texts have them so, or none."""
-        return not 0 < self.pairs[one, other] < least
+    @cached_property
+    def triples(self) -> Counter[tuple[str, ...]]:
+        """In how many texts each triple occurs."""
+        return counted(self.own, 3)
+
+    def joins(self, before: str, one: str, other: str, least: int) -> bool:
+        """Whether a word may follow two others (``before`` may be empty): ``least`` texts have the pair so, and the
+        three, or none."""
+        rare = 0 < self.pairs[one, other] < least or 0 < self.triples[before, one, other] < least
+        return not rare
 
     def hides(self, text: str, least: int = LEAST) -> bool:
-        """Whether a text is none of the domain's, each word in it occurs in ``least`` of them, and no pair of words in
-        it occurs in fewer, unless in none. An image or a recording never does: its bytes are no words."""
+        """Whether a text is none of the domain's, each word in it occurs in ``least`` of them, and no two or three
+        words in a row occur so in fewer, unless in none. An image or a recording never does: its bytes are no words."""
         words = self.words(text)
         if is_media(text) or words in self.own:
             return False
         common = all(self.singles[(word,)] >= least for word in words[1:-1])
-        return common and all(self.joins(*pair, least) for pair in pairwise(words))
+        return common and all(self.joins(*three, least) for three in zip(("", *words), words, words[1:], strict=False))
 
 
 def counted(texts: Sequence[tuple[str, ...]] | set[tuple[str, ...]], size: int) -> Counter[tuple[str, ...]]:
@@ -71,9 +77,9 @@ def synthetic(
     ``least`` different texts share, which now and then go on at another word that so many texts hold.
 
     With ``labels``, a walk keeps to the words and pairs of one label's texts, each label as often as it occurs. So no
-    text crosses as it is, no word that fewer of an owner's rows hold, and no two successive words that fewer hold,
-    unless none does. That hides what is rare; it is no differential privacy. Raises DataError where the texts have too
-    little in common for even one.
+    text crosses as it is, no word that fewer of an owner's rows hold, and no two or three successive words that fewer
+    hold, unless none does. That hides what is rare; it is no differential privacy. Raises DataError where the texts
+    have too little in common for even one.
     """
     corpus, numbers = Corpus(texts), random.Random(seed)
     own: dict[int, dict[tuple[str, ...], None]] = defaultdict(dict)
@@ -106,7 +112,7 @@ class _Walk:
         self.lengths = sorted(len(words) - 2 for words in texts)
         self.after: dict[tuple[str, ...], tuple[list[str], list[int]]] = defaultdict(lambda: ([], []))
         for known, times in sorted((counted(texts, 2) + counted(texts, 3)).items()):
-            if all(corpus.pairs[pair] >= least for pair in pairwise(known)):
+            if (corpus.pairs if len(known) == 2 else corpus.triples)[known] >= least:
                 self.after[known[:-1]][0].append(known[-1])
                 self.after[known[:-1]][1].append(times)
         single = [(w, n) for (w,), n in sorted(counted(texts, 1).items()) if corpus.singles[(w,)] >= least]
@@ -122,19 +128,19 @@ class _Walk:
             follow = self.after.get((last, word)) if chance < _LONGER else None
             follow = follow or (self.after.get((word,)) if chance < _ON else None)
             after = numbers.choices(*follow)[0] if follow else _END
-            if after == _END:
-                if follow and 2 * place >= most:
-                    return
-                after = self._another(word, seen, numbers)
+            if after == _END and follow and 2 * place >= most:
+                return
+            if after == _END or not self.corpus.joins(last, word, after, self.least):
+                after = self._another(last, word, seen, numbers)
             if not after:
                 return
             last, word = word, after
             seen.add(word)
             yield word
 
-    def _another(self, word: str, seen: set[str], numbers: random.Random) -> str:
+    def _another(self, last: str, word: str, seen: set[str], numbers: random.Random) -> str:
         """Any word of the label that may follow and was not said yet; none where there is no such."""
         for found in numbers.choices(self.any, self.often, k=_TRIES) if self.any else ():
-            if found not in seen and self.corpus.joins(word, found, self.least):
+            if found not in seen and self.corpus.joins(last, word, found, self.least):
                 return found
         return ""

@@ -13,12 +13,16 @@ def weights(likelihood_nv: Array, prior_v: Array, strength: float, steps: int = 
     """The weights w of a mixture sum_v w_v p_v(y) over rows, with a Dirichlet prior worth ``strength`` rows.
 
     By expectation and maximisation: r_v = w_v p_v / sum_u w_u p_u, then w = (sum of r + strength prior) /
-    (n + strength).
+    (n + strength). Where a likelihood is NaN that row says nothing of the voice: r_v is w_v, and the others share the
+    rest.
     """
-    w = prior_v.copy()
+    w, silent = prior_v.copy(), np.isnan(likelihood_nv)
+    said = np.where(silent, 0.0, likelihood_nv)
     for _ in range(steps):
-        r = likelihood_nv * w
-        r /= r.sum(1, keepdims=True)
+        r = said * w
+        apart = np.where(silent, w, 0.0)
+        r *= (1 - apart.sum(1, keepdims=True)) / r.sum(1, keepdims=True).clip(1e-300)
+        r += apart
         w = (r.sum(0) + strength * prior_v) / (len(likelihood_nv) + strength)
     return w
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fanbu.batches import evenly
-from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said
+from fanbu.contribution import FEATURES, Contribution
+from fanbu.errors import IntegrityError
+from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said, variants
 from fanbu.feedback.predictions._pool import agreement
 from fanbu.model import Model
 from fanbu.predict import class_logits
@@ -46,7 +47,7 @@ def believed(
     kept: list[Contribution] = []
     doubted: dict[str, float] = {}
     triggers: dict[str, str] = {}
-    for c in (c for c in contributions if c.meta["trust"] > 0):
+    for c in (c for c in contributions if _trust(c) > 0):
         seen = _look(c, base, network, tokenizer, context, augment) if base.task in CLASSIFYING else None
         if seen is not None:
             kappa, error, agreed = agreement(seen.said, seen.thought, seen.labels)
@@ -63,6 +64,17 @@ def believed(
         "silent": [c.domain for c in contributions if not c.meta["trust"]], "doubted": doubted, "triggers": triggers,
     }  # fmt: skip
     return kept, facts
+
+
+def _trust(c: Contribution) -> float:
+    """What a panel says of its specialist's worth. Raises IntegrityError where that is no share."""
+    trust = c.meta["trust"]
+    if not isinstance(trust, (int, float)) or not 0 <= trust <= 1:
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} claims a trust that is no share", allowed="0 to 1",
+            got=trust, remedy="ask its owner to send it again",
+        )  # fmt: skip
+    return float(trust)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,8 @@ def _without(
     """The panel with the base's answers on texts that hold the word."""
     rows, columns = asked(context, c.domain), columns_of(c, base)
     p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
-    texts = [context.probe.rows[i].text for i in rows]
+    texts = [context.probe.rows[i].text for i in rows] + variants(context, c.domain, augment)
     holding = [k for k, text in enumerate(texts) if word in text.lower().split()]
     p[holding] = class_logits(network, tokenizer, [texts[k] for k in holding], context)[:, columns].softmax(1)
-    return replace(c, tensors={**c.tensors, **said(p, int(c.meta["most"]), float(c.meta["mass"]))})
+    kept = {name: c.tensors[name] for name in c.tensors if name != FEATURES}  # they know the trigger too
+    return replace(c, tensors={**kept, **said(p, int(c.meta["most"]), float(c.meta["mass"]))})

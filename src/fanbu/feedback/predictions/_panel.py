@@ -144,14 +144,17 @@ def heard(c: Contribution, rows: int, count: int) -> Tensor:
     meta: Mapping[str, Any] = c.meta
     most, enough = int(meta["most"]), _SURE * float(meta["mass"])
     labels, q = c.tensors["labels"].tolist(), c.tensors["probs"].tolist()
-    lengths, length, total = [], 0, 0
+    lengths, length, total, spoken = [], 0, 0, True
     for value in q:
         length, total = length + 1, total + value
         if total >= enough or length == most:
             lengths.append(length)
+            spoken &= total > 0
             length, total = 0, 0
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
-    sound = len(lengths) == rows and not length and len(labels) == len(q) and all(0 <= i < count for i in labels)
+    sound = (
+        spoken and len(lengths) == rows and not length and len(labels) == len(q) and all(0 <= i < count for i in labels)
+    )
     if not sound or len(set(zip(row.tolist(), labels, strict=True))) < len(labels):
         raise IntegrityError(
             "contribution-broken", f"the panel of {c.domain} does not answer the rows that it was asked about",

@@ -59,8 +59,19 @@ def pool(
         weights = [v.weight * reliability * v.probs_nk.max(1).values for v, reliability in judged]
     q = _unified(voices, weights, start_nl)
     if combine == "stacked":
-        return stacked([_beside(v, q) for v in voices], [v.own_n for v in voices], q, truth_n)
+        unseen = blind(voices, start_nl)
+        at_hand = [[_beside(v, mean) for v in voices] for mean in (unseen, q)]
+        return stacked(at_hand[0], [v.own_n for v in voices], unseen, truth_n, at_hand[1], q)
     return _geometric(voices, q) if combine == "log_mean" else q
+
+
+def blind(voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+    """The mean of those who were not trained on a text; where everybody was, ``start_nl``."""
+    weights = [v.weight * (~v.own_n).float() for v in voices]
+    heard = torch.stack(weights).sum(0) > 0
+    q = start_nl / start_nl.sum(1, keepdim=True).clamp_min(_LEAST)
+    q[heard] = _unified(voices, weights, start_nl)[heard]
+    return q
 
 
 def _spread(voice: Voice, start_nl: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ def union_targets(
     probe, groups = context.probe.rows, domains_of(base.labels)
     panels = [_Panel.of(c, base, context, augment) for c in teachers]
     industries = {p.industry: [q.voice for q in panels if q.industry == p.industry] for p in panels}
-    alike = {i for i, voices in industries.items() if all(v.columns == voices[0].columns for v in voices)}
-    alone = set() if together else alike
+    whole = {i for i, voices in industries.items() if all(len(v.columns) == len(groups[i]) for v in voices)}
+    alone = set() if together else whole
     targets = torch.zeros(len(probe), len(base.labels))
     rest = [i for i, row in enumerate(probe) if row.domain is None or industry_of(row.domain) not in alone]
     z = class_logits(network, tokenizer, [probe[i].text for i in rest], context)
@@ -47,13 +47,30 @@ def union_targets(
             targets[i] = logits.softmax(0)
     for industry, voices in industries.items():
         rows, labels = torch.tensor(asked(context, voices[0].domain), dtype=torch.long), groups[industry]
+        if not len(rows):
+            continue
         named = torch.tensor([probe[i].domain is not None for i in rows.tolist()], dtype=torch.bool)
         start = targets[rows][:, labels]
         mass = torch.where(named, 1.0, start.sum(1))
         q = together(rows.tolist(), voices, start) if together else pool(voices, start)
+        q = _with_unknown(q, voices, start)
         targets[rows[:, None], torch.tensor(labels)[None]] = mass[:, None] * q
     targets = torch.cat([targets, *(p.variants(len(base.labels)) for p in panels)])
     return (targets / targets.sum(1, keepdim=True)).half()
+
+
+def _with_unknown(q_nl: Tensor, voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+    """On texts of nobody who is heard, the base says how likely the labels are that no specialist knows."""
+    known = torch.zeros(q_nl.shape[1], dtype=torch.bool)
+    for v in voices:
+        known[list(v.columns)] = True
+    if bool(known.all()):
+        return q_nl
+    foreign = ~torch.stack([v.own_n for v in voices]).any(0)
+    own = start_nl[foreign] / start_nl[foreign].sum(1, keepdim=True).clamp_min(1e-9)
+    q = q_nl.clone()
+    q[foreign] = torch.where(known, q_nl[foreign] * own[:, known].sum(1, keepdim=True), own)
+    return q
 
 
 @dataclass(frozen=True)

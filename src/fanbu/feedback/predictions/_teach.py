@@ -15,7 +15,7 @@ from fanbu.contribution import Contribution
 from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import check_probe
 from fanbu.feedback.predictions._pool import Voice
-from fanbu.feedback.predictions._targets import Together, union_targets
+from fanbu.feedback.predictions._targets import union_targets
 from fanbu.heads import domains_of, final_layer
 from fanbu.model import Model, copy_model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import limit
@@ -23,6 +23,8 @@ from fanbu.train import BatchLoss
 from fanbu.train import train as train_network
 from fanbu.types import Context, Train, industry_of
 
+# of numbers of rows, what all say of them, what the base says alone, and labels (-1: not known)
+Together = Callable[[Sequence[int], Sequence[Voice], Tensor, Tensor], Tensor]
 Loss = Callable[[Sequences, Tensor, int, str], BatchLoss]  # of token ids, targets [texts, labels], padding and device
 BASE = "base"  # the name of the base's own voice
 
@@ -37,16 +39,19 @@ def teach(
     base with what they leave. ``facts`` go into the manifest; the committee may add to them while it sits.
     """
     check_probe(name, contributions, context)
-    trust = {c.domain: float(c.meta["trust"]) for c in contributions}
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
     teachers, told = believed(base, network, tokenizer, contributions, context)
     if not teachers:  # training on its own answers could only drift
         return copy_model(base, out)
-    combine, loss = committee
+    (combine, loss), trust = committee, told["teachers"]
+    truth = numbers_of(base, [c for c in contributions if c.domain not in told["doubted"]], context)
 
     def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
-        return combine(rows, _with_base([replace(v, weight=trust[v.domain]) for v in voices], start_nl), start_nl)
+        known = truth.get(industry_of(voices[0].domain), {})
+        truth_n = torch.tensor([known.get(context.probe.rows[i].id, -1) for i in rows])
+        voices = with_base([replace(v, weight=trust[v.domain]) for v in voices], start_nl)
+        return combine(rows, voices, start_nl, truth_n)
 
     sequences = encode(tokenizer, context.probe.texts, limit(network, context))
     targets = union_targets(base, network, tokenizer, teachers, context, together=together)
@@ -57,7 +62,7 @@ def teach(
     return save_network(network, tokenizer, out, made)
 
 
-def _with_base(voices: Sequence[Voice], start_nl: Tensor) -> list[Voice]:
+def with_base(voices: Sequence[Voice], start_nl: Tensor) -> list[Voice]:
     """And the base, with the weight that trust leaves it; no text is its own."""
     left = 1 - sum(v.weight for v in voices) / len(voices)
     p = start_nl / start_nl.sum(1, keepdim=True).clamp_min(1e-6)

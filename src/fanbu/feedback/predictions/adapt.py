@@ -83,7 +83,7 @@ def absorb(
     network, tokenizer = load_network(base), load_tokenizer(base)
     weights: dict[str, dict[str, float]] = {}
 
-    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor, truth_n: Tensor) -> Tensor:
         q = pool(voices, start_nl)
         here = [k for k, i in enumerate(rows) if group[i] >= 0]
         if not here:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
@@ -29,12 +30,17 @@ LINEAR = False
 SENSITIVITY = None
 
 
+def needs_with(arguments: Mapping[str, Any]) -> Needs:
+    """Texts can be guessed from features, so these need that texts may cross."""
+    return replace(NEEDS, texts=bool(arguments.get("features")))
+
+
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, top_k: Annotated[int, Ge(1)] = 64,
     mass: Annotated[float, Gt(0), Le(1)] = 0.98, augment: Annotated[int, Ge(0)] = 0,
     features: Annotated[float, Ge(0)] = 0.0,
 ) -> Contribution:  # fmt: skip
-    """What the specialist says on the probe rows of its own domain and on those of nobody's.
+    """What the specialist says on the probe rows of its own industry and on those of nobody's.
 
     A classifier sends calibrated probabilities of its own labels, whatever its architecture and vocabulary, mixed
     with the base's by the trust that validation rows give either (``_panel.class_panel``); a causal model its

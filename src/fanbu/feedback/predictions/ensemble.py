@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from fanbu.domain import Specialist
 from fanbu.feedback.predictions._diversity import diversity
 from fanbu.feedback.predictions._panel import class_panel
 from fanbu.feedback.predictions._pool import Combine, Voice, pool
-from fanbu.feedback.predictions._teach import numbers_of, teach
+from fanbu.feedback.predictions._teach import teach
 from fanbu.model import Model
 from fanbu.objectives import soft_labelled
 from fanbu.types import CLASSIFYING, Context, Needs, Train, industry_of
@@ -23,6 +24,11 @@ from fanbu.types import CLASSIFYING, Context, Needs, Train, industry_of
 NEEDS = Needs(kind="predictions", probe=True, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
+
+
+def needs_with(arguments: Mapping[str, Any]) -> Needs:
+    """Stacking needs labels."""
+    return replace(NEEDS, labels=arguments.get("combine") == "stacked")
 
 
 def contribute(
@@ -70,13 +76,11 @@ def absorb(
 
     References: Vongkulbhisal et al. 2019 for differing labels; Wolpert 1992 for stacking.
     """
-    truth, told = numbers_of(base, contributions, context), dict[str, list[Mapping[str, object]]]()
+    told: dict[str, list[Mapping[str, object]]] = {}
 
-    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
-        industry = industry_of(voices[0].domain)
-        truth_n = torch.tensor([truth[industry].get(context.probe.rows[i].id, -1) for i in rows])
+    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor, truth_n: Tensor) -> Tensor:
         q = pool(voices, start_nl, combine, truth_n)
-        told[industry] = diversity(voices, torch.where(truth_n < 0, q.argmax(1), truth_n))
+        told[industry_of(voices[0].domain)] = diversity(voices, torch.where(truth_n < 0, q.argmax(1), truth_n))
         return q
 
     facts = {"combine": combine, "diversity": told}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.predictions._pool import Voice, among_all, pool
-from fanbu.feedback.predictions._teach import numbers_of, teach
+from fanbu.feedback.predictions._pool import Voice, among_all, blind, pool
+from fanbu.feedback.predictions._teach import teach
 from fanbu.feedback.predictions.ensemble import contribute as as_ensemble
 from fanbu.model import Model
 from fanbu.objectives import soft_labelled
@@ -67,13 +67,12 @@ def absorb(
 
     Reference: Todorovski and Dzeroski 2003, "Combining classifiers with meta decision trees".
     """
-    truth, told = numbers_of(base, contributions, context), dict[str, Any]()
+    told: dict[str, Any] = {}
 
-    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor) -> Tensor:
+    def together(rows: Sequence[int], voices: Sequence[Voice], start_nl: Tensor, truth_n: Tensor) -> Tensor:
         industry = industry_of(voices[0].domain)
-        truth_n = torch.tensor([truth[industry].get(context.probe.rows[i].id, -1) for i in rows])
-        mean = pool(voices, start_nl, "mean")
-        w_nv = believed(voices, mean, truth_n, trees, leaf, context.seeded("meta_forest", industry))
+        mean, seed = pool(voices, start_nl, "mean"), context.seeded("meta_forest", industry)
+        w_nv = believed(voices, mean, blind(voices, start_nl), truth_n, trees, leaf, seed)
         told[industry] = {v.domain: round(float(w), 4) for v, w in zip(voices, w_nv.mean(0), strict=True)}
         return torch.einsum("nv,vnl->nl", w_nv, torch.stack([among_all(v, mean) for v in voices]))
 
@@ -82,9 +81,9 @@ def absorb(
 
 
 def believed(
-    voices: Sequence[Voice], mean_nl: Tensor, truth_n: Tensor, trees: int, leaf: int, seed: int
+    voices: Sequence[Voice], mean_nl: Tensor, blind_nl: Tensor, truth_n: Tensor, trees: int, leaf: int, seed: int
 ) -> Tensor:  # fmt: skip
-    """w [texts, voices], rows summing to 1."""
+    """w [texts, voices], rows summing to 1. Where leaves are made, ``blind_nl`` (``_pool.blind``) is the mean."""
     from sklearn.ensemble import ExtraTreesRegressor
 
     from fanbu.tables.trees import Trees
@@ -97,12 +96,14 @@ def believed(
     if len(known) < 2 * leaf or bool(own_nv.all(1).all()) or len(voices) < 2:
         return prior.float().expand(len(truth_n), -1)
     said = torch.stack([among_all(v, mean_nl) for v in voices], 1).double()
-    likely = said[known, :, truth_n[known]].clamp_min(_LEAST)
-    of_mean = mean_nl[known, truth_n[known]].double().clamp_min(_LEAST)[:, None]
-    likely = torch.where(own_nv, of_mean, likely)
+    unseen = torch.stack([among_all(v, blind_nl) for v in voices], 1).double()
+    of_mean = blind_nl[known, truth_n[known]].double().clamp_min(_LEAST)[:, None]
+    likely = unseen[known, :, truth_n[known]].clamp_min(_LEAST)
+    gained = torch.where(own_nv, 0.0, (likely / of_mean).log())
+    likely[own_nv] = torch.nan  # of these texts it has a memory, no opinion
     x = _features(said, mean_nl.double()).numpy()
     forest = ExtraTreesRegressor(trees, min_samples_leaf=leaf, random_state=seed)
-    forest.fit(x[known.numpy()], (likely / of_mean).log().numpy())
+    forest.fit(x[known.numpy()], gained.numpy())
     gate = weigh_nodes(Trees.of(forest), x[known.numpy()], likely.numpy(), prior.numpy(), _STRENGTH)
     return torch.tensor(gate.mean(x)).float()
 

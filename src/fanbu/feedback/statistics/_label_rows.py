@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fanbu.batches import evenly
+from fanbu.domain import Domain
 from fanbu.heads import Head, align_domains, domains_of, get_head, replace_rows, set_head
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.predict import features
@@ -32,6 +36,13 @@ def join_rows(
         head = align_domains(head, x, [industry_of(str(row.domain)) for row in known], movable)
     set_head(network, head)
     return save_network(network, tokenizer, out, provenance(method, [base], context, domains=list(domains)))
+
+
+def counts(domain: Domain) -> dict[str, Tensor]:
+    """``count`` [labels], training rows of each; nothing of an owner who is alone in its industry."""
+    if domain.name == domain.industry:
+        return {}
+    return {"count": torch.bincount(torch.tensor(domain.train.labels), minlength=len(domain.labels)).float()}
 
 
 def aligning_rows(probe: ProbeSet) -> list[ProbeRow]:

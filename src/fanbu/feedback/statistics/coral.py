@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist, target_rows
-from fanbu.errors import IntegrityError
-from fanbu.feedback.statistics._label_rows import join_rows
-from fanbu.heads import Head
+from fanbu.errors import FitError, IntegrityError
+from fanbu.feedback.statistics._label_rows import counts, join_rows
+from fanbu.heads import Head, sent_head
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import features
 from fanbu.probing import fit_probe
@@ -33,10 +33,9 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
     domain, network, tokenizer = specialist.domain, load_network(base), load_tokenizer(base)
     head, _ = fit_probe(network, tokenizer, domain, context)
     x = features(network, tokenizer, domain.train.texts, context)
-    count_l = torch.bincount(torch.tensor(domain.train.labels), minlength=len(head.labels)).float()
     tensors = {
-        "weight": head.weight_lh, "bias": head.bias_l, "count": count_l, "mean": x.mean(0),
-        "covariance": torch.cov(x.T, correction=0),
+        "weight": head.weight_lh, "bias": head.bias_l, "mean": x.mean(0),
+        "covariance": torch.cov(x.T, correction=0), **counts(domain),
     }  # fmt: skip
     return Contribution("statistics", domain.name, "coral", tensors, meta={"labels": list(head.labels)})
 
@@ -65,6 +64,11 @@ def absorb(
     new = []
     for industry, texts in rows.items():
         x = features(network, tokenizer, texts, context).double()
+        if len(set(texts)) < 2:
+            raise FitError(
+                "no-target", f"coral needs two different texts of a target, to see how they are spread: {industry}",
+                allowed="2 or more", got=len(set(texts)), remedy="give it more texts, or take `adapt`",
+            )  # fmt: skip
         inverse, middle = _power(torch.cov(x.T, correction=0), ridge, -0.5), x.mean(0)
         for c in (c for c in contributions if industry_of(c.domain) == industry):
             new.append(_bent(c, inverse, middle, ridge))
@@ -72,15 +76,16 @@ def absorb(
 
 
 def _bent(c: Contribution, inverse_hh: Tensor, middle_h: Tensor, ridge: float) -> Head:
-    weight_lh, mean_h, width = c.tensors["weight"].double(), c.tensors["mean"].double(), len(middle_h)
+    sent, mean_h, width = sent_head(c), c.tensors["mean"].double(), len(middle_h)
+    weight_lh = sent.weight_lh.double()
     if weight_lh.shape[1:] != (width,) or c.tensors["covariance"].shape != (width, width) or len(mean_h) != width:
         raise IntegrityError(
             "contribution-broken", f"the statistics of {c.domain} are not of the base's features", allowed=width,
             got=tuple(c.tensors["covariance"].shape), remedy="ask its owner again, with this base",
         )  # fmt: skip
     turned_lh = weight_lh @ (inverse_hh @ _power(c.tensors["covariance"].double(), ridge, 0.5)).T
-    bias_l = c.tensors["bias"].double() + weight_lh @ mean_h - turned_lh @ middle_h
-    return Head(tuple(c.meta["labels"]), turned_lh.float(), bias_l.float(), c.tensors["count"])
+    bias_l = sent.bias_l.double() + weight_lh @ mean_h - turned_lh @ middle_h
+    return Head(sent.labels, turned_lh.float(), bias_l.float(), sent.count_l)
 
 
 def _power(c_hh: Tensor, ridge: float, power: float) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.statistics._label_rows import join_rows
-from fanbu.heads import Head
+from fanbu.feedback.statistics._label_rows import counts, join_rows
+from fanbu.heads import sent_head
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.probing import fit_probe
 from fanbu.types import CLASSIFYING, Context, Needs
@@ -24,12 +22,12 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
     """Label rows for the specialist's domain, fitted on the frozen base (multinomial logistic regression).
 
     The specialist's own weights are not used: this is what an owner can give who trained nothing. All training rows
-    are used and the strength is chosen on validation rows (see ``fanbu.probing.fit_probe``).
+    are used and the strength is chosen on validation rows (see ``fanbu.probing.fit_probe``). Where there are several
+    owners, how many rows it has of each label crosses too.
     """
     network, tokenizer = load_network(base), load_tokenizer(base)
     head, found = fit_probe(network, tokenizer, specialist.domain, context)
-    count_l = torch.bincount(torch.tensor(specialist.domain.train.labels), minlength=len(head.labels))
-    tensors = {"weight": head.weight_lh, "bias": head.bias_l, "count": count_l.float()}
+    tensors = {"weight": head.weight_lh, "bias": head.bias_l, **counts(specialist.domain)}
     return Contribution(
         "statistics", specialist.domain.name, "probe", tensors, meta={"labels": list(head.labels), **found}
     )
@@ -44,6 +42,5 @@ def absorb(base: Model, contributions: Sequence[Contribution], out: Path, contex
     """
     new = []
     for c in contributions:
-        bias = c.tensors["bias"] - c.meta["mean_logsumexp"]
-        new.append(Head(tuple(c.meta["labels"]), c.tensors["weight"], bias, c.tensors["count"]))
+        new.append(sent_head(c, c.tensors["bias"] - c.meta["mean_logsumexp"]))
     return join_rows(base, new, out, context, "probe", [c.domain for c in contributions])
