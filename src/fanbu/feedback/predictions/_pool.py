@@ -17,6 +17,7 @@ Combine = Literal["weighted", "mean", "log_mean", "gate", "stacked"]
 _STEPS = 300
 _LEAST = 1e-6
 _LEAST_HEARD = 0.02
+_AS_RIGHT = 0.5
 _TEMPERATURES = torch.logspace(0, 1.5, 31)
 
 
@@ -131,22 +132,28 @@ def reliable(voices: Sequence[Voice]) -> list[tuple[Voice, Tensor]]:
     """Each voice with its weight [texts]: what its answers are worth by how right it is among this owner's texts.
 
     The weight is log(a (k - 1) / (1 - a)) for k labels, with a as ``_reliability.accuracies`` finds it; at least 0.02,
-    so that labels which one alone knows are not lost. Who is surer than it is right is brought down to that by a
-    temperature: the smallest of 1 to 32 for which its mean max_l p(l) is no more than a. Two voices cannot judge each
-    other: both count in full, but a specialist half on another owner's texts.
+    so that labels which one alone knows are not lost. Where all know the same labels, who is surer than it is right is
+    brought down to that by a temperature: the smallest of 1 to 32 for which its mean max_l p(l) is no more than a. On
+    its own owner's texts a specialist weighs as much as all others together, as sure as it is, unless it is found less
+    than half as right as the best of them: it knows these texts, and the others may err together. Two voices cannot
+    judge each other: both count in full, but a specialist half on another owner's texts.
     """
     if len(voices) < 3:
         return [(v, torch.where(v.own_n | ~v.own_n.any(), 1.0, 0.5)) for v in voices]
     labels = 1 + max(max(v.columns) for v in voices)
     said = [torch.tensor(list(v.columns))[v.probs_nk.argmax(1)] for v in voices]
+    alike = all(set(v.columns) == set(voices[0].columns) for v in voices)
     right = accuracies(said, [v.columns for v in voices], [v.own_n for v in voices], labels)
+    weight = [weight_of(a, len(v.columns)).clamp_min(_LEAST_HEARD) for v, a in zip(voices, right, strict=True)]
+    total, best = torch.stack(weight).sum(0), torch.stack(right).amax(0)
     found = []
-    for v, a in zip(voices, right, strict=True):
+    for v, a, w in zip(voices, right, weight, strict=True):
+        knowing = v.own_n & (a >= _AS_RIGHT * best)
         p = v.probs_nk.clone()
-        for share in a.unique().tolist():
-            rows = a == share
+        for share in a[~knowing].unique().tolist() if alike else ():
+            rows = (a == share) & ~knowing
             p[rows] = _no_surer(p[rows], share)
-        found.append((replace(v, probs_nk=p), weight_of(a, len(v.columns)).clamp_min(_LEAST_HEARD)))
+        found.append((replace(v, probs_nk=p), torch.where(knowing, torch.maximum(w, total - w), w)))
     return found
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_OWN, _OTHER = 0.9, 0.6  # how right a specialist is on its owner's texts, and on others', until answers tell
-_PRIOR = 10.0  # texts that these count as
+_OWN, _OTHER = 0.95, 0.4  # how right a specialist is on its owner's texts, and on others', until answers tell
+_PRIOR = 10.0  # texts that the latter counts as; the former counts as half of all
 _FEW = 30  # of fewer texts answers tell nothing
 _STEPS = 30
 
@@ -20,10 +20,11 @@ def accuracies(
     """For each specialist [texts]: the share of right answers among texts of the same owner, by what all say.
 
     The one-coin model of Dawid and Skene, fitted by EM: t names the true label with probability a_t, else any other
-    that it knows; about labels that it does not know it says nothing. A share starts at 0.9 on a specialist's own
-    owner's texts and at 0.6 on others', which count as ten texts; where an owner has fewer than thirty that stays. So
-    whoever answers at random, always the same or with exchanged labels comes out near chance or below, as long as
-    enough others are right. ``said`` [texts] are numbers of labels, ``own`` [texts] marks a specialist's own texts.
+    that it knows; about labels that it does not know it says nothing. A share starts at 0.95 on a specialist's own
+    owner's texts, which counts as half as many texts as there are: it was trained on them, and others may err together.
+    It starts at 0.4 on others', which counts as ten; where an owner has fewer than thirty texts that stays. So whoever
+    answers at random, always the same or with exchanged labels comes out low, as long as enough others are right.
+    ``said`` [texts] are numbers of labels, ``own`` [texts] marks a specialist's own texts.
     Reference: Dawid and Skene 1979, "Maximum likelihood estimation of observer error-rates".
     """
     owner = torch.full_like(said[0], -1)
@@ -43,6 +44,7 @@ def _fitted(said: Sequence[Tensor], columns: Sequence[Sequence[int]], owner: int
     shares = list(prior)
     if len(said[0]) < _FEW or len(said) < 3:
         return shares
+    strength = [len(said[0]) / 2 if t == owner else _PRIOR for t in range(len(said))]
     knows = torch.zeros(len(said), labels, dtype=torch.bool)
     for t, known in enumerate(columns):
         knows[t, list(known)] = True
@@ -56,7 +58,7 @@ def _fitted(said: Sequence[Tensor], columns: Sequence[Sequence[int]], owner: int
         q = log_q.softmax(1)
         for t, first in enumerate(prior):
             asked, right = float((q * knows[t]).sum()), float((q * named[t]).sum())
-            shares[t] = min(max((right + _PRIOR * first) / (asked + _PRIOR), 0.001), 0.999)
+            shares[t] = min(max((right + strength[t] * first) / (asked + strength[t]), 0.001), 0.999)
     return shares
 
 
