@@ -29,9 +29,11 @@ from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Domain, Rows, Specialist, load_domain
+from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import columns_of, heard, said
 from fanbu.feedback.predictions._pool import Combine, Voice, pool, reliable
 from fanbu.heads import domains_of
+from fanbu.model import load_network, load_tokenizer
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
 from fanbu.recipe import resolve_machine
@@ -128,8 +130,11 @@ def known_to(panel: Contribution, bench: Bench) -> list[int]:
     return columns_of(panel, bench.incumbent)
 
 
-def right(bench: Bench, sent: Sequence[Contribution]) -> tuple[dict[str, float], dict[str, float]]:
-    """How many pooled answers name the true label, by way; and each one's mean weight."""
+def right(bench: Bench, sent: Sequence[Contribution]) -> tuple[dict[str, float], dict[str, float], list[str]]:
+    """How many pooled answers of those who are believed name the true label, by way; their mean weights; and who was
+    found to lie."""
+    base, context = bench.incumbent, bench.context
+    sent, told = believed(base, load_network(base), load_tokenizer(base), sent, context)
     rows = bench.context.probe.rows
     labels = domains_of(bench.incumbent.labels)[next(iter(bench.domains))]
     numbers = {bench.incumbent.labels[i]: k for k, i in enumerate(labels)}
@@ -151,7 +156,8 @@ def right(bench: Bench, sent: Sequence[Contribution]) -> tuple[dict[str, float],
 
     found = {way: share(pool(voices, start, way, known)) for way in WAYS}
     found["own specialist"] = share(pool(voices, start, "gate"))
-    return found, {v.domain: float(w.mean()) for v, w in reliable(voices)}
+    caught = [*told["doubted"], *(f"{d} ({word})" for d, word in told["triggers"].items())]
+    return found, {v.domain: float(w.mean()) for v, w in reliable(voices)}, caught
 
 
 def taught(bench: Bench, sent: Sequence[Contribution], name: str) -> Outcomes:
@@ -165,12 +171,11 @@ def one_seed(bench: Bench) -> tuple[dict[str, Outcomes], list[list[str]], dict[s
     """Outcomes by name; the table of pooled answers; weights of liars and others."""
     honest, first = panels(bench), next(iter(bench.domains))
     liars = {k: [*honest[:-LIARS], *(lie(c, k, bench) for c in honest[-LIARS:])] for k in KINDS}
-    rows, weights = [["liars", *WAYS, "least weight of the honest", "most of a liar"]], {}
+    rows, seen = [["liars", *WAYS, "found to lie"]], {}
     for kind, sent in {"none": honest, **liars}.items():
-        found, weight = right(bench, sent)
-        low, high = min(list(weight.values())[:-LIARS]), max(list(weight.values())[-LIARS:])
-        rows.append([kind, *(f"{100 * found[w]:.1f}" for w in WAYS), f"{low:.2f}", f"{high:.2f}"])
-        weights[kind] = {"right": found, "least honest": low, "most of a liar": high}
+        found, weight, caught = right(bench, sent)
+        rows.append([kind, *(f"{100 * found[w]:.1f}" for w in WAYS), ", ".join(caught) or "nobody"])
+        seen[kind] = {"right": found, "weights": weight, "found": caught}
     outcomes = {
         "probed base": judged(bench, "probed base", {first: bench.incumbent}),
         "distill": taught(bench, honest, "distill"),
@@ -184,7 +189,7 @@ def one_seed(bench: Bench) -> tuple[dict[str, Outcomes], list[list[str]], dict[s
         bench.folder / "multitask", lambda out: way.absorb(bench.incumbent, every, out, bench.context, train=TEACH)
     )
     outcomes["multitask"] = judged(bench, "multitask", {first: joint})
-    return outcomes, rows, weights
+    return outcomes, rows, seen
 
 
 def main() -> int:
