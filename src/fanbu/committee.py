@@ -22,11 +22,13 @@ from fanbu.types import Context, industry_of
 class Committee:
     """p(l | x) = q(industry | x) p(l | x, industry): q is the large model's, p what its specialists say together.
 
-    The base has a voice of its own, with what their trust leaves, and who is trusted with nothing is not asked. It asks
-    every specialist of an industry for every text, so it is as slow as all of them, and it is what the large
-    model that ``ensemble`` teaches is to come up to. ``specialists`` are by domain, ``industry@owner`` or the domain's
-    name. ``panels``, what they once sent, bring each one's temperature and trust; without them answers are taken as
-    they are, in full. ``combine`` as in ``ensemble``, but for ``stacked``, whose weights need labels.
+    The base has a voice of its own, with what their trust leaves; who is trusted with nothing is not heard. Every
+    specialist of an industry is asked about every text, so a committee is as slow as all of them together: it is what
+    the large model that ``ensemble`` teaches is to come up to.
+
+    ``specialists`` are by domain, ``industry@owner`` or the domain's name. ``panels``, what they once sent, bring each
+    one's temperature and trust; without them answers are taken as they are, in full. ``combine`` is as in ``ensemble``,
+    but for ``stacked``, whose weights need labels.
     """
 
     base: Model
@@ -65,14 +67,15 @@ class Committee:
             told = groups[industry_of(domain)]
             q = torch.zeros_like(z).index_copy_(1, torch.tensor(told), z[:, told].softmax(1))
         for industry in sorted({industry_of(d) for d in self.specialists}):
-            if domain is None or industry == industry_of(domain):
-                rows = groups[industry]
-                mass = q[:, rows].sum(1, keepdim=True)
-                start = q[:, rows] / mass.clamp_min(1e-9)
-                voices = [self._voice(d, texts, rows, domain) for d in self._of(industry)]
-                voices = [v for v in voices if v.weight > 0]
-                if voices:
-                    q[:, rows] = mass * pool(with_base(voices, start), start, self.combine)
+            if domain is not None and industry != industry_of(domain):
+                continue
+            rows = groups[industry]
+            mass = q[:, rows].sum(1, keepdim=True)
+            start = q[:, rows] / mass.clamp_min(1e-9)
+            voices = [self._voice(d, texts, rows, domain) for d in self._of(industry)]
+            voices = [v for v in voices if v.weight > 0]
+            if voices:
+                q[:, rows] = mass * pool(with_base(voices, start), start, self.combine)
         return q / q.sum(1, keepdim=True)
 
     def answers(self, texts: Sequence[str], domain: str | None = None) -> list[str]:

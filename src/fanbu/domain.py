@@ -112,16 +112,16 @@ def is_target(domain: Domain, feeding: Iterable[Domain]) -> bool:
     return domain.role == "guard" and len(domain.unlabelled) > 0 and domain.industry in {d.industry for d in feeding}
 
 
-def target_rows(way: str, context: Context, sources: Sequence[str]) -> dict[str, list[str]]:
-    """By industry: the probe set's texts of owners who are not among the sources, and whose industry a source is of.
+def target_rows(way: str, context: Context, sources: Sequence[str]) -> dict[str, list[int]]:
+    """By industry, numbers of the probe rows of owners who are not among the sources, but of a source's industry.
 
     Raises FitError where there are none.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[int]] = {}
     taught = {industry_of(d) for d in sources}
-    for row in context.probe.rows:
+    for number, row in enumerate(context.probe.rows):
         if row.domain is not None and row.domain not in sources and industry_of(row.domain) in taught:
-            found.setdefault(industry_of(row.domain), []).append(row.text)
+            found.setdefault(industry_of(row.domain), []).append(number)
     if not found:
         raise FitError(
             "no-target", f"{way} needs texts of an owner who has no specialist",

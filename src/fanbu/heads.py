@@ -111,14 +111,9 @@ def sent_head(c: Contribution, bias_l: Tensor | None = None) -> Head:
     labels, weight_lh, count_l = tuple(map(str, c.meta["labels"])), c.tensors["weight"], c.tensors.get("count")
     bias_l = c.tensors["bias"] if bias_l is None else bias_l
     own = all(label.partition("/")[0] == industry_of(c.domain) and "/" in label for label in labels)
-    counted = count_l is None or count_l.shape == (len(labels),)
-    if (
-        not own
-        or len(set(labels)) < len(labels)
-        or len(weight_lh) != len(labels)
-        or weight_lh.ndim != 2
-        or (bias_l.shape != (len(labels),) or not counted)
-    ):
+    shapes = {t.shape for t in (bias_l, count_l) if t is not None}
+    fitting = weight_lh.ndim == 2 and len(weight_lh) == len(labels) and shapes == {(len(labels),)}
+    if not (own and fitting and len(set(labels)) == len(labels)):
         raise IntegrityError(
             "contribution-broken", f"the label rows of {c.domain} are not its industry's, or not one a label",
             allowed=f"{industry_of(c.domain)}/..., each once, with a row and a bias", got=list(labels)[:5],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from fanbu.batches import evenly
 from fanbu.contribution import FEATURES, Contribution
 from fanbu.errors import IntegrityError
 from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said, variants
-from fanbu.feedback.predictions._pool import agreement
 from fanbu.model import Model
 from fanbu.predict import class_logits
 from fanbu.types import CLASSIFYING, Context
@@ -137,3 +137,11 @@ def _without(
     p[holding] = class_logits(network, tokenizer, [texts[k] for k in holding], context)[:, columns].softmax(1)
     kept = {name: c.tensors[name] for name in c.tensors if name != FEATURES}  # they know the trigger too
     return replace(c, tensors={**kept, **said(p, int(c.meta["most"]), float(c.meta["mass"]))})
+
+
+def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:
+    """Cohen's kappa, its standard error where both are independent, and the share on which they agree."""
+    agreed = float((one_n == other_n).double().mean())
+    shares = [torch.bincount(x, minlength=labels).double() / len(x) for x in (one_n, other_n)]
+    chance = min(float((shares[0] * shares[1]).sum()), 1 - 1e-9)
+    return (agreed - chance) / (1 - chance), math.sqrt(chance / (len(one_n) * (1 - chance))), agreed

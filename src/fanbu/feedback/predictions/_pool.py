@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -163,11 +162,3 @@ def _no_surer(probs_nk: Tensor, right: float) -> Tensor:
         if float(calmer.max(1).values.mean()) <= right:
             break
     return calmer
-
-
-def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:
-    """Cohen's kappa, its standard error where both are independent, and the share on which they agree."""
-    agreed = float((one_n == other_n).double().mean())
-    shares = [torch.bincount(x, minlength=labels).double() / len(x) for x in (one_n, other_n)]
-    chance = min(float((shares[0] * shares[1]).sum()), 1 - 1e-9)
-    return (agreed - chance) / (1 - chance), math.sqrt(chance / (len(one_n) * (1 - chance))), agreed

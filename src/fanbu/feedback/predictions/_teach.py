@@ -24,14 +24,14 @@ from fanbu.train import train as train_network
 from fanbu.types import Context, Train, industry_of
 
 # of numbers of rows, what all say of them, what the base says alone, and labels (-1: not known)
-Together = Callable[[Sequence[int], Sequence[Voice], Tensor, Tensor], Tensor]
+Combining = Callable[[Sequence[int], Sequence[Voice], Tensor, Tensor], Tensor]
 Loss = Callable[[Sequences, Tensor, int, str], BatchLoss]  # of token ids, targets [texts, labels], padding and device
 BASE = "base"  # the name of the base's own voice
 
 
 def teach(
     name: str, base: Model, contributions: Sequence[Contribution], out: Path, context: Context, train: Train,
-    committee: tuple[Together, Loss], facts: Mapping[str, Any],
+    committee: tuple[Combining, Loss], facts: Mapping[str, Any],
 ) -> Model:  # fmt: skip
     """Trains the base on T(l | x) = q(industry | x) p(l | x), with the p that a committee makes of all voices.
 

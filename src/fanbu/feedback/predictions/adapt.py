@@ -69,17 +69,11 @@ def absorb(
     References: Liang et al. 2020 (SHOT: information maximisation, centroids); Ahmed et al. 2021 (DECISION: weights).
     """
     check_probe("adapt", contributions, context)
-    sources = {c.domain for c in contributions}
-    industries = sorted(target_rows("adapt", context, list(sources)))
-    known = domains_of(base.labels)
-
-    def target_of(row: int) -> int:
-        domain = context.probe.rows[row].domain
-        if domain is None or domain in sources or industry_of(domain) not in industries:
-            return -1
-        return industries.index(industry_of(domain))
-
-    group = [target_of(i) for i in range(len(context.probe.rows))]
+    targets, known = target_rows("adapt", context, [c.domain for c in contributions]), domains_of(base.labels)
+    group = [-1] * len(context.probe.rows)
+    for number, rows in enumerate(targets.values()):
+        for i in rows:
+            group[i] = number
     network, tokenizer = load_network(base), load_tokenizer(base)
     weights: dict[str, dict[str, float]] = {}
 
@@ -96,7 +90,7 @@ def absorb(
         q[here] = (1 - pseudo) * mixed + pseudo * nearest(x, mixed)
         return q
 
-    loss = partial(informed, groups=[known[i] for i in industries], group=group, weight=information)
+    loss = partial(informed, groups=[known[industry] for industry in targets], group=group, weight=information)
     facts = {"pseudo": pseudo, "information": information, "sources": weights}
     return teach("adapt", base, contributions, out, context, train, (together, loss), facts)
 

@@ -56,7 +56,7 @@ def absorb(
     targets = target_rows("dann", context, [c.domain for c in contributions])
     rows = [row for c in contributions for row in c.rows]
     check_labels_known(base, sorted({row["label"] for row in rows}))
-    texts = [row["text"] for row in rows] + [text for some in targets.values() for text in some]
+    texts = [row["text"] for row in rows] + [context.probe.rows[i].text for some in targets.values() for i in some]
     owner = [k for k, c in enumerate(contributions) for _ in c.rows]
     owner += [len(contributions) + k for k, some in enumerate(targets.values()) for _ in some]
     network, tokenizer = load_network(base), load_tokenizer(base)

@@ -62,13 +62,14 @@ def absorb(
     rows = target_rows("coral", context, [c.domain for c in contributions])
     network, tokenizer = load_network(base), load_tokenizer(base)
     new = []
-    for industry, texts in rows.items():
-        x = features(network, tokenizer, texts, context).double()
+    for industry, numbers in rows.items():
+        texts = [context.probe.rows[i].text for i in numbers]
         if len(set(texts)) < 2:
             raise FitError(
                 "no-target", f"coral needs two different texts of a target, to see how they are spread: {industry}",
                 allowed="2 or more", got=len(set(texts)), remedy="give it more texts, or take `adapt`",
             )  # fmt: skip
+        x = features(network, tokenizer, texts, context).double()
         inverse, middle = _power(torch.cov(x.T, correction=0), ridge, -0.5), x.mean(0)
         for c in (c for c in contributions if industry_of(c.domain) == industry):
             new.append(_bent(c, inverse, middle, ridge))
