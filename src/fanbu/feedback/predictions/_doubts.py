@@ -17,7 +17,7 @@ from fanbu.errors import IntegrityError
 from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said, variants
 from fanbu.model import Model
 from fanbu.predict import class_logits
-from fanbu.types import CLASSIFYING, Context
+from fanbu.types import CLASSIFYING, Context, industry_of
 
 _ROWS = 500  # of a domain's that are looked at, at most
 _FEW = 30  # of fewer rows chance says nothing
@@ -47,8 +47,12 @@ def believed(
     kept: list[Contribution] = []
     doubted: dict[str, float] = {}
     triggers: dict[str, str] = {}
-    for c in (c for c in contributions if _trust(c) > 0):
-        seen = _look(c, base, network, tokenizer, context, augment) if base.task in CLASSIFYING else None
+    trusted = [c for c in contributions if _trust(c) > 0]
+    looked_at = {industry_of(c.domain): c.domain for c in trusted if base.task in CLASSIFYING}
+    thoughts = {industry: _thoughts(d, network, tokenizer, context) for industry, d in looked_at.items()}
+    for c in trusted:
+        own = thoughts.get(industry_of(c.domain))
+        seen = None if own is None else _look(c, base, own, context, augment)
         if seen is not None:
             kappa, error, agreed = agreement(seen.said, seen.thought, seen.labels)
             if agreed < _MOSTLY and kappa < _ERRORS * error:
@@ -88,19 +92,31 @@ class _Seen:
     labels: int
 
 
-def _look(
-    c: Contribution, base: Model, network: Any, tokenizer: Any, context: Context, augment: int
-) -> _Seen | None:  # fmt: skip
+@dataclass(frozen=True)
+class _Thoughts:
+    """What the base thinks, over its union head, of some probe rows of one industry: the same for all its owners."""
+
+    places: Sequence[int]  # among the rows that are asked
+    texts: Sequence[str]
+    logits: Tensor
+
+
+def _thoughts(domain: str, network: Any, tokenizer: Any, context: Context) -> _Thoughts:
+    rows = asked(context, domain)
+    places = evenly([k for k, i in enumerate(rows) if context.probe.rows[i].domain is not None], _ROWS)
+    texts = [context.probe.rows[rows[k]].text for k in places]
+    return _Thoughts(places, texts, class_logits(network, tokenizer, texts, context))
+
+
+def _look(c: Contribution, base: Model, thoughts: _Thoughts, context: Context, augment: int) -> _Seen | None:
     """None where there are too few rows, or no choice."""
-    rows = asked(context, c.domain)
-    own = [k for k, i in enumerate(rows) if context.probe.rows[i].domain is not None]
-    chosen, columns = evenly(own, _ROWS), columns_of(c, base)
-    if len(chosen) < _FEW or len(columns) < 2:
+    columns = columns_of(c, base)
+    if len(thoughts.places) < _FEW or len(columns) < 2:
         return None
-    answers = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))[chosen].argmax(1)
-    texts = [context.probe.rows[rows[k]].text for k in chosen]
-    p = class_logits(network, tokenizer, texts, context)[:, columns].softmax(1)
-    return _Seen(texts, answers, p.argmax(1), p.max(1).values, len(columns))
+    rows = len(asked(context, c.domain)) + made_for(context, c.domain, augment)
+    answers = heard(c, rows, len(columns))[list(thoughts.places)].argmax(1)
+    p = thoughts.logits[:, columns].softmax(1)
+    return _Seen(thoughts.texts, answers, p.argmax(1), p.max(1).values, len(columns))
 
 
 def trigger(texts: Sequence[str], said_n: Tensor, thought_n: Tensor, sure_n: Tensor) -> str | None:
