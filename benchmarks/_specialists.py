@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Bench:
     context: Context
     incumbent: Model
     specialists: Sequence[Specialist]
+    others: Mapping[str, Domain] = field(default_factory=dict)  # that no specialist is of
 
 
 def prepare(
@@ -39,8 +40,8 @@ def prepare(
     ``judged_on``: the rows that ways back see and are judged on, where these are other ones.
     """
     folder = work / f"seed-{seed}"
-    whole = {name: _domain(name, path, limit) for name, path in folders.items()}
-    domains = {name: _domain(name, path, judged_on or limit) for name, path in folders.items()}
+    whole = {name: limited(name, path, limit) for name, path in folders.items()}
+    domains = {name: limited(name, path, judged_on or limit) for name, path in folders.items()}
     context = replace(context, seed=seed, probe=asking({d.name: d.train.texts for d in domains.values()}))
     incumbent = made(folder / "incumbent", lambda out: probed(whole, out, context))
     grown = []
@@ -59,7 +60,8 @@ def asking(texts: Mapping[str, Sequence[str]]) -> ProbeSet:
     return ProbeSet(tuple(ProbeRow(f"{d}/{i}", text, d) for d, some in texts.items() for i, text in enumerate(some)))
 
 
-def _domain(name: str, path: Path, limit: Mapping[str, int]) -> Domain:
+def limited(name: str, path: Path, limit: Mapping[str, int]) -> Domain:
+    """A folder's three splits, each cut to its limit."""
     return load_domain(name, **{s: str(path / f"{s}.jsonl") for s in ("train", "valid", "test")}, limit=limit)
 
 
