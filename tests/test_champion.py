@@ -6,11 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from conftest import finished_round
+from conftest import finished_round, open_gate, tiny_recipe
 from fanbu.errors import RetryError, UsageError
 from fanbu.generations import run
+from fanbu.heads import get_head
 from fanbu.ledger import Workspace
+from fanbu.model import load_network, open_model
 from fanbu.recipe import load_recipe
 
 
@@ -51,3 +54,40 @@ def test_rollback_and_promote_move_one_pointer(tmp_path: Path) -> None:
         ledger.promote("dddddd")
     events = [e["event"] for e in ledger.history()]
     assert events == ["started", "promoted", "refused", "rolled back", "promoted", "rolled back"]
+
+
+def test_ways_back_follow_each_other(tmp_path: Path) -> None:
+    value = {**tiny_recipe(tmp_path), "references": []}
+    value["feedback"] = [value["feedback"], {"method": "probe"}]
+    recipe = load_recipe(value)
+    with open_gate():
+        record = run(recipe)
+    assert record["recipe"]["feedback"] == value["feedback"]
+    assert record["candidate"]["method"] == "distill > probe"
+    assert record["candidate"]["arguments"] == {"1.distill.train": value["feedback"][0]["train"]}
+    assert record["candidate"]["made"]["teachers"].keys() == value["domains"].keys()  # of the first way
+    candidate = open_model(record["candidate"]["path"])
+    assert candidate.manifest["method"] == "probe"
+    made = Path(value["workspace"]).glob("stages/*/model")
+    distilled = next(m for m in map(open_model, made) if [m.digest] == candidate.manifest["parents"])
+    assert distilled.manifest["method"] == "distill"
+    new, old = load_network(candidate), load_network(distilled)
+    body = {k: v for k, v in old.state_dict().items() if not k.startswith("classifier")}
+    assert all(torch.equal(new.state_dict()[k], v) for k, v in body.items())
+    assert not torch.equal(get_head(new).weight_lh, get_head(old).weight_lh)
+    sent = [c["what"] for c in record["domains"]["food"]["crossed"]]
+    assert {"distill contribution", "probe contribution"} <= set(sent)
+    row = next(row for row in record["table"] if row["role"] == "candidate")
+    assert row["name"] == "new: distill > probe"
+    assert row["seconds"] >= next(c["seconds"] for c in record["costs"] if c["stage"] == "distill")
+
+
+def test_one_way_back_may_stand_alone_or_in_a_list(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path)
+    alone, listed = load_recipe(value), load_recipe({**value, "feedback": [value["feedback"]]})
+    assert alone == listed
+    assert listed.model_dump(mode="json")["feedback"] == value["feedback"]
+    with pytest.raises(UsageError, match="feedback"):
+        load_recipe({**value, "feedback": []})
+    with pytest.raises(UsageError, match="epoks"):
+        load_recipe({**value, "feedback": [value["feedback"], {"method": "distill", "train": {"epoks": 1}}]})

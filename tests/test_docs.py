@@ -104,7 +104,7 @@ def test_recipes_in_the_documents_are_recipes(block: Block) -> None:
     recipe = Recipe.model_validate(value if "fanbu" in value else {**PART, **value})
     for step in recipe.shrink:
         method(step.method, "shrink").check(step.arguments)
-    for step in [recipe.feedback, *(r for r in recipe.references if not isinstance(r, str))]:
+    for step in recipe.ways:
         method(step.method, "feedback").check(step.arguments)
 
 

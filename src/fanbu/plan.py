@@ -18,9 +18,9 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
     tasks = {d.task for d in domains.values()}
     if len(tasks) > 1:
         raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
-    for step in [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]:
+    for step in recipe.ways:
         reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe, step.arguments)
-        if reason and step is recipe.feedback:
+        if reason and any(step is way for way in recipe.feedback):
             raise reason
         if reason:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)

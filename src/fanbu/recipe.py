@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FieldSerializationInfo,
+    PositiveInt,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from fanbu.catalogue import method, suggestion
 from fanbu.domain import Arrived, Domain, load_domain
@@ -182,8 +192,14 @@ class GateSpec(_Part):
         return Gate(self.margin, self.margins, self.mode, self.confidence)
 
 
+def _listed(value: Any) -> Any:
+    """One way back may stand alone."""
+    return [value] if isinstance(value, (Mapping, Step)) else value
+
+
 class Recipe(_Part):
-    """Everything that the rounds need. ``references`` are compared and never promoted."""
+    """Everything that the rounds need. ``feedback`` is a way back, or several: each on what the one before made of the
+    large model. ``references`` are compared and never promoted."""
 
     fanbu: Literal[1]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -201,9 +217,19 @@ class Recipe(_Part):
     guards: dict[str, DomainSpec] = Field(default_factory=dict)
     probe: ProbeSpec = ProbeSpec()
     shrink: list[Step] = Field(default_factory=lambda: [Step(method="finetune")], min_length=1)
-    feedback: Step
+    feedback: Annotated[list[Step], BeforeValidator(_listed)] = Field(min_length=1)
     references: list[Literal["tfidf"] | Step] = Field(default_factory=list)
     gate: GateSpec = GateSpec()
+
+    @field_serializer("feedback")
+    def _as_written(self, steps: list[Step], info: FieldSerializationInfo) -> Any:
+        plain = [step.model_dump(mode=info.mode, exclude_none=bool(info.exclude_none)) for step in steps]
+        return plain if len(plain) > 1 else plain[0]
+
+    @property
+    def ways(self) -> list[Step]:
+        """All ways back: those that feed, then those that are compared."""
+        return [*self.feedback, *(r for r in self.references if isinstance(r, Step))]
 
     def context(self, progress: Progress = silent) -> Context:
         """What every step gets, without a probe set. The recipe must have been loaded: `auto` is no precision."""
@@ -232,7 +258,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
         raise _explain(error) from None
     for step in recipe.shrink:
         method(step.method, "shrink").check(step.arguments)
-    for step in [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]:
+    for step in recipe.ways:
         method(step.method, "feedback").check(step.arguments)
     twice = set(recipe.domains) & set(recipe.guards)
     if twice:

@@ -44,8 +44,8 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"), "base": {**_model(result.base), "source": recipe.model},
         "incumbent": {**_model(result.incumbent), "method": result.incumbent.manifest.get("method")},
         "candidate": {
-            **_model(result.candidate), "method": recipe.feedback.method, "arguments": recipe.feedback.arguments,
-            "made": dict(result.candidate.manifest.get("parameters", {})),
+            **_model(result.candidate), "method": _ways(turn), "arguments": _arguments(turn),
+            "made": {k: v for model in result.fed for k, v in model.manifest.get("parameters", {}).items()},
         },
         "verdict": dict(result.verdict),
         "domains": {d: _domain(turn, result, d, score) for d in turn.domains},
@@ -58,9 +58,25 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _ways(turn: Turn) -> str:
+    return " > ".join(step.method for step in turn.recipe.feedback)
+
+
+def _arguments(turn: Turn) -> dict[str, Any]:
+    """Parameters by name; of several ways back by ``NUMBER.METHOD.NAME``."""
+    steps = turn.recipe.feedback
+    if len(steps) == 1:
+        return steps[0].arguments
+    return {f"{i}.{s.method}.{k}": v for i, s in enumerate(steps, 1) for k, v in s.arguments.items()}
+
+
 def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, and which specialists taught nothing or were not believed."""
-    parameters = result.candidate.manifest.get("parameters", {})
+    told = [w for model in result.fed for w in _untaught(model.manifest.get("parameters", {}))]
+    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + list(dict.fromkeys(told))
+
+
+def _untaught(parameters: Mapping[str, Any]) -> list[str]:
     taught = [
         f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing"
         for d in parameters.get("silent") or []
@@ -75,7 +91,7 @@ def _warnings(turn: Turn, result: Result) -> list[str]:
         f"on these texts it was not believed; ask its owner what was sent"
         for d, word in (parameters.get("triggers") or {}).items()
     ]
-    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + taught + lying
+    return taught + lying
 
 
 def _model(model: Model) -> dict[str, Any]:
@@ -131,21 +147,22 @@ def _searched(model: Model) -> dict[str, Any]:
 
 def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
     """Candidate and incumbent first, then the specialists, then the references."""
-    seconds = {c["stage"]: c.get("seconds") for c in turn.costs}
     rows = []
     for name, by_domain in result.outcomes.items():
         role = name if name in {"incumbent", "candidate", "specialists"} else "reference"
         title = {
-            "candidate": f"new: {turn.recipe.feedback.method}",
+            "candidate": f"new: {_ways(turn)}",
             "incumbent": "incumbent (champion)" if turn.parent else "incumbent (probed base)",
         }.get(name, _NAMES.get(name, name))
-        stage = {"candidate": turn.recipe.feedback.method, "incumbent": "incumbent"}.get(name, f"reference {name}")
+        stages = {"candidate": [s.method for s in turn.recipe.feedback], "incumbent": ["incumbent"]}
+        own = stages.get(name, [f"reference {name}"])
+        known = [c["seconds"] for c in turn.costs if c["stage"] in own and c.get("seconds") is not None]
         domains = {}
         for d, outcome in by_domain.items():
             metrics = outcome.meta["metrics"]
             untold = metrics.get("untold", {}).get("accuracy")
             domains[d] = {"told": _told(outcome), "untold": untold, "metrics": metrics["told"]}
-        rows.append({"name": title, "role": role, "domains": domains, "seconds": seconds.get(stage)})
+        rows.append({"name": title, "role": role, "domains": domains, "seconds": sum(known) if known else None})
     return rows
 
 

@@ -241,6 +241,7 @@ class Result:
     base: Model
     incumbent: Model
     candidate: Model
+    fed: Sequence[Model]  # by each way back, the candidate last
     births: Mapping[str, Birth]
     outcomes: Mapping[str, Mapping[str, Contribution]]
     forerunners: Mapping[str, Contribution]
@@ -260,7 +261,10 @@ def turn_once(turn: Turn) -> Result:
     incumbent = raise_incumbent(turn)
     births = {d.name: bear(turn, incumbent, d) for d in turn.feeding}
     specialists = [birth.specialist for birth in births.values()]
-    candidate = feed(turn, recipe.feedback, specialists, incumbent)
+    fed = [incumbent]
+    for step in recipe.feedback:
+        fed.append(feed(turn, step, specialists, fed[-1]))
+    candidate = fed[-1]
     old, old_answers = outcomes(turn, "incumbent", incumbent, everything)
     new, new_answers = outcomes(turn, "candidate", candidate, everything)
     own = {s.domain.name: _outcome(turn, "specialist", s.model, s.domain) for s in specialists}
@@ -282,7 +286,7 @@ def turn_once(turn: Turn) -> Result:
     verdict = judge(new, old, own, turn.domains, gate, recipe.seed)
     sizes = {s.domain.name: _sizes(turn, s, incumbent) for s in specialists}
     rows = {d.name: shown(turn, d, old_answers[d.name], new_answers[d.name]) for d in everything}
-    return Result(turn.base, incumbent, candidate, births, judged, before, rows, verdict, sizes)
+    return Result(turn.base, incumbent, candidate, fed[1:], births, judged, before, rows, verdict, sizes)
 
 
 def _outcome(turn: Turn, name: str, model: Model, d: Domain) -> Contribution:

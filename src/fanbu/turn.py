@@ -28,7 +28,7 @@ from fanbu.live import Live
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.plan import check_plan
 from fanbu.predict import written
-from fanbu.recipe import PublicTexts, Recipe, Step, load_domains, open_domain
+from fanbu.recipe import PublicTexts, Recipe, load_domains, open_domain
 from fanbu.record import read_records
 from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, industry_of, silent
 
@@ -174,8 +174,7 @@ def open_turn(
     context = recipe.context(show)
     turn = Turn(workspace, recipe, context, domains, base, parent, records, log, live)
     turn.warnings += _unnamed(turn)
-    steps = [recipe.feedback, *(r for r in recipe.references if isinstance(r, Step))]
-    asking = any(method(step.method, "feedback").needs.probe for step in steps)
+    asking = any(method(step.method, "feedback").needs.probe for step in recipe.ways)
     if asking or any(d.task in CLASSIFYING for d in domains.values()):
         turn.context = replace(context, probe=gather_probe(turn))
         if recipe.probe.written:

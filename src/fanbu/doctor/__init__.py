@@ -162,7 +162,7 @@ def _methods(recipe: Recipe, domains: Mapping[str, Domain]) -> list[dict[str, An
         if way.family != "shrink":
             reason = misfit(way, recipe.shrink, list(domains.values()), recipe)
             why = "" if reason is None else f"{reason.what}; {reason.remedy}"
-            chosen = way.name == recipe.feedback.method
+            chosen = way.name in [step.method for step in recipe.feedback]
             found.append({"name": way.name, "fits": reason is None, "why": why, "chosen": chosen})
     return found
 
@@ -262,34 +262,34 @@ def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     number = done + 1
     domains = load_domains(recipe, number, left)
     check_plan(recipe, domains)
-    ways = [recipe.feedback, *(r for r in recipe.references if not isinstance(r, str))]
     return {
         "name": recipe.name, "workspace": str(root), "model": recipe.model, "rounds": max(recipe.rounds, number),
         "finished": done, "device": recipe.device, "precision": recipe.precision,
         "domains": {
-            n: {"role": d.role, "rows": d.counts, "labels": len(d.labels), "crosses": _crosses(recipe, d, ways),
+            n: {"role": d.role, "rows": d.counts, "labels": len(d.labels), "crosses": _crosses(recipe, d),
                 "warnings": list(d.warnings)}
             for n, d in domains.items()
         },
         "shrink": [{"method": s.method, **s.arguments} for s in recipe.shrink],
-        "feedback": {"method": recipe.feedback.method, **recipe.feedback.arguments},
+        "feedback": [{"method": s.method, **s.arguments} for s in recipe.feedback],
         "references": [r if isinstance(r, str) else {"method": r.method, **r.arguments} for r in recipe.references],
         "gate": recipe.gate.model_dump(),
         "estimate": _estimate(recipe, domains, open_model(recipe.model), progress),
     }  # fmt: skip
 
 
-def _crosses(recipe: Recipe, d: Domain, ways: Sequence[Any]) -> list[str]:
+def _crosses(recipe: Recipe, d: Domain) -> list[str]:
     """What leaves a domain's owner in a round."""
     from fanbu.catalogue import method
 
-    needs = [method(step.method, "feedback").needs for step in ways] if d.role == "feeds" else []
+    ways = recipe.ways if d.role == "feeds" else []
+    needs = [method(step.method, "feedback").needs for step in ways]
     asking = any(n.probe for n in needs) or d.task in CLASSIFYING
     found = ["statistics (probe)"] if d.task in CLASSIFYING and d.role == "feeds" else []
     given = recipe.probe.from_domain(d.share) if d.role == "feeds" and asking else None
     if given is not None:
         found.append("samples (texts without labels)" if given == "own" else "samples (synthetic texts)")
-    for step, need in zip(ways if needs else [], needs, strict=True):
+    for step, need in zip(ways, needs, strict=True):
         more = [word for word, crosses in (("texts", need.texts), ("labels", need.labels)) if crosses]
         found.append(f"{need.kind} ({', '.join([step.method, *more])})")
     return [*found, "scores"]

@@ -61,12 +61,12 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
         found.append(Work("incumbent", predicted=rows, opened=2 + 2 * len(feeding), other=fits))
     for d in feeding:
         found += [_shrink(step, d, model) for step in recipe.shrink]
-    steps = [("", recipe.feedback), *(("reference ", r) for r in recipe.references if isinstance(r, Step))]
-    for before, step in steps:
+    for number, step in enumerate(recipe.ways):
+        before = "" if number < len(recipe.feedback) else "reference "
         found.append(_feed(before + step.method, step, feeding, asked, public))
     tested = sum(len(d.test) for d in domains.values())
     own = sum(len(d.test) for d in feeding)
-    models = 2 + len(steps) - 1
+    models = 2 + len(recipe.ways) - len(recipe.feedback)
     found.append(Work("evaluate", predicted=models * tested + own, opened=models * len(domains) + 3 * len(feeding)))
     if "tfidf" in recipe.references:
         found.append(Work("reference tfidf", other=sum(2 + 1e-4 * len(d.train) * len(d.labels) for d in feeding)))
@@ -154,9 +154,8 @@ def measure(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progres
         network = open_classifier(model, context, recipe.pooling, task) if classes else load_network(model)
         tokenizer = load_tokenizer(model)
         opened = time.monotonic() - started
-    plan = _plan(recipe.feedback, "feedback") or next(
-        filter(None, (_plan(step, "shrink") for step in recipe.shrink)), Train()
-    )
+    plans = [*(_plan(s, "feedback") for s in recipe.feedback), *(_plan(s, "shrink") for s in recipe.shrink)]
+    plan = next(filter(None, plans), Train())
     texts = sample(domains, plan.batch_size * _BATCHES)
     sequences = encode(tokenizer, texts, limit(network, context))
     pad = pad_id(tokenizer)

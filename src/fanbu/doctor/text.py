@@ -94,7 +94,7 @@ def plan_page(found: Mapping[str, Any], t: Words = str) -> str:
     lines += ["", *aligned([heading, *rows], 3), ""]
     lines += [f"{t('warning')}: {w}" for d in found["domains"].values() for w in d["warnings"]]
     lines += [f"{t('way down')}: {_step(s)}" for s in found["shrink"]]
-    lines.append(f"{t('way back')}: {_step(found['feedback'])}")
+    lines += [f"{t('way back')}: {_step(s)}" for s in found["feedback"]]
     lines += [f"{t('reference')}: {r if isinstance(r, str) else _step(r)}" for r in found["references"]]
     lines.append(f"{t('margin')}: {found['gate']['margin']}" + _margins(found["gate"]["margins"]))
     return "\n".join([*lines, *estimate_lines(found["estimate"], t), "", t("Nothing was trained.")])
