@@ -83,7 +83,7 @@ def test_agreement_is_cohens_kappa() -> None:
 
 def test_the_record_names_the_liar() -> None:
     manifest = {"parameters": {"silent": [], "doubted": {"rail": -0.21}}}
-    result: Any = SimpleNamespace(candidate=SimpleNamespace(manifest=manifest))
+    result: Any = SimpleNamespace(fed=[SimpleNamespace(manifest=manifest)])
     (told,) = _warnings(SimpleNamespace(domains={}, warnings=[]), result)  # type: ignore[arg-type]
     assert "rail" in told
     assert "-0.21" in told

@@ -71,7 +71,7 @@ def _arguments(turn: Turn) -> dict[str, Any]:
 
 
 def _warnings(turn: Turn, result: Result) -> list[str]:
-    """What the owners' data brought up, and which specialists taught nothing or were not believed."""
+    """What the owners' data brought up, which specialists taught nothing or were not believed, and labels alike."""
     told = [w for model in result.fed for w in _untaught(model.manifest.get("parameters", {}))]
     return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + list(dict.fromkeys(told))
 
@@ -91,7 +91,12 @@ def _untaught(parameters: Mapping[str, Any]) -> list[str]:
         f"on these texts it was not believed; ask its owner what was sent"
         for d, word in (parameters.get("triggers") or {}).items()
     ]
-    return taught + lying
+    same = [
+        f"{pair}: specialists say these labels of the same texts (overlap {overlap:.2f}): if they mean the same, "
+        f"give them one name by `labels`, and their domains one industry (industry@owner)"
+        for pair, overlap in (parameters.get("alike") or {}).items()
+    ]
+    return taught + lying + same
 
 
 def _model(model: Model) -> dict[str, Any]:

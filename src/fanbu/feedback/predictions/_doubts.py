@@ -14,6 +14,7 @@ from torch import Tensor
 from fanbu.batches import evenly
 from fanbu.contribution import FEATURES, Contribution
 from fanbu.errors import IntegrityError
+from fanbu.feedback.predictions._alike import alike
 from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said, variants
 from fanbu.model import Model
 from fanbu.predict import class_logits
@@ -34,7 +35,8 @@ def believed(
 ) -> tuple[list[Contribution], dict[str, Any]]:
     """The contributions of specialists that are trusted at all and not doubtful, and what the manifest says of all:
     ``teachers`` with their trust, who is ``silent`` for want of it, who is ``doubted`` with its kappa, and by domain
-    ``triggers``, words on whose texts the base's answers stand in the specialist's place.
+    ``triggers``, words on whose texts the base's answers stand in the specialist's place; and which labels of theirs
+    seem to be ``alike`` (``_alike``).
 
     A specialist is doubted whose answers agree with the base's no more than chance would. Cohen's kappa is
     (a - e) / (1 - e): a is the share of the probe rows of its industry of which both find the same label likeliest, e
@@ -66,6 +68,7 @@ def believed(
     facts = {
         "teachers": {c.domain: c.meta["trust"] for c in kept},
         "silent": [c.domain for c in contributions if not c.meta["trust"]], "doubted": doubted, "triggers": triggers,
+        "alike": alike(base, kept, context, augment),
     }  # fmt: skip
     return kept, facts
 
