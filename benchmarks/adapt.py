@@ -84,7 +84,7 @@ def main() -> int:
             found: dict[str, dict[str, object]] = {}
             for target in known:
                 log(f"== {target}, seed {seed}")
-                for name, outcome in one_target(target, known, work / f"without-{seed}" / target, context).items():
+                for name, outcome in one_target(target, known, work / f"without-{seed}-{target}", context).items():
                     found.setdefault(name, {}).update(outcome)
             runs.append(found)
     means = mean_over_seeds(runs)

@@ -46,7 +46,7 @@ def test_two_owners_names_for_one_thing_are_found() -> None:
     north = panel(base, "shop@north", ["hello", "refund"], answers(("hello", "refund", "?")))
     south = panel(base, "shop@south", ["hello", "money back", "other"], answers(("hello", "money back", "other")))
     found = alike(base, [south, north], context)
-    assert found == {"shop/money back = shop/refund": 0.75}  # 30 of 30 + 10
+    assert found == {"shop/money back = shop/refund": 1.0}
     assert alike(base, [north, south], context) == found
     other = panel(base, "shop@south", ["hello", "money back", "other"], answers(("other", "other", "money back")))
     assert alike(base, [north, other], context) == {}
@@ -58,7 +58,7 @@ def test_of_other_industries_only_what_both_were_asked_about_counts() -> None:
     base: Any = SimpleNamespace(labels=labels, task=CLASSIFYING[0], path="x")
     shop = panel(base, "shop", ["hello", "buy"], answers(("hello", "buy", "buy")))
     bank = panel(base, "bank", ["hello", "pay", "loan"], answers(("hello", "?", "?")))
-    assert alike(base, [shop, bank], probe([None])) == {"bank/hello = shop/hello": 0.64}
+    assert alike(base, [shop, bank], probe([None])) == {"bank/hello = shop/hello": 1.0}
     unsure = panel(base, "bank", ["hello", "pay"], answers(("?", "?", "?")))
     assert alike(base, [shop, unsure], probe([None])) == {}
     own = [panel(base, d, ["hello", other], ["hello"] * 40) for d, other in (("shop", "buy"), ("bank", "pay"))]
@@ -74,3 +74,18 @@ def test_of_a_few_texts_nothing_is_said() -> None:
     assert alike(base, short, few) == {}
     causal: Any = SimpleNamespace(labels=(), task="causal-lm", path="x")
     assert alike(causal, short, few) == {}
+
+
+def test_what_chance_does_is_not_said() -> None:
+    base: Any = SimpleNamespace(
+        labels=("mail/ham", "mail/spam", "film/good", "film/bad"), task=CLASSIFYING[0], path="x"
+    )
+    context, numbers = probe([None]), torch.Generator().manual_seed(0)
+    often = (torch.rand(2, len(TRUTH), generator=numbers) < 0.85).long().tolist()
+    mail = panel(base, "mail", ["ham", "spam"], [("spam", "ham")[i] for i in often[0]])
+    film = panel(base, "film", ["good", "bad"], [("bad", "good")[i] for i in often[1]])
+    assert alike(base, [mail, film], context) == {}
+    unsure = [
+        panel(base, d, list(k), ["?"] * len(TRUTH)) for d, k in (("mail", ("ham", "spam")), ("film", ("good", "bad")))
+    ]
+    assert alike(base, unsure, context) == {}

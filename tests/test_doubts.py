@@ -83,8 +83,10 @@ def test_agreement_is_cohens_kappa() -> None:
 
 def test_the_record_names_the_liar() -> None:
     manifest = {"parameters": {"silent": [], "doubted": {"rail": -0.21}}}
-    result: Any = SimpleNamespace(fed=[SimpleNamespace(manifest=manifest)])
-    (told,) = _warnings(SimpleNamespace(domains={}, warnings=[]), result)  # type: ignore[arg-type]
+    fed = [SimpleNamespace(manifest=manifest, digest="b")]
+    result: Any = SimpleNamespace(fed=fed, incumbent=SimpleNamespace(digest="a"))
+    turn: Any = SimpleNamespace(domains={}, warnings=[], recipe=SimpleNamespace(feedback=[SimpleNamespace(method="x")]))
+    (told,) = _warnings(turn, result)
     assert "rail" in told
     assert "-0.21" in told
 

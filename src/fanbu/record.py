@@ -42,10 +42,10 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
         "decision": "promoted" if result.verdict["accepted"] else "refused",
         "task": turn.feeding[0].task, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": recipe.model_dump(mode="json"), "base": {**_model(result.base), "source": recipe.model},
-        "incumbent": {**_model(result.incumbent), "method": result.incumbent.manifest.get("method")},
+        "incumbent": {**_model(result.incumbent), "method": _made_by(turn, result.incumbent)},
         "candidate": {
             **_model(result.candidate), "method": _ways(turn), "arguments": _arguments(turn),
-            "made": {k: v for model in result.fed for k, v in model.manifest.get("parameters", {}).items()},
+            "made": _made(turn, result),
         },
         "verdict": dict(result.verdict),
         "domains": {d: _domain(turn, result, d, score) for d in turn.domains},
@@ -70,9 +70,31 @@ def _arguments(turn: Turn) -> dict[str, Any]:
     return {f"{i}.{s.method}.{k}": v for i, s in enumerate(steps, 1) for k, v in s.arguments.items()}
 
 
+def _made(turn: Turn, result: Result) -> dict[str, Any]:
+    """What the manifests say of the making; of several ways back under ``NUMBER.METHOD``."""
+    found = {
+        f"{i}.{step.method}": dict(model.manifest.get("parameters", {}))
+        for i, (step, model) in enumerate(zip(turn.recipe.feedback, result.fed, strict=True), 1)
+    }
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _made_by(turn: Turn, model: Model) -> str | None:
+    """The ways of the round that made a model; else the method in its manifest."""
+    known = (r["candidate"] for r in reversed(turn.records) if r["candidate"]["digest"] == model.digest)
+    made = next(known, model.manifest)
+    return None if made.get("method") is None else str(made["method"])
+
+
 def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, which specialists taught nothing or were not believed, and labels alike."""
-    told = [w for model in result.fed for w in _untaught(model.manifest.get("parameters", {}))]
+    told, before = [], result.incumbent
+    for step, model in zip(turn.recipe.feedback, result.fed, strict=True):
+        if model.digest == before.digest:
+            told.append(f"{step.method}: nobody who taught was trusted or believed, so it changed nothing")
+        else:
+            told += _untaught(model.manifest.get("parameters", {}))
+        before = model
     return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + list(dict.fromkeys(told))
 
 

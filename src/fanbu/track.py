@@ -236,7 +236,7 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parameters_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe, flattened: ``feedback.arguments.train.lr``; parts of a list go by their name or their number."""
+    """The recipe, flattened: ``feedback.train.lr``; parts of a list go by their name or their number."""
     found: dict[str, str] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:

@@ -54,6 +54,7 @@ class Turn:
     live: Live | None = None
     costs: list[dict[str, Any]] = field(default_factory=list)
     crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    counted: set[Path] = field(default_factory=set)  # stages whose bytes are in ``crossed``
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -112,8 +113,9 @@ class Turn:
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
         found = open_contribution(done.path / "contribution")
         sent = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
-        if sent not in self.crossed.setdefault(domain.name, []):
-            self.crossed[domain.name].append(sent)
+        if done.path not in self.counted:
+            self.crossed.setdefault(domain.name, []).append(sent)
+            self.counted.add(done.path)
         return found, done.path
 
 

@@ -112,9 +112,8 @@ def _parts(path: Path, value: Mapping[str, Any], found: Findings) -> None:
     loaders = found.attempt("domains", lambda: read_domains(path)) or {}
     for name, load in loaders.items():
         found.attempt(name, load)
-    listed = {key: value.get(key) for key in ("shrink", "references")}
-    steps = [(key, step) for key, many in listed.items() for step in (many if isinstance(many, list) else [])]
-    for key, step in [*steps, ("feedback", value.get("feedback"))]:
+    given = [(key, value.get(key)) for key in ("shrink", "references", "feedback")]
+    for key, step in [(key, step) for key, many in given for step in (many if isinstance(many, list) else [many])]:
         if isinstance(step, dict) and isinstance(step.get("method"), str):
             arguments = {k: v for k, v in step.items() if k != "method"}
             way = "shrink" if key == "shrink" else "feedback"
@@ -205,7 +204,7 @@ def _estimate(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progr
     all_seconds = sum(totals.values()) * len(coming) / len(totals)
     size = model.bytes + 20_000_000  # with its tokenizer
     grown = sum(d.role == "feeds" for d in domains.values()) * len(recipe.shrink)
-    kept = size * (grown + 3 + len(recipe.references)) * len(coming)
+    kept = size * (grown + 2 + len(recipe.feedback) + len(recipe.references)) * len(coming)
     return {
         "speed": asdict(speed), "stages": stages, "round": coming[0], "rounds": len(coming),
         "round_seconds": round(totals[coming[0]], 1), "seconds": round(all_seconds, 1),

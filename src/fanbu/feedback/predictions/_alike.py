@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
@@ -14,33 +13,45 @@ from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for
 from fanbu.model import Model
 from fanbu.types import CLASSIFYING, Context
 
-_OVERLAP = 0.6  # more than who knows two labels, and says both alike, has with anyone
-_TEXTS = 15.0  # that both must say it of, in sum of probabilities
+_OVERLAP = 0.6
+_TEXTS = 15  # that both say it of, at least
+_ERRORS = 3.0
+_SURE = 0.5  # who gives a label more says it
 
 
 def alike(base: Model, panels: Sequence[Contribution], context: Context, augment: int = 0) -> dict[str, float]:
     """By ``LABEL = LABEL``: how far two specialists say them of the same texts, where they seem to mean the same.
 
-    The overlap is sum_x min(p(a | x), p(b | x)) / sum_x max(p(a | x), p(b | x)) over the probe rows that both were
-    asked about: those of their industry, and those of nobody's. Named are labels that not both know, each the other's
-    best, with an overlap of 0.6 or more and 15 texts in the numerator. Nothing is joined: a person decides.
+    A specialist says a label that it gives more than 0.5. The overlap of two is n_ab / (n_a + n_b - n_ab), counted over
+    the N probe rows that both were asked about: those of their industry, and those of nobody's. Named are labels that
+    not both know, each the other's best, with an overlap of 0.6 or more, said together of 15 texts at least, and by
+    three standard errors more often than independent answers would be, of which e = n_a n_b / N with a variance of
+    e (1 - n_a / N) (1 - n_b / N). Nothing is joined: a person decides.
     """
     said = [_Said.of(c, base, context, augment) for c in panels] if base.task in CLASSIFYING else []
     found: dict[str, float] = {}
     for one, other in combinations(sorted(said, key=lambda s: s.domain), 2):
         rows = sorted(set(one.rows) & set(other.rows))
-        p, q = one.of_some(rows, other), other.of_some(rows, one)
-        if not (len(rows) and p.shape[1] and q.shape[1]):
+        a, b = ((s.of_some(rows, t) > _SURE).float() for s, t in ((one, other), (other, one)))
+        if not (len(rows) and a.shape[1] and b.shape[1]):
             continue
-        both = torch.stack([torch.minimum(p, column[:, None]).sum(0) for column in q.T], dim=1)
-        overlap = both / (p.sum(0)[:, None] + q.sum(0)[None] - both).clamp_min(1e-9)
-        overlap[both < _TEXTS] = 0
+        overlap = _overlap(a, b)
         for i, j in (overlap >= _OVERLAP).nonzero().tolist():
             if overlap[i].argmax() == j and overlap[:, j].argmax() == i:
                 pair = sorted([base.labels[one.own(other)[i]], base.labels[other.own(one)[j]]])
                 key = " = ".join(pair)
                 found[key] = max(found.get(key, 0.0), round(float(overlap[i, j]), 2))
     return found
+
+
+def _overlap(a_nk: Tensor, b_nl: Tensor) -> Tensor:
+    """[k, l]: overlaps; 0 of what is said together of few texts, or no oftener than by chance."""
+    both, a, b, n = a_nk.T @ b_nl, a_nk.sum(0)[:, None], b_nl.sum(0)[None], len(a_nk)
+    expected = a * b / n
+    chance = expected + _ERRORS * (expected * (1 - a / n) * (1 - b / n)).sqrt()
+    overlap = both / (a + b - both).clamp_min(1)
+    overlap[(both < _TEXTS) | (both <= chance)] = 0
+    return overlap
 
 
 @dataclass(frozen=True)
