@@ -8,8 +8,8 @@ Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the pa
 nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
 without the auxiliary confidence loss; ``synthetic``: the same as ``main`` where no text of a domain leaves its owner,
 with synthetic ones instead, as many as there are training texts, for three epochs at half the rate; ``far``: with the
-training texts of the domains that are left over, which are nobody's here and every specialist answers (measured; nothing
-is promised of it). ``then rows``: owners then fitted their label rows on what this made, at home (`distill`, `probe`).
+training texts of the domains that are left over, which are nobody's here and every specialist answers (measured, not
+promised). ``then rows``: owners then fitted their label rows on what this made, at home (`distill`, `probe`).
 
 Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
 resumes: what is in the work folder is not made again, so give a new folder after a change of code. At most 1,000 rows a
