@@ -118,19 +118,3 @@ def test_what_a_domain_gives() -> None:
     assert [both.from_domain(s) for s in (PRESETS["open"], internal, private)] == ["own", "synthetic", None]
     assert [own.from_domain(s) for s in (PRESETS["open"], internal)] == ["own", None]
     assert ProbeSpec(domains=False, synthetic=5).from_domain(PRESETS["open"]) == "synthetic"
-
-
-def test_of_several_texts_of_a_label_the_one_that_looks_most_like_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = ("i have a question about it", "please tell me what to do now", "can you help me with it today")
-    words = {0: ("card", "pin", "bank"), 1: ("train", "seat", "rail")}
-    rows = [(f"{a} {w} {b}", label) for label, own in words.items() for w in own for a in shared for b in shared]
-    texts, labels = [t for t, _ in rows], [label for _, label in rows]
-
-    def telling() -> float:
-        made = synthetic(texts, 20, 0, labels=labels)
-        assert len(made) == 20
-        return sum(bool(set(t.split()) & {w for own in words.values() for w in own}) for t in made) / 20
-
-    chosen = telling()
-    monkeypatch.setattr("fanbu.data.synthetic._CHOICE", 1)
-    assert chosen == 1.0 > telling()

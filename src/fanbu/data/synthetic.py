@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from fanbu.data.media import is_media
@@ -12,7 +12,6 @@ from fanbu.errors import DataError
 
 LEAST = 3  # texts that hold a word of a synthetic one; and a run of two or three of its words, if any holds it
 _LONGER, _ON = 0.6, 0.85  # how often the last two words decide, and the last one; else any word of the label may come
-_CHOICE = 4  # texts of which one is taken, where labels are known
 _TRIES = 20  # for each text that is asked for, and for each word
 _START, _END = "\x02", "\x03"
 
@@ -77,10 +76,8 @@ def synthetic(
     """``count`` different texts, or as many as there are: walks from word to word along pairs and triples that
     ``least`` different texts share, which now and then go on at another word that so many texts hold.
 
-    With ``labels`` (-1: not known), a walk keeps to the words and pairs of one label's texts, each label as often as it
-    occurs, and of four texts of a label the one is taken that a regression on the owner's rows (TF-IDF) gives to this
-    label most surely: others are told nothing by words without sense. No text
-    crosses as it is, no word that fewer of an owner's rows hold, and no two or three successive words that fewer
+    With ``labels``, a walk keeps to the words and pairs of one label's texts, each label as often as it occurs. So no
+    text crosses as it is, no word that fewer of an owner's rows hold, and no two or three successive words that fewer
     hold, unless none does. That hides what is rare; it is no differential privacy. Raises DataError where the texts
     have too little in common for even one.
     """
@@ -90,16 +87,13 @@ def synthetic(
         own[label][corpus.words(text)] = None
     walks = [_Walk(corpus, list(own[label]), least) for label in sorted(own)]
     frequent = [len(own[label]) for label in sorted(own)]
-    known = sorted(set(own) - {-1})
-    enough = count * (_CHOICE if len(known) > 1 else 1)
-    made: dict[str, int] = {}
-    for _ in range(0 if any(map(is_media, texts)) or not walks else _TRIES * enough):
-        (walk,) = numbers.choices(range(len(walks)), frequent)
-        words = list(walks[walk].words(numbers))
+    made: dict[str, None] = {}
+    for _ in range(0 if any(map(is_media, texts)) or not walks else _TRIES * count):
+        words = list(numbers.choices(walks, frequent)[0].words(numbers))
         text = (" " if corpus.spaced else "").join(words)
         if len(words) > 1 and corpus.hides(text, least):
-            made.setdefault(text, sorted(own)[walk])
-        if len(made) == enough:
+            made[text] = None
+        if len(made) == count:
             break
     if count and not made:
         raise DataError(
@@ -107,31 +101,7 @@ def synthetic(
             allowed=f"words that {least} texts share", got=f"{len(corpus.own)} texts",
             remedy="give more texts, or share them, or name public ones",
         )  # fmt: skip
-    return (
-        list(made)
-        if len(made) <= count
-        else _surest(made, count, sorted(zip(texts, labels or [], strict=True)), corpus.spaced)
-    )
-
-
-def _surest(made: Mapping[str, int], count: int, rows: Sequence[tuple[str, int]], spaced: bool) -> list[str]:
-    """``count`` of the texts, the same share of each label: those that look most like it; in their order."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    vectors = TfidfVectorizer(sublinear_tf=True, analyzer=str.split if spaced else list)
-    labelled = [(text, label) for text, label in rows if label >= 0]
-    x = vectors.fit_transform([text for text, _ in labelled])
-    fitted = LogisticRegression(C=10, max_iter=500).fit(x, [label for _, label in labelled])
-    p = dict(zip(made, fitted.predict_proba(vectors.transform(made)), strict=True))
-    column = {int(label): k for k, label in enumerate(fitted.classes_)}
-    place = {}
-    for label in sorted(set(made.values())):
-        some = [text for text, of in made.items() if of == label]
-        some = sorted(some, key=lambda text: -p[text][column[label]]) if label in column else some
-        place.update({text: (k + 0.5) / len(some) for k, text in enumerate(some)})
-    chosen = set(sorted(made, key=place.__getitem__)[:count])
-    return [text for text in made if text in chosen]
+    return list(made)
 
 
 class _Walk:
