@@ -266,9 +266,9 @@ def test_what_is_shared(bert: Path, tmp_path: Path) -> None:
         return load_recipe(out)
 
     assert made(share="open").domains["food"].share == "open"
-    assert made(share="internal").feedback.method == "average"
+    assert made(share="internal").feedback[0].method == "average"
     with_public = made(share="internal", public=public)
-    assert with_public.feedback.method == "distill"
+    assert with_public.feedback[0].method == "distill"
     assert with_public.probe.public[0].path == str(public)
     error("unknown-preset", [source], Options(str(bert), out, share="secret", force=True))
 
