@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from _outcomes import BASE, Outcomes, score
+from fanbu.boundary import cross
 from fanbu.catalogue import method
-from fanbu.contribution import open_contribution, write_contribution
+from fanbu.contribution import Contribution, open_contribution, write_contribution
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.heads import open_classifier
 from fanbu.judge.compare import average, compare, gain_kept
@@ -101,6 +102,25 @@ def mean(outcome: Outcomes, mode: str) -> float:
 def difference(one: Outcomes, other: Outcomes) -> dict[str, float]:
     """Mean over domains of the paired difference of told accuracy, with its interval."""
     return average([compare(one[d], other[d], "told", 0) for d in other])
+
+
+def points(d: Mapping[str, float]) -> str:
+    """A difference with its interval."""
+    return f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+
+
+def contributions(
+    bench: Bench, specialists: Sequence[Specialist], folder: str, way: str = "distill"
+) -> list[Contribution]:
+    """What owners contribute to a way back, as it crosses: written, checked, read again."""
+    found, feedback = [], method(way, "feedback")
+    for s in specialists:
+        place = bench.folder / folder / s.domain.name
+        if not (place / "contribution.json").exists():
+            log(f"{way} contribution of {s.domain.name}")
+            cross(feedback.contribute(s, bench.incumbent, bench.context), s.domain.share, place)
+        found.append(open_contribution(place))
+    return found
 
 
 def scores(found: Mapping[str, Outcomes]) -> list[list[str]]:

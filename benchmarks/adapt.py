@@ -18,10 +18,8 @@ from pathlib import Path
 from _common import bar, finish, parser, table
 from _media_bodies import body
 from _outcomes import Outcomes, mean_over_seeds
-from _specialists import Bench, asking, difference, judged, made, mean
-from fanbu.boundary import cross
+from _specialists import Bench, asking, contributions, difference, judged, made, mean, points
 from fanbu.catalogue import method
-from fanbu.contribution import open_contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.model import Model
 from fanbu.progress import bar as progress_bar
@@ -57,18 +55,8 @@ def one_target(target: str, known: Mapping[str, Specialist], folder: Path, conte
 
 
 def _way(name: str, bench: Bench, out: Path) -> Model:
-    way, sent = method(name, "feedback"), []
-    for s in bench.specialists:
-        place = bench.folder / f"sent-{name}" / s.domain.name
-        if not (place / "contribution.json").exists():
-            cross(way.contribute(s, bench.incumbent, bench.context), s.domain.share, place)
-        sent.append(open_contribution(place))
-    return way.absorb(bench.incumbent, sent, out, bench.context, **WAYS[name])
-
-
-def points(d: Mapping[str, float]) -> str:
-    """A difference with its interval."""
-    return f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+    sent = contributions(bench, bench.specialists, f"sent-{name}", name)
+    return method(name, "feedback").absorb(bench.incumbent, sent, out, bench.context, **WAYS[name])
 
 
 def main() -> int:

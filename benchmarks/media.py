@@ -26,10 +26,8 @@ import numpy as np
 from _common import bar, finish, parser, table
 from _media_bodies import RATE, body
 from _outcomes import Outcomes, mean_over_seeds
-from _specialists import Bench, asking, judged, made, mean, scores
-from fanbu.boundary import cross
+from _specialists import Bench, asking, contributions, judged, made, mean, scores
 from fanbu.catalogue import method
-from fanbu.contribution import open_contribution
 from fanbu.data.media import data_url
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.heads import open_classifier
@@ -160,12 +158,7 @@ def _grown(
 
 def fed_back(bench: Bench, specialists: list[Specialist], name: str) -> tuple[Outcomes, int]:
     """What distilling makes of their panels, and how many bytes crossed."""
-    way, sent = method("distill", "feedback"), []
-    for s in specialists:
-        place = bench.folder / f"panels-{name}" / s.domain.name
-        if not (place / "contribution.json").exists():
-            cross(way.contribute(s, bench.incumbent, bench.context), s.domain.share, place)
-        sent.append(open_contribution(place))
+    way, sent = method("distill", "feedback"), contributions(bench, specialists, f"panels-{name}")
     model = made(bench.folder / name, lambda out: way.absorb(bench.incumbent, sent, out, bench.context, train=TEACH))
     return judged(bench, name, dict.fromkeys(bench.domains, model)), sum(c.bytes for c in sent)
 

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import Outcomes, mean_over_seeds
-from _specialists import Bench, asking, difference, judged, made, mean, probed
-from fanbu.boundary import cross
+from _specialists import Bench, asking, contributions, difference, judged, made, mean, points, probed
 from fanbu.catalogue import method
-from fanbu.contribution import Contribution, open_contribution
+from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Rows, Specialist, load_domain
 from fanbu.feedback.predictions._doubts import believed
-from fanbu.feedback.predictions._panel import columns_of, heard, said
+from fanbu.feedback.predictions._panel import answered, columns_of, heard, said
 from fanbu.feedback.predictions._pool import Combine, Voice, pool, reliable
 from fanbu.heads import domains_of
 from fanbu.model import load_network, load_tokenizer
@@ -92,17 +91,6 @@ def prepare(name: str, folder: Path, seed: int, work: Path, context: Context, ro
     return Bench(place, {name: whole}, context, base, grown)
 
 
-def panels(bench: Bench) -> list[Contribution]:
-    """As they cross: written, checked, read again."""
-    sent = []
-    for s in bench.specialists:
-        place = bench.folder / "panels" / s.domain.name
-        if not (place / "contribution.json").exists():
-            cross(method("distill", "feedback").contribute(s, bench.incumbent, bench.context), s.domain.share, place)
-        sent.append(open_contribution(place))
-    return sent
-
-
 def lie(panel: Contribution, kind: str, bench: Bench) -> Contribution:
     """The panel with other answers; what it says of itself (trust, wins) stays."""
     texts, count = bench.context.probe.texts, len(known_to(panel, bench))
@@ -142,12 +130,10 @@ def right(bench: Bench, sent: Sequence[Contribution]) -> tuple[dict[str, float],
         [numbers[d.full_labels[i]] for s in bench.specialists for d in [s.domain] for i in d.train.labels or ()]
     )
     voices = [
-        Voice(
-            c.domain, [labels.index(i) for i in known_to(c, bench)], heard(c, len(rows), len(known_to(c, bench))),
-            torch.tensor([r.domain == c.domain for r in rows]),
-        )
+        Voice(c.domain, [labels.index(i) for i in columns], p, torch.tensor([r.domain == c.domain for r in rows]))
         for c in sent
-    ]  # fmt: skip
+        for _, columns, p in [answered(c, base, context)]
+    ]
     known = torch.where(torch.arange(len(truth)) % 5 == 0, truth, -1)  # a fifth is labelled, the others are looked at
     looked, start = known < 0, torch.full((len(truth), len(labels)), 1 / len(labels))
 
@@ -169,7 +155,7 @@ def taught(bench: Bench, sent: Sequence[Contribution], name: str) -> Outcomes:
 
 def one_seed(bench: Bench) -> tuple[dict[str, Outcomes], list[list[str]], dict[str, Any]]:
     """Outcomes by name; the table of pooled answers; weights of liars and others."""
-    honest, first = panels(bench), next(iter(bench.domains))
+    honest, first = contributions(bench, bench.specialists, "panels"), next(iter(bench.domains))
     liars = {k: [*honest[:-LIARS], *(lie(c, k, bench) for c in honest[-LIARS:])] for k in KINDS}
     rows, seen = [["liars", *WAYS, "found to lie"]], {}
     for kind, sent in {"none": honest, **liars}.items():
@@ -219,7 +205,7 @@ def main() -> int:
     bars = []
     for liars in [n for n in found if "liars" in n]:
         d = difference(found[liars], found["distill"])
-        got = f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+        got = points(d)
         bars.append(bar(f"{liars}, beside all honest", got, "> -1", d["delta"] > -0.01))
     for kind in KINDS:
         lost = [100 * (p["none"]["right"]["weighted"] - p[kind]["right"]["weighted"]) for p in pooled]

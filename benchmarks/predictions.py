@@ -8,8 +8,8 @@ Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the pa
 nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
 without the auxiliary confidence loss; ``synthetic``: the same as ``main`` where no text of a domain leaves its owner,
 with synthetic ones instead, as many as there are training texts, for three epochs at half the rate; ``far``: with the
-training texts of the domains that are left over, which are nobody's here and every specialist answers (measured, not
-promised). ``then rows``: owners then fitted their label rows on what this made, at home (`distill`, `probe`).
+training texts of the domains that are left over, which are nobody's here and every specialist answers.
+``then rows``: owners then fitted their label rows on what this made, at home (`distill`, `probe`).
 
 Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
 resumes: what is in the work folder is not made again, so give a new folder after a change of code. At most 1,000 rows a
@@ -30,11 +30,22 @@ from torch import Tensor
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import Outcomes, mean_over_seeds, score, usable
 from _small_specialists import mixed, weak
-from _specialists import Bench, asking, difference, judged, limited, made, mean, prepare, probed, scores
+from _specialists import (
+    Bench,
+    asking,
+    contributions,
+    difference,
+    judged,
+    limited,
+    made,
+    mean,
+    points,
+    prepare,
+    probed,
+    scores,
+)
 from fanbu.batches import Sequences, collate, encode, pad_id
-from fanbu.boundary import cross
 from fanbu.catalogue import method
-from fanbu.contribution import Contribution, open_contribution
 from fanbu.data.synthetic import synthetic
 from fanbu.domain import Specialist
 from fanbu.heads import final_layer
@@ -57,33 +68,17 @@ SYNTHETIC, FAR = "distill, synthetic texts", "distill, far texts"
 ROWS = {True: {"train": 600, "valid": 100, "test": 1000}, False: {"train": 1000, "valid": 300, "test": 1000}}
 
 
-def panels(bench: Bench, specialists: Sequence[Specialist], folder: str, way: str = "distill") -> list[Contribution]:
-    """As they cross: written, checked, read again."""
-    found = []
-    for s in specialists:
-        place = bench.folder / folder / s.domain.name
-        if not (place / "contribution.json").exists():
-            log(f"panel of {s.domain.name}")
-            cross(method(way, "feedback").contribute(s, bench.incumbent, bench.context), s.domain.share, place)
-        found.append(open_contribution(place))
-    return found
-
-
-def ours(bench: Bench, out: Path) -> Model:
+def distilled(
+    bench: Bench, specialists: Sequence[Specialist], folder: str, out: Path, train: Mapping[str, Any] = TEACH
+) -> Model:
     """Distilling as a recipe would."""
-    sent = panels(bench, bench.specialists, "panels")
-    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
-
-
-def from_small(bench: Bench, out: Path) -> Model:
-    """The same from specialists of other sizes and vocabularies."""
-    sent = panels(bench, mixed(bench), "panels-small")
-    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=TEACH)
+    sent = contributions(bench, specialists, folder)
+    return method("distill", "feedback").absorb(bench.incumbent, sent, out, bench.context, train=train)
 
 
 def from_weak(bench: Bench, out: Path, confidence: float) -> Model:
     """From weak specialists; a confidence of 0 is plain distilling."""
-    sent = panels(bench, weak(bench), "panels-weak", "weak_to_strong")
+    sent = contributions(bench, weak(bench), "panels-weak", "weak_to_strong")
     given: dict[str, Any] = {"train": TEACH, "confidence": confidence, **({} if confidence else {"keep": 1.0})}
     return method("weak_to_strong").absorb(bench.incumbent, sent, out, bench.context, **given)
 
@@ -163,8 +158,7 @@ def _asked_other(bench: Bench, probe: ProbeSet, name: str) -> Bench:
 def from_synthetic(bench: Bench, out: Path) -> Model:
     """Distilling where no text leaves its owner."""
     apart = without_texts(bench)
-    sent = panels(apart, apart.specialists, "panels-synthetic")
-    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=MADE_UP)
+    return distilled(apart, apart.specialists, "panels-synthetic", out, MADE_UP)
 
 
 def far_away(bench: Bench) -> Bench:
@@ -176,8 +170,7 @@ def far_away(bench: Bench) -> Bench:
 def from_far(bench: Bench, out: Path) -> Model:
     """Distilling on texts of other industries, which every specialist answers."""
     apart = far_away(bench)
-    sent = panels(apart, apart.specialists, "panels-far")
-    return method("distill", "feedback").absorb(apart.incumbent, sent, out, apart.context, train=TEACH)
+    return distilled(apart, apart.specialists, "panels-far", out)
 
 
 def kept(bench: Bench, name: str) -> Model:
@@ -197,11 +190,18 @@ def refitted(apart: Bench, model: Model, out: Path) -> Model:
     return way.absorb(model, sent, out, apart.context)
 
 
+def ours(bench: Bench, out: Path) -> Model:
+    """From full-size specialists."""
+    return distilled(bench, bench.specialists, "panels", out)
+
+
 PARTS: dict[str, dict[str, Callable[[Bench, Path], Model]]] = {
     "main": {
         "distill": ours, "logit mean": logit_mean, "one after the other": one_after_the_other, "multitask": multitask,
     },
-    "sizes": {"distill": ours, "distill from small": from_small},
+    "sizes": {
+        "distill": ours, "distill from small": lambda bench, out: distilled(bench, mixed(bench), "panels-small", out),
+    },
     "synthetic": {
         SYNTHETIC: from_synthetic,
         f"{SYNTHETIC}, then rows": lambda bench, out: refitted(without_texts(bench), kept(bench, SYNTHETIC), out),
@@ -236,7 +236,7 @@ def one_seed(bench: Bench, parts: Sequence[str]) -> dict[str, Outcomes]:
 
 def crossed(bench: Bench) -> dict[str, float]:
     """Bytes of panels on disk, beside float32 logits of each teacher's own labels for its own texts."""
-    own = {c.domain: c for c in panels(bench, bench.specialists, "panels")}
+    own = {c.domain: c for c in contributions(bench, bench.specialists, "panels")}
     full = {d: 4 * len(bench.domains[d].labels) * len(bench.domains[d].train) for d in own}
     return {"panels": sum(c.bytes for c in own.values()), "logits": sum(full.values())}
 
@@ -262,11 +262,6 @@ def main_bars(found: Mapping[str, Outcomes], sent: Mapping[str, float]) -> list[
     return bars
 
 
-def points(d: Mapping[str, float]) -> str:
-    """A difference with its interval."""
-    return f"{100 * d['delta']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
-
-
 def worse_than(new: Outcomes, old: Outcomes) -> list[str]:
     """Domains that got worse beyond chance (Holm)."""
     pairs = {d: compare(new[d], old[d], "told", 0) for d in old}
@@ -287,6 +282,12 @@ def synthetic_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
     return [
         bar("gain kept without any domain's text, then label rows by owners", f"{value:.2f}", ">= 0.6", value >= 0.6)
     ]
+
+
+def far_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
+    """What specialists say of texts that are none of theirs does no harm."""
+    worse = worse_than(found[FAR], found["probed base"])
+    return [bar("domains significantly worse after far texts", ", ".join(worse) or "none", "none", not worse)]
 
 
 def weak_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
@@ -310,7 +311,7 @@ def weak_bars(found: Mapping[str, Outcomes]) -> list[dict[str, Any]]:
     ]
 
 
-BARS = {"sizes": size_bars, "synthetic": synthetic_bars, "weak": weak_bars}
+BARS = {"sizes": size_bars, "synthetic": synthetic_bars, "far": far_bars, "weak": weak_bars}
 
 
 def main() -> int:
@@ -327,12 +328,12 @@ def main() -> int:
         return 1
     device, precision, threads = resolve_machine("auto", "auto", 0)
     runs: list[dict[str, Outcomes]] = []
+    rows, name = ROWS[args.quick], "predictions-quick" if args.quick else "predictions"
     with progress_bar() as progress:
         for seed in range(args.seeds or (1 if args.quick else 3)):
             plain = Context(device=device, precision=precision, threads=threads, max_length=64, progress=progress)
-            name = "predictions-quick" if args.quick else "predictions"
-            bench = prepare(folders, seed, args.work / name, plain, ROWS[args.quick], TRAIN)
-            left_over = {name: limited(name, path, ROWS[args.quick]) for name, path in others.items()}
+            bench = prepare(folders, seed, args.work / name, plain, rows, TRAIN)
+            left_over = {d: limited(d, path, rows) for d, path in others.items()}
             runs.append(one_seed(replace(bench, others=left_over), parts))
     found, sent = mean_over_seeds(runs), crossed(bench)
     text = table(scores(found))
@@ -344,10 +345,9 @@ def main() -> int:
         "accuracy": {
             n: {d: {m: score(c, m) for m in ("told", "untold")} for d, c in o.items()} for n, o in found.items()
         },
-        "crossed": sent, "seeds": len(runs), "rows": ROWS[args.quick],
+        "crossed": sent, "seeds": len(runs), "rows": rows,
     }  # fmt: skip
-    text += f"\n\n{len(runs)} seed(s); at most {ROWS[args.quick]['train']} training rows a domain"
-    name = "predictions-quick" if args.quick else "predictions"
+    text += f"\n\n{len(runs)} seed(s); at most {rows['train']} training rows a domain"
     return finish("-".join([name, *([] if args.only is None else parts)]), text, values, bars)
 
 

@@ -64,7 +64,7 @@ def test_ways_back_follow_each_other(tmp_path: Path) -> None:
         record = run(recipe)
     assert record["recipe"]["feedback"] == value["feedback"]
     assert record["candidate"]["method"] == "distill > probe"
-    assert record["candidate"]["arguments"] == {"1.distill.train": value["feedback"][0]["train"]}
+    assert record["candidate"]["arguments"] == {"1.distill": {"train": value["feedback"][0]["train"]}, "2.probe": {}}
     assert record["candidate"]["made"]["1.distill"]["teachers"].keys() == value["domains"].keys()
     candidate = open_model(record["candidate"]["path"])
     assert candidate.manifest["method"] == "probe"

@@ -20,7 +20,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
         raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
     for step in recipe.ways:
         reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe, step.arguments)
-        if reason and any(step is way for way in recipe.feedback):
+        if reason and step in recipe.feedback:
             raise reason
         if reason:
             raise type(reason)(reason.code, f"reference {step.method}: {reason.what}", remedy=reason.remedy)

@@ -44,8 +44,9 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"), "base": {**_model(result.base), "source": recipe.model},
         "incumbent": {**_model(result.incumbent), "method": _made_by(turn, result.incumbent)},
         "candidate": {
-            **_model(result.candidate), "method": _ways(turn), "arguments": _arguments(turn),
-            "made": _made(turn, result),
+            **_model(result.candidate), "method": _ways(turn),
+            "arguments": _by_way(turn, [step.arguments for step in recipe.feedback]),
+            "made": _by_way(turn, [said or {} for said in _said(result)]),
         },
         "verdict": dict(result.verdict),
         "domains": {d: _domain(turn, result, d, score) for d in turn.domains},
@@ -62,21 +63,21 @@ def _ways(turn: Turn) -> str:
     return " > ".join(step.method for step in turn.recipe.feedback)
 
 
-def _arguments(turn: Turn) -> dict[str, Any]:
-    """Parameters by name; of several ways back by ``NUMBER.METHOD.NAME``."""
+def _by_way(turn: Turn, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one way back its value as it is; of several each under ``NUMBER.METHOD``."""
     steps = turn.recipe.feedback
     if len(steps) == 1:
-        return steps[0].arguments
-    return {f"{i}.{s.method}.{k}": v for i, s in enumerate(steps, 1) for k, v in s.arguments.items()}
+        return dict(values[0])
+    return {f"{i}.{s.method}": dict(v) for i, (s, v) in enumerate(zip(steps, values, strict=True), 1)}
 
 
-def _made(turn: Turn, result: Result) -> dict[str, Any]:
-    """What the manifests say of the making; of several ways back under ``NUMBER.METHOD``."""
-    found = {
-        f"{i}.{step.method}": dict(model.manifest.get("parameters", {}))
-        for i, (step, model) in enumerate(zip(turn.recipe.feedback, result.fed, strict=True), 1)
-    }
-    return found if len(found) > 1 else next(iter(found.values()))
+def _said(result: Result) -> list[Mapping[str, Any] | None]:
+    """What the manifest of each way's model says of its making; None where the way changed nothing."""
+    before = [result.incumbent, *result.fed[:-1]]
+    return [
+        None if new.digest == old.digest else new.manifest.get("parameters", {})
+        for new, old in zip(result.fed, before, strict=True)
+    ]
 
 
 def _made_by(turn: Turn, model: Model) -> str | None:
@@ -88,13 +89,10 @@ def _made_by(turn: Turn, model: Model) -> str | None:
 
 def _warnings(turn: Turn, result: Result) -> list[str]:
     """What the owners' data brought up, which specialists taught nothing or were not believed, and labels alike."""
-    told, before = [], result.incumbent
-    for step, model in zip(turn.recipe.feedback, result.fed, strict=True):
-        if model.digest == before.digest:
-            told.append(f"{step.method}: nobody who taught was trusted or believed, so it changed nothing")
-        else:
-            told += _untaught(model.manifest.get("parameters", {}))
-        before = model
+    told: list[str] = []
+    for step, said in zip(turn.recipe.feedback, _said(result), strict=True):
+        nothing = f"{step.method}: nobody who taught was trusted or believed, so it changed nothing"
+        told += [nothing] if said is None else _untaught(said)
     return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + list(dict.fromkeys(told))
 
 
@@ -142,7 +140,7 @@ def _domain(turn: Turn, result: Result, name: str, score: Mapping[str, float]) -
         "new_rows": {split: max(0, rows[split] - before.get(split, 0)) for split in ("train", "unlabelled")},
         "calibration": bins if all(bins.values()) else None, "examples": dict(result.examples[name]),
         "task": d.task, "metric": d.metric, "role": d.role, "rows": rows, "labels": len(d.labels), "digest": d.digest,
-        "share": d.share.as_dict(), "warnings": list(d.warnings), "crossed": turn.crossed.get(name, []),
+        "share": d.share.as_dict(), "warnings": list(d.warnings), "crossed": list(turn.crossed.get(name, {}).values()),
         "specialist": grown, "parent": {**sizes.get("parent", {}), "score": score[name]},
     }  # fmt: skip
 
@@ -174,14 +172,13 @@ def _searched(model: Model) -> dict[str, Any]:
 
 def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
     """Candidate and incumbent first, then the specialists, then the references."""
-    rows = []
+    rows, stages = [], {"candidate": [s.method for s in turn.recipe.feedback], "incumbent": ["incumbent"]}
     for name, by_domain in result.outcomes.items():
         role = name if name in {"incumbent", "candidate", "specialists"} else "reference"
         title = {
             "candidate": f"new: {_ways(turn)}",
             "incumbent": "incumbent (champion)" if turn.parent else "incumbent (probed base)",
         }.get(name, _NAMES.get(name, name))
-        stages = {"candidate": [s.method for s in turn.recipe.feedback], "incumbent": ["incumbent"]}
         own = stages.get(name, [f"reference {name}"])
         known = [c["seconds"] for c in turn.costs if c["stage"] in own and c.get("seconds") is not None]
         domains = {}

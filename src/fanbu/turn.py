@@ -53,8 +53,7 @@ class Turn:
     log: Log
     live: Live | None = None
     costs: list[dict[str, Any]] = field(default_factory=list)
-    crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    counted: set[Path] = field(default_factory=set)  # stages whose bytes are in ``crossed``
+    crossed: dict[str, dict[Path, dict[str, Any]]] = field(default_factory=dict)  # by domain, then by stage
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -113,9 +112,7 @@ class Turn:
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
         found = open_contribution(done.path / "contribution")
         sent = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
-        if done.path not in self.counted:
-            self.crossed.setdefault(domain.name, []).append(sent)
-            self.counted.add(done.path)
+        self.crossed.setdefault(domain.name, {}).setdefault(done.path, sent)
         return found, done.path
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for
+from fanbu.feedback.predictions._panel import Answers, answered
 from fanbu.model import Model
 from fanbu.types import CLASSIFYING, Context
 
@@ -28,20 +28,27 @@ def alike(base: Model, panels: Sequence[Contribution], context: Context, augment
     three standard errors more often than independent answers would be, of which e = n_a n_b / N with a variance of
     e (1 - n_a / N) (1 - n_b / N). Nothing is joined: a person decides.
     """
-    said = [_Said.of(c, base, context, augment) for c in panels] if base.task in CLASSIFYING else []
+    if base.task not in CLASSIFYING:
+        return {}
     found: dict[str, float] = {}
-    for one, other in combinations(sorted(said, key=lambda s: s.domain), 2):
+    for one, other in combinations([answered(c, base, context, augment) for c in panels], 2):
         rows = sorted(set(one.rows) & set(other.rows))
-        a, b = ((s.of_some(rows, t) > _SURE).float() for s, t in ((one, other), (other, one)))
-        if not (len(rows) and a.shape[1] and b.shape[1]):
+        a, b = _said(one, rows, other.columns), _said(other, rows, one.columns)
+        if not (rows and a and b):
             continue
-        overlap = _overlap(a, b)
+        overlap = _overlap(torch.stack(list(a.values()), 1), torch.stack(list(b.values()), 1))
         for i, j in (overlap >= _OVERLAP).nonzero().tolist():
             if overlap[i].argmax() == j and overlap[:, j].argmax() == i:
-                pair = sorted([base.labels[one.own(other)[i]], base.labels[other.own(one)[j]]])
-                key = " = ".join(pair)
-                found[key] = max(found.get(key, 0.0), round(float(overlap[i, j]), 2))
-    return found
+                pair = " = ".join(sorted(base.labels[k] for k in (list(a)[i], list(b)[j])))
+                found[pair] = max(found.get(pair, 0.0), round(float(overlap[i, j]), 2))
+    return dict(sorted(found.items()))
+
+
+def _said(one: Answers, rows: Sequence[int], known: Sequence[int]) -> dict[int, Tensor]:
+    """By number of a label row that is not ``known`` to the other: 1 for each of the rows that are said to have it."""
+    place = {row: k for k, row in enumerate(one.rows)}
+    said_nk = (one.probs_nk[[place[row] for row in rows]] > _SURE).float()
+    return {i: said_nk[:, k] for k, i in enumerate(one.columns) if i not in known}
 
 
 def _overlap(a_nk: Tensor, b_nl: Tensor) -> Tensor:
@@ -52,29 +59,3 @@ def _overlap(a_nk: Tensor, b_nl: Tensor) -> Tensor:
     overlap = both / (a + b - both).clamp_min(1)
     overlap[(both < _TEXTS) | (both <= chance)] = 0
     return overlap
-
-
-@dataclass(frozen=True)
-class _Said:
-    """One specialist's answers [rows, columns], of label rows ``columns`` in the base."""
-
-    domain: str
-    rows: Sequence[int]
-    columns: Sequence[int]
-    probs_nk: Tensor
-
-    @classmethod
-    def of(cls, c: Contribution, base: Model, context: Context, augment: int) -> _Said:
-        rows, columns = asked(context, c.domain), columns_of(c, base)
-        p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
-        return cls(c.domain, rows, columns, p[: len(rows)])
-
-    def own(self, other: _Said) -> list[int]:
-        """Label rows that the other does not know."""
-        return [i for i in self.columns if i not in other.columns]
-
-    def of_some(self, rows: Sequence[int], other: _Said) -> Tensor:
-        """[rows, ``own``]."""
-        place = {row: k for k, row in enumerate(self.rows)}
-        columns = [self.columns.index(i) for i in self.own(other)]
-        return self.probs_nk[[place[row] for row in rows]][:, columns]

@@ -15,7 +15,7 @@ from fanbu.batches import evenly
 from fanbu.contribution import FEATURES, Contribution
 from fanbu.errors import IntegrityError
 from fanbu.feedback.predictions._alike import alike
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, made_for, said, variants
+from fanbu.feedback.predictions._panel import answered, asked, said, variants
 from fanbu.model import Model
 from fanbu.predict import class_logits
 from fanbu.types import CLASSIFYING, Context, industry_of
@@ -113,11 +113,10 @@ def _thoughts(domain: str, network: Any, tokenizer: Any, context: Context) -> _T
 
 def _look(c: Contribution, base: Model, thoughts: _Thoughts, context: Context, augment: int) -> _Seen | None:
     """None where there are too few rows, or no choice."""
-    columns = columns_of(c, base)
+    _, columns, p = answered(c, base, context, augment)
     if len(thoughts.places) < _FEW or len(columns) < 2:
         return None
-    rows = len(asked(context, c.domain)) + made_for(context, c.domain, augment)
-    answers = heard(c, rows, len(columns))[list(thoughts.places)].argmax(1)
+    answers = p[list(thoughts.places)].argmax(1)
     p = thoughts.logits[:, columns].softmax(1)
     return _Seen(thoughts.texts, answers, p.argmax(1), p.max(1).values, len(columns))
 
@@ -149,8 +148,7 @@ def _without(
     word: str, c: Contribution, base: Model, network: Any, tokenizer: Any, context: Context, augment: int
 ) -> Contribution:  # fmt: skip
     """The panel with the base's answers on texts that hold the word."""
-    rows, columns = asked(context, c.domain), columns_of(c, base)
-    p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
+    rows, columns, p = answered(c, base, context, augment)
     texts = [context.probe.rows[i].text for i in rows] + variants(context, c.domain, augment)
     holding = [k for k, text in enumerate(texts) if word in text.lower().split()]
     p[holding] = class_logits(network, tokenizer, [texts[k] for k in holding], context)[:, columns].softmax(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,6 +168,21 @@ def heard(c: Contribution, rows: int, count: int) -> Tensor:
     left = (1 - p.sum(1)).clamp_min(0) / silent.sum(1).clamp_min(1)
     p += left[:, None] * silent
     return p / p.sum(1, keepdim=True)
+
+
+class Answers(NamedTuple):
+    """``probs_nk`` [rows that were asked about and then variants, labels]: numbers of the probe rows, and of the label
+    rows in the base that these labels have."""
+
+    rows: list[int]
+    columns: list[int]
+    probs_nk: Tensor
+
+
+def answered(c: Contribution, base: Model, context: Context, augment: int = 0) -> Answers:
+    """A whole panel (``heard``), and what it is about."""
+    rows, columns = asked(context, c.domain), columns_of(c, base)
+    return Answers(rows, columns, heard(c, len(rows) + made_for(context, c.domain, augment), len(columns)))
 
 
 def token_panel(

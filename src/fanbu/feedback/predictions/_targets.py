@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fanbu.batches import Sequences
 from fanbu.contribution import Contribution
-from fanbu.feedback.predictions._panel import asked, columns_of, heard, heard_tokens, made_for
+from fanbu.feedback.predictions._panel import answered, asked, heard_tokens
 from fanbu.feedback.predictions._pool import Voice, pool
 from fanbu.heads import domains_of
 from fanbu.model import Model
@@ -84,9 +84,8 @@ class _Panel:
 
     @classmethod
     def of(cls, c: Contribution, base: Model, context: Context, augment: int) -> _Panel:
-        columns, rows, industry = columns_of(c, base), asked(context, c.domain), industry_of(c.domain)
+        (rows, columns, p), industry = answered(c, base, context, augment), industry_of(c.domain)
         labels = domains_of(base.labels)[industry]
-        p = heard(c, len(rows) + made_for(context, c.domain, augment), len(columns))
         own = torch.tensor([context.probe.rows[i].domain == c.domain for i in rows], dtype=torch.bool)
         voice = Voice(c.domain, [labels.index(i) for i in columns], p[: len(rows)], own)
         return cls(industry, voice, columns, p[len(rows) :])
