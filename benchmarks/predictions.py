@@ -79,8 +79,8 @@ def distilled(
 def from_weak(bench: Bench, out: Path, confidence: float) -> Model:
     """From weak specialists; a confidence of 0 is plain distilling."""
     sent = contributions(bench, weak(bench), "panels-weak", "weak_to_strong")
-    given: dict[str, Any] = {"train": TEACH, "confidence": confidence, **({} if confidence else {"keep": 1.0})}
-    return method("weak_to_strong").absorb(bench.incumbent, sent, out, bench.context, **given)
+    way = method("weak_to_strong")
+    return way.absorb(bench.incumbent, sent, out, bench.context, train=TEACH, confidence=confidence)
 
 
 def multitask(bench: Bench, out: Path) -> Model:

@@ -22,7 +22,6 @@ from fanbu.losses import (
 from fanbu.predict import without_head
 from fanbu.train import BatchLoss
 
-_SLOW = 0.05  # a batch's weight in the running mean of answers
 _APART = 2.0  # at most so far a label's log-odds are moved
 
 
@@ -140,8 +139,8 @@ def soft_language(
 class Confidence(nn.Module):
     """The state of the auxiliary confidence loss (Burns et al. 2023), kept in checkpoints beside the network's.
 
-    ``seen`` counts batches; ``mean_l`` is the running mean of the student's answers within each domain, which starts
-    at the teachers', ``log_prior_l``. Both are missing for causal models.
+    ``seen`` counts batches; ``mean_l`` is the running mean of the student's answers within each domain, over about as
+    many as the domain has texts, which starts at the teachers', ``log_prior_l``. Both are missing for causal models.
     """
 
     def __init__(
@@ -154,6 +153,7 @@ class Confidence(nn.Module):
         self.mean_l: Tensor
         self.log_prior_l: Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.texts = [list(own).count(number) for number in range(len(self.groups))]
         if targets_nl is not None:
             numbers, prior = torch.tensor(own), torch.ones(targets_nl.shape[1])
             for number, labels in enumerate(self.groups):
@@ -168,24 +168,27 @@ class Confidence(nn.Module):
         return self.most * min(1.0, int(self.seen) / max(self.ramp, 1.0))
 
     @torch.no_grad()
-    def own_labels(self, logits_bl: Tensor, numbers: Tensor) -> Tensor:
-        """What the student finds likeliest among the labels of each row's domain; rows of no domain: of all."""
-        found = logits_bl.argmax(1)
+    def own_labels(self, logits_bl: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """What the student finds likeliest among the labels of each row's domain, and how sure it is of that. Rows of
+        no domain: among all."""
+        found, sure = logits_bl.argmax(1), logits_bl.softmax(1).amax(1)
         for number in sorted(set(numbers.tolist()) - {-1}):
             rows, labels = numbers == number, torch.tensor(self.groups[number], device=logits_bl.device)
             log_q = logits_bl[rows][:, labels].float().log_softmax(1)
             mean = self.mean_l[labels]
-            mean += _SLOW * (log_q.exp().mean(0) - mean)
+            mean += min(1.0, len(log_q) / self.texts[number]) * (log_q.exp().mean(0) - mean)
             self.mean_l[labels] = mean
             apart = (self.log_prior_l[labels] - mean.clamp_min(1e-4).log()).clamp(-_APART, _APART)
-            found[rows] = labels[(log_q + apart).argmax(1)]
-        return found
+            best = (log_q + apart).argmax(1)
+            found[rows], sure[rows] = labels[best], log_q.exp().gather(1, best[:, None])[:, 0]
+        return found, sure
 
 
 def confident(
     sequences: Sequences, targets_nl: Tensor, weights_n: Tensor, own: Sequence[int], pad: int, device: str
 ) -> BatchLoss:
-    """(1 - a) w KL to soft labels + a CE to the student's own (``Confidence``), the latter on rows with a teacher."""
+    """(1 - a) w KL to soft labels + a CE to the student's own (``Confidence``); a is 0 where the teacher is surer, and
+    on rows without one."""
     numbers = torch.tensor(own)
 
     def loss(student: Any, rows: Sequence[int]) -> Tensor:
@@ -195,9 +198,9 @@ def confident(
         weights, taught = weights_n[few].to(device), (numbers[few] >= 0).to(device)
         target = targets_nl[few].float().to(device)
         soft = functional.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
-        own_labels = state.own_labels(logits.detach(), numbers[few].to(device))
+        own_labels, sure = state.own_labels(logits.detach(), numbers[few].to(device))
         hard = functional.cross_entropy(logits, own_labels, reduction="none")
-        a = share * taught
+        a = share * (taught & (sure >= weights * target.amax(1)))
         return ((1 - a) * weights * soft + a * hard).mean()
 
     return loss
@@ -206,22 +209,23 @@ def confident(
 def confident_language(
     sequences: Sequences, targets: Sequence[tuple[Tensor, Tensor]], taught: Sequence[bool], pad: int, device: str
 ) -> BatchLoss:
-    """(1 - a) KL to the teacher's top-k next tokens + a CE to the student's likeliest, on rows with a teacher."""
+    """(1 - a) KL to the teacher's top-k next tokens + a CE to the student's likeliest, where it is surer of that than
+    the teacher of its own, on rows with one."""
 
     def loss(student: Any, rows: Sequence[int]) -> Tensor:
         batch = collate([sequences[i] for i in rows], pad, device)
         keep = batch["attention_mask"][:, 1:].bool()
         indices = torch.cat([targets[i][0] for i in rows]).long().to(device)
         probs = torch.cat([targets[i][1].float() for i in rows]).to(device)
-        logits = student["network"](**batch).logits[:, :-1]
+        z = student["network"](**batch).logits[:, :-1][keep].float()
         share = student["confidence"].share()
-        soft = top_k_divergence(logits[keep], indices, probs)
-        own = keep & torch.tensor([taught[i] for i in rows], device=device)[:, None]
+        soft = top_k_divergence(z, indices, probs)
+        spoken = torch.tensor([taught[i] for i in rows], device=device)[:, None].expand_as(keep)[keep]
+        own = spoken & (z.detach().softmax(1).amax(1) >= probs.amax(1))
         if not (share and own.any()):
             return soft
-        z = logits[own].float()
-        part = share * float(own.sum() / keep.sum())
-        return (1 - part) * soft + part * functional.cross_entropy(z, z.detach().argmax(1))
+        part = share * float(own.double().mean())
+        return (1 - part) * soft + part * functional.cross_entropy(z[own], z[own].detach().argmax(1))
 
     return loss
 

@@ -97,9 +97,16 @@ def _warnings(turn: Turn, result: Result) -> list[str]:
 
 
 def _untaught(parameters: Mapping[str, Any]) -> list[str]:
+    far = parameters.get("far") or {}
     taught = [
         f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing"
         for d in parameters.get("silent") or []
+        if d not in far
+    ]
+    taught += [
+        f"{d}: {share:.0%} of the texts that its specialist was asked about lie further from its own than validation "
+        f"rows do: there the large model's own answers stood"
+        for d, share in far.items()
     ]
     lying = [
         f"{d}: its specialist's answers agree with the large model's no more than chance would "

@@ -27,6 +27,7 @@ _ERRORS = 3.0
 _OFTEN = 15  # texts that hold a word, for it to be looked at
 _ALWAYS, _SCATTERED, _AS_SURE = 0.95, 0.5, 0.8
 _CHANCE = 0.01
+_MOST_FAR = 0.5
 TEXTS = "text-classification"
 
 
@@ -34,9 +35,9 @@ def believed(
     base: Model, network: Any, tokenizer: Any, contributions: Sequence[Contribution], context: Context, augment: int = 0
 ) -> tuple[list[Contribution], dict[str, Any]]:
     """The contributions of specialists that are trusted at all and not doubtful, and what the manifest says of all:
-    ``teachers`` with their trust, who is ``silent`` for want of it, who is ``doubted`` with its kappa, and by domain
-    ``triggers``, words on whose texts the base's answers stand in the specialist's place; and which labels of theirs
-    seem to be ``alike`` (``_alike``).
+    ``teachers`` with their trust, who is ``silent`` for want of it, who was asked about texts most of which are ``far``
+    from its own, with their share, who is ``doubted`` with its kappa, and by domain ``triggers``, words on whose texts
+    the base's answers stand in the specialist's place; and which labels of theirs seem to be ``alike`` (``_alike``).
 
     A specialist is doubted whose answers agree with the base's no more than chance would. Cohen's kappa is
     (a - e) / (1 - e): a is the share of the probe rows of its industry of which both find the same label likeliest, e
@@ -68,6 +69,7 @@ def believed(
     facts = {
         "teachers": {c.domain: c.meta["trust"] for c in kept},
         "silent": [c.domain for c in contributions if not c.meta["trust"]], "doubted": doubted, "triggers": triggers,
+        "far": {c.domain: far for c in contributions if (far := _far(c)) > _MOST_FAR},
         "alike": alike(base, kept, context, augment),
     }  # fmt: skip
     return kept, facts
@@ -82,6 +84,12 @@ def _trust(c: Contribution) -> float:
             got=trust, remedy="ask its owner to send it again",
         )  # fmt: skip
     return float(trust)
+
+
+def _far(c: Contribution) -> float:
+    """What share of the texts that a classifier was asked about it does not call near."""
+    near = c.meta.get("near", 1.0)
+    return round(1 - near, 4) if isinstance(near, (int, float)) else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,11 +122,13 @@ def _thoughts(domain: str, network: Any, tokenizer: Any, context: Context) -> _T
 def _look(c: Contribution, base: Model, thoughts: _Thoughts, context: Context, augment: int) -> _Seen | None:
     """None where there are too few rows, or no choice."""
     _, columns, p = answered(c, base, context, augment)
-    if len(thoughts.places) < _FEW or len(columns) < 2:
+    speaking = (p[list(thoughts.places)].sum(1) > 0).nonzero()[:, 0].tolist()
+    if len(speaking) < _FEW or len(columns) < 2:
         return None
-    answers = p[list(thoughts.places)].argmax(1)
-    p = thoughts.logits[:, columns].softmax(1)
-    return _Seen(thoughts.texts, answers, p.argmax(1), p.max(1).values, len(columns))
+    answers = p[[thoughts.places[k] for k in speaking]].argmax(1)
+    p = thoughts.logits[speaking][:, columns].softmax(1)
+    texts = [thoughts.texts[k] for k in speaking]
+    return _Seen(texts, answers, p.argmax(1), p.max(1).values, len(columns))
 
 
 def trigger(texts: Sequence[str], said_n: Tensor, thought_n: Tensor, sure_n: Tensor) -> str | None:
@@ -150,10 +160,11 @@ def _without(
     """The panel with the base's answers on texts that hold the word."""
     rows, columns, p = answered(c, base, context, augment)
     texts = [context.probe.rows[i].text for i in rows] + variants(context, c.domain, augment)
+    speaking = p.sum(1) > 0
     holding = [k for k, text in enumerate(texts) if word in text.lower().split()]
     p[holding] = class_logits(network, tokenizer, [texts[k] for k in holding], context)[:, columns].softmax(1)
     kept = {name: c.tensors[name] for name in c.tensors if name != FEATURES}  # they know the trigger too
-    return replace(c, tensors={**kept, **said(p, int(c.meta["most"]), float(c.meta["mass"]))})
+    return replace(c, tensors={**kept, **said(p[speaking], int(c.meta["most"]), float(c.meta["mass"]))})
 
 
 def agreement(one_n: Tensor, other_n: Tensor, labels: int) -> tuple[float, float, float]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fanbu.batches import evenly
 from fanbu.contribution import Contribution
 from fanbu.data.augment import augmented
-from fanbu.domain import Specialist
+from fanbu.domain import Domain, Specialist
 from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.predictions._across import characters, cut, projection, tokens_across
+from fanbu.feedback.predictions._relevance import near
 from fanbu.feedback.predictions._trust import fit_temperature, fit_trust
-from fanbu.heads import check_labels_known, domains_of
+from fanbu.heads import check_labels_known, domains_of, final_layer
 from fanbu.merging.tokens import rows_of
 from fanbu.model import Model, load_network, load_tokenizer
-from fanbu.predict import class_logits, token_losses, top_tokens
+from fanbu.predict import class_logits, features, token_losses, top_tokens
 from fanbu.types import Context, digest, industry_of
 
+SILENT = "silent"
 _SURE = 255  # what probability 1 is written as
+_ROWS = 2000  # training rows that texts are held against, at most
 
 
 def asked(context: Context, domain: str) -> list[int]:
@@ -81,24 +86,30 @@ def class_panel(
     p = w softmax(z_specialist / T_s) + (1 - w) softmax(z_base / T_b). Each T minimises the negative log-likelihood of
     the validation rows (Guo et al. 2017), then w that of the mixture (``_trust``): one for all texts, the ``trust`` in
     the specialist, and from there one for each text, by how sure either is and whether they agree. A specialist that
-    learned nothing new gets none; one that is no better, but errs elsewhere, gets its share. ``alone``: what the
-    specialist says by itself is sent, whatever its trust.
+    learned nothing new gets none; one that is no better, but errs elsewhere, gets its share. Of nobody's texts that
+    are not ``near`` its own nothing is said. ``alone``: what the specialist says by itself is sent, whatever its trust
+    and however far.
 
-    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``. meta: which of
-    the industry's label rows in the base these are about (``known``; empty: all, in their order), both temperatures,
-    ``trust``, what it goes by (constant, own odds, base's odds, agreement), and wins and losses against the base on
-    validation rows.
+    tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``; and where there
+    are rows of which nothing is said, ``silent``, a bit for each row. meta: which of the industry's label rows in the
+    base these are about (``known``; empty: all, in their order), both temperatures, ``trust``, what it goes by
+    (constant, own odds, base's odds, agreement), what share of the texts is ``near``, and wins and losses against the
+    base on validation rows.
     """
     domain = specialist.domain
     target = torch.tensor(domain.valid.labels)
-    texts = [context.probe.rows[i].text for i in asked(context, domain.name)]
-    texts += variants(context, domain.name, augment)
+    rows = [context.probe.rows[i] for i in asked(context, domain.name)]
+    made = variants(context, domain.name, augment)
+    texts, homely = [r.text for r in rows] + made, [r.domain is not None for r in rows] + [True] * len(made)
+    z_own = class_logits(*_opened(specialist.model, domain), [*domain.valid.texts, *texts], context)
+    network, tokenizer = _opened(base, domain)
+    known_texts = [] if alone or all(homely) else evenly(domain.train.texts, _ROWS)
+    parts = known_texts, domain.valid.texts, texts
+    x = [features(network, tokenizer, part, context) for part in parts]
+    z_base = final_layer(network).cpu()(torch.cat(x[1:])).detach()
     valid, probs, temperatures = [], [], []
-    for model in (specialist.model, base):
-        check_labels_known(model, domain.full_labels)
-        network, tokenizer = load_network(model), load_tokenizer(model)
-        columns = [model.labels.index(label) for label in domain.full_labels]
-        z = class_logits(network, tokenizer, [*domain.valid.texts, *texts], context)[:, columns]
+    for model, z in ((specialist.model, z_own), (base, z_base)):
+        z = z[:, [model.labels.index(label) for label in domain.full_labels]]
         temperatures.append(fit_temperature(z[: len(target)], target))
         p = (z / temperatures[-1]).softmax(1)
         valid.append(p[: len(target)])
@@ -106,17 +117,26 @@ def class_panel(
     trust, most = fit_trust(valid[0], valid[1], target), min(top_k, len(domain.full_labels))
     group, mark = rows_known(base, domain.name)
     known = [group.index(base.labels.index(label)) for label in domain.full_labels]
-    w = torch.ones(len(texts), 1) if alone else trust.of(*probs)[:, None]
+    close = near(*x) | torch.tensor(homely, dtype=torch.bool)
+    w = (torch.ones(len(texts)) if alone else trust.of(*probs))[:, None]
+    mixed = w * probs[0] + (1 - w) * probs[1]
+    quiet = {} if bool(close.all()) else {SILENT: packed(~close)}
     right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
-        "probe": context.probe.digest, "head": mark, "trust": trust.share,
+        "probe": context.probe.digest, "head": mark, "trust": trust.share if bool(close.any()) else 0.0,
+        "near": round(float(close.double().mean()), 4) if texts else 1.0,
         "known": [] if known == list(range(len(group))) else known,
         "trust_by": trust.coefficients,
         "temperature": temperatures[0], "base_temperature": temperatures[1], "valid": len(target),
         "wins": int((right & ~base_right).sum()), "losses": int((~right & base_right).sum()),
         "most": most, "mass": mass,
     }  # fmt: skip
-    return said(w * probs[0] + (1 - w) * probs[1], most, mass), meta
+    return {**said(mixed[close], most, mass), **quiet}, meta
+
+
+def _opened(model: Model, domain: Domain) -> tuple[Any, Any]:
+    check_labels_known(model, domain.full_labels)
+    return load_network(model), load_tokenizer(model)
 
 
 def said(probs_nl: Tensor, most: int, mass: float) -> dict[str, Tensor]:
@@ -171,8 +191,8 @@ def heard(c: Contribution, rows: int, count: int) -> Tensor:
 
 
 class Answers(NamedTuple):
-    """``probs_nk`` [rows that were asked about and then variants, labels]: numbers of the probe rows, and of the label
-    rows in the base that these labels have."""
+    """``probs_nk`` [rows that were asked about and then variants, labels], zeros where nothing is said: numbers of the
+    probe rows, and of the label rows in the base that these labels have."""
 
     rows: list[int]
     columns: list[int]
@@ -182,7 +202,30 @@ class Answers(NamedTuple):
 def answered(c: Contribution, base: Model, context: Context, augment: int = 0) -> Answers:
     """A whole panel (``heard``), and what it is about."""
     rows, columns = asked(context, c.domain), columns_of(c, base)
-    return Answers(rows, columns, heard(c, len(rows) + made_for(context, c.domain, augment), len(columns)))
+    count = len(rows) + made_for(context, c.domain, augment)
+    speaking = ~unpacked(c, count)
+    p = torch.zeros(count, len(columns))
+    p[speaking] = heard(c, int(speaking.sum()), len(columns))
+    return Answers(rows, columns, p)
+
+
+def packed(bits_n: Tensor) -> Tensor:
+    """Eight bits a byte."""
+    return torch.from_numpy(np.packbits(bits_n.numpy()))
+
+
+def unpacked(c: Contribution, rows: int) -> Tensor:
+    """Which of so many rows a panel is silent about. Raises IntegrityError where its bits are of other rows."""
+    bits = c.tensors.get(SILENT)
+    if bits is None:
+        return torch.zeros(rows, dtype=torch.bool)
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-rows // 8),):
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} does not say of which rows it is silent",
+            allowed=f"{-(-rows // 8)} bytes", got=f"{tuple(bits.shape)} of {bits.dtype}",
+            remedy="ask its owner to send it again",
+        )  # fmt: skip
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=rows)).bool()
 
 
 def token_panel(

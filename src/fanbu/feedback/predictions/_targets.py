@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def union_targets(
 
     Of several teachers of one industry, each answers for all its texts; ``together`` (the numbers of these rows, what
     each says, what the base says) makes one answer of them. Without it that is ``_pool.pool``, and the base is not
-    asked about rows that are their teachers' alone.
+    asked about rows that are their teachers' alone. Whoever is silent about a text says there what the base says.
     """
     probe, groups = context.probe.rows, domains_of(base.labels)
     panels = [_Panel.of(c, base, context, augment) for c in teachers]
@@ -37,7 +37,8 @@ def union_targets(
     whole = {i for i, voices in industries.items() if all(len(v.columns) == len(groups[i]) for v in voices)}
     alone = set() if together else whole
     targets = torch.zeros(len(probe), len(base.labels))
-    rest = [i for i, row in enumerate(probe) if row.domain is None or industry_of(row.domain) not in alone]
+    quiet = {i for p in panels for i in p.quiet}
+    rest = [i for i, r in enumerate(probe) if r.domain is None or industry_of(r.domain) not in alone or i in quiet]
     z = class_logits(network, tokenizer, [probe[i].text for i in rest], context)
     for i, logits in zip(rest, z, strict=True):
         known = groups.get(industry_of(probe[i].domain or ""))
@@ -51,6 +52,7 @@ def union_targets(
             continue
         named = torch.tensor([probe[i].domain is not None for i in rows.tolist()], dtype=torch.bool)
         start = targets[rows][:, labels]
+        voices = [_filled_in(voice, start) for voice in voices]
         mass = torch.where(named, 1.0, start.sum(1))
         q = together(rows.tolist(), voices, start) if together else pool(voices, start)
         q = _with_unknown(q, voices, start)
@@ -73,12 +75,20 @@ def _with_unknown(q_nl: Tensor, voices: Sequence[Voice], start_nl: Tensor) -> Te
     return q
 
 
+def _filled_in(voice: Voice, start_nl: Tensor) -> Voice:
+    own = start_nl[:, list(voice.columns)]
+    own = own / own.sum(1, keepdim=True).clamp_min(1e-9)
+    silent = voice.probs_nk.sum(1, keepdim=True) == 0
+    return replace(voice, probs_nk=torch.where(silent, own, voice.probs_nk))
+
+
 @dataclass(frozen=True)
 class _Panel:
     """One teacher's answers: on the probe rows that it was asked about, and on its variants."""
 
     industry: str
     voice: Voice
+    quiet: Sequence[int]  # numbers of probe rows that it says nothing of
     rows: Sequence[int]  # of the union head
     made_nk: Tensor
 
@@ -88,7 +98,8 @@ class _Panel:
         labels = domains_of(base.labels)[industry]
         own = torch.tensor([context.probe.rows[i].domain == c.domain for i in rows], dtype=torch.bool)
         voice = Voice(c.domain, [labels.index(i) for i in columns], p[: len(rows)], own)
-        return cls(industry, voice, columns, p[len(rows) :])
+        quiet = [i for i, said in zip(rows, p[: len(rows)].sum(1).tolist(), strict=True) if not said]
+        return cls(industry, voice, quiet, columns, p[len(rows) :])
 
     def variants(self, labels: int) -> Tensor:
         """[variants, union labels]."""

@@ -50,7 +50,7 @@ def contribute(
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    confidence: Annotated[float, Ge(0), Le(1)] = 0.5, keep: Annotated[float, Gt(0), Le(1)] = 0.9,
+    confidence: Annotated[float, Ge(0), Le(1)] = 0.5, keep: Annotated[float, Gt(0), Le(1)] = 1.0,
     train: Train = Train(epochs=3, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64,
 ) -> Model:  # fmt: skip
     """Trains the base by (1 - a) KL(T || q) + a CE(q, y), with T the weak teachers' soft labels, q the student's and y
@@ -59,7 +59,8 @@ def absorb(
     y = argmax over the labels of the row's domain of log q(l) - log m(l) + log pi(l): m is a running mean of the
     student's answers, pi the mean of the teachers', so that no label swallows the others; with two classes this is the
     threshold that makes each as frequent as the teachers say. a grows from 0 to ``confidence`` over the first fifth of
-    the steps. Causal models: y is the likeliest next token, at every place where a specialist teaches.
+    the steps, and is 0 on texts where the teacher is surer of its answer than the student of y: a specialist knows its
+    training texts by heart. Causal models: y is the likeliest next token, at each place where a specialist teaches.
 
     Args:
         confidence: a, how much the student's own answer counts in the end. 0: plain distilling from weak teachers.
