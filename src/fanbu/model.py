@@ -481,13 +481,18 @@ def copy_model(model: Model, out: Path) -> Model:
     return open_model(out, verify=False)
 
 
+def said_anew(model: Model, changes: Mapping[str, Any]) -> Model:
+    """The model with these entries of its manifest changed; its card follows."""
+    manifest = {**model.manifest, **changes}
+    write_text(model.path / CARD, model_card(manifest))
+    write_text(model.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, default=str))
+    return open_model(model.path, verify=False)
+
+
 def require_task(model: Model, task: Task) -> None:
     """Raises DataError where a model is not made for a task."""
     if model.task != task:
         raise DataError(
-            "task-mismatch",
-            f"{model.path} is not a model for {task}",
-            allowed=task,
-            got=model.config.get("architectures"),
-            remedy="give a model of that task",
-        )
+            "task-mismatch", f"{model.path} is not a model for {task}", allowed=task,
+            got=model.config.get("architectures"), remedy="give a model of that task",
+        )  # fmt: skip

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,8 +17,10 @@ from pydantic import (
     Field,
     FieldSerializationInfo,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    model_serializer,
     model_validator,
 )
 
@@ -27,9 +28,9 @@ from fanbu.catalogue import method, suggestion
 from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
+from fanbu.recipe_text import apply_change, read_yaml
 from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, silent
 
-MAX_RECIPE = 2**20
 SPLITS = ("train", "valid", "test", "unlabelled")
 
 
@@ -135,15 +136,26 @@ def _joined(first: Any, more: list[str | None]) -> Any:
 
 
 class Step(BaseModel):
-    """A method with its parameters; the catalogue checks them against the method's signature."""
+    """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
+    taken so often, each time on what it made of the large model before (inner rounds)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
+    times: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+    @model_serializer(mode="wrap")
+    def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if k != "times" or v != 1}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The parameters."""
         return dict(self.model_extra or {})
+
+    @property
+    def called(self) -> str:
+        """What a report calls it."""
+        return self.method if self.times == 1 else f"{self.method} x{self.times}"
 
 
 class PublicTexts(_Part):
@@ -258,6 +270,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
         raise _explain(error) from None
     for step in recipe.shrink:
         method(step.method, "shrink").check(step.arguments)
+        if step.times > 1:
+            raise UsageError(
+                "repeats", f"shrink: {step.method} is a way down, and taken once", allowed="times with a way back",
+                got=step.times, remedy="list the step as often as it is to be taken",
+            )  # fmt: skip
     for step in recipe.ways:
         method(step.method, "feedback").check(step.arguments)
     twice = set(recipe.domains) & set(recipe.guards)
@@ -267,57 +284,6 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
     if unknown := set(recipe.gate.margins) - set(known):
         raise UsageError("unknown-domain", "gate.margins", allowed=known, got=unknown, remedy="fix the name")
     return _resolve(recipe, folder)
-
-
-class _Once(yaml.SafeLoader):
-    """Refuses a key that is there twice: the first would be lost without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"key {key.value!r} is there twice (again before line {node.end_mark.line + 1})")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping of bounded size, without aliases (a few lines of them can stand for gigabytes)."""
-    if not path.is_file():
-        raise UsageError("recipe-not-found", f"no recipe at {path}", got=path, remedy="check the path")
-    if path.stat().st_size > MAX_RECIPE:
-        raise UsageError(
-            "recipe-too-large", f"{path}", allowed=f"{MAX_RECIPE} bytes", remedy="a recipe is a short text"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UsageError("recipe-alias", f"{path} uses YAML aliases (*name)", remedy="write the value out")
-        value = yaml.load(text, _Once)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError("recipe-broken", f"{path} is no YAML: {error}", remedy="repair it") from None
-    if not isinstance(value, dict):
-        raise UsageError(
-            "recipe-broken", f"{path} is no mapping", got=type(value).__name__, remedy="start with fanbu: 1"
-        )
-    return value
-
-
-def apply_change(value: dict[str, Any], change: str) -> None:
-    """Sets ``key.key=value`` in a mapping of mappings."""
-    key, equals, text = change.partition("=")
-    if not equals:
-        raise UsageError("set-form", "--set", allowed="key.key=value", got=change, remedy="write it like this")
-    *path, last = key.split(".")
-    for name in path:
-        value = value.setdefault(name, {})
-        if not isinstance(value, dict):
-            raise UsageError("set-form", f"--set {key}: {name} is no mapping", got=change, remedy="check the key")
-    try:
-        value[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(
-            "set-form", f"--set {key}: the value is no YAML: {error}", got=change, remedy="quote it"
-        ) from None
 
 
 def _explain(error: ValidationError, at: tuple[str, ...] = ()) -> UsageError:
@@ -390,7 +356,7 @@ def _placed(step: Step, folder: Path) -> Step:
         inner = found.get(block)
         if isinstance(inner, Mapping) and inner.get(name):
             found[block] = {**inner, name: str((folder / str(inner[name])).resolve())}
-    return Step.model_validate({"method": step.method, **found})
+    return Step.model_validate({"method": step.method, "times": step.times, **found})
 
 
 def _absolute(source: Any, folder: Path) -> Any:

@@ -60,7 +60,7 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
 
 
 def _ways(turn: Turn) -> str:
-    return " > ".join(step.method for step in turn.recipe.feedback)
+    return " > ".join(step.called for step in turn.recipe.feedback)
 
 
 def _by_way(turn: Turn, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _searched(model: Model) -> dict[str, Any]:
 
 def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
     """Candidate and incumbent first, then the specialists, then the references."""
-    rows, stages = [], {"candidate": [s.method for s in turn.recipe.feedback], "incumbent": ["incumbent"]}
+    rows, stages = [], {"candidate": [s.called for s in turn.recipe.feedback], "incumbent": ["incumbent"]}
     for name, by_domain in result.outcomes.items():
         role = name if name in {"incumbent", "candidate", "specialists"} else "reference"
         title = {

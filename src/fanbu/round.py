@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
+from fanbu.feeding import feed, plain
 from fanbu.files import write_text
 from fanbu.heads import check_labels_known, get_head, open_classifier, set_head
 from fanbu.judge.evaluate import examine, measure, tfidf
@@ -80,29 +81,6 @@ def without_domain(ledger: Workspace, model: Model, domain: str, staying: Iterab
     return open_model(done.path / "model", verify=False)
 
 
-def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
-    """Contribute at each owner, absorb at the centre."""
-    way, name = method(step.method, "feedback"), name or step.method
-    sent = [contribute(turn, way, step.arguments, s, base) for s in specialists]
-    inputs = {
-        "base": base.digest, "contributions": sorted(c.digest for c in sent),
-        "arguments": _plain(way.own("absorb", step.arguments)), **turn.settings(probe=True),
-    }  # fmt: skip
-    return turn.model(name, way.module, inputs, lambda out, c: way.absorb(base, sent, out, c, **step.arguments))
-
-
-def contribute(turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model) -> Contribution:
-    """One owner's contribution, through the boundary."""
-    inputs = {
-        "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest,
-        "arguments": _plain(way.own("contribute", arguments)), **turn.settings(probe=way.needs.probe),
-    }  # fmt: skip
-    name = f"{way.name} contribution {s.domain.name}"
-    return turn.contribution(
-        name, way.module, inputs, s.domain, lambda out, c: way.contribute(s, base, c, **arguments)
-    )[0]
-
-
 @dataclass(frozen=True)
 class Birth:
     """How a domain came to its specialist in this round.
@@ -140,7 +118,7 @@ def grow(turn: Turn, parent: Model, domain: Domain) -> Model:
         way = method(step.method, "shrink")
         inputs = {
             "parent": chain[-1].digest, "domain": domain.digest, "step": number,
-            "arguments": _plain(way.check(step.arguments)), **turn.settings(),
+            "arguments": plain(way.check(step.arguments)), **turn.settings(),
             **({"forebears": [m.digest for m in chain[:-1]]} if number else {}),
             **({"teacher": open_model(named).digest} if (named := step.arguments.get("teacher")) else {}),
         }  # fmt: skip
@@ -186,10 +164,6 @@ def validated(turn: Turn, model: Model, domain: Domain) -> float:
     inputs = {"model": model.digest, "domain": domain.digest, **turn.settings()}
     sent, _ = turn.contribution(f"validate {domain.name}", "fanbu.predict", inputs, domain, make)
     return float(sent.meta["value"])
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in arguments.items()}
 
 
 Outcomes = dict[str, Contribution]

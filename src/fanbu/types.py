@@ -135,6 +135,23 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Inner:
+    """Where a way back that is taken ``times`` over stands: this is inner round ``number``, from 0.
+
+    ``before`` is the folder that the same owner (or the centre) left in the inner round before and ``after`` the one to
+    leave what is to be known in the next; an owner's never crosses. ``said`` is the folder of what the centre told all
+    owners in the inner round before, and ``telling``, at the centre, of what it tells them now. None: there is none.
+    """
+
+    number: int
+    times: int
+    before: Path | None = None
+    after: Path | None = None
+    said: Path | None = None
+    telling: Path | None = None
+
+
+@dataclass(frozen=True)
 class Context:
     """What a round hands to every step; what is keyword-only in a method is the user's.
 
@@ -142,6 +159,7 @@ class Context:
     ``max_length`` is in tokens. ``memory`` bounds what merging holds at once, in bytes; ``dtype`` is what merged
     tensors are stored in (``float32``, ``float16``, ``bfloat16``; None: as the base stores them). ``forebears`` are
     the models that a model to be shrunk came from in this chain, the large one first: one of them may teach it.
+    ``inner`` is there where a way back repeats.
     """
 
     seed: int = 0
@@ -156,10 +174,12 @@ class Context:
     memory: int = 2**29
     dtype: str | None = None
     forebears: tuple[Path, ...] = ()
+    inner: Inner | None = None
 
     def seeded(self, *names: object) -> int:
-        """The seed for one purpose of this run."""
-        return derived_seed(self.seed, *names)
+        """The seed for one purpose of this run, and of this inner round."""
+        again = (self.inner.number,) if self.inner and self.inner.number else ()
+        return derived_seed(self.seed, *names, *again)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def print_values(values: Mapping[str, Any], as_json: bool) -> None:
 
 def arguments_of(changes: list[str] | None) -> dict[str, Any]:
     """What ``--set`` says, as a mapping."""
-    from fanbu.recipe import apply_change
+    from fanbu.recipe_text import apply_change
 
     value: dict[str, Any] = {}
     for change in changes or []:

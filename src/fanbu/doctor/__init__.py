@@ -71,7 +71,8 @@ def _recipe(
     """What can be said of a recipe; what depends on something that is broken is left out."""
     from fanbu.model import open_model
     from fanbu.plan import check_plan
-    from fanbu.recipe import load_recipe, read_yaml
+    from fanbu.recipe import load_recipe
+    from fanbu.recipe_text import read_yaml
 
     told: dict[str, Any] = {"recipe": str(path), "domains": {}, "methods": [], "estimate": None}
     value = found.attempt("recipe", lambda: read_yaml(path))
@@ -269,9 +270,9 @@ def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
                 "warnings": list(d.warnings)}
             for n, d in domains.items()
         },
-        "shrink": [{"method": s.method, **s.arguments} for s in recipe.shrink],
-        "feedback": [{"method": s.method, **s.arguments} for s in recipe.feedback],
-        "references": [r if isinstance(r, str) else {"method": r.method, **r.arguments} for r in recipe.references],
+        "shrink": [s.model_dump() for s in recipe.shrink],
+        "feedback": [s.model_dump() for s in recipe.feedback],
+        "references": [r if isinstance(r, str) else r.model_dump() for r in recipe.references],
         "gate": recipe.gate.model_dump(),
         "estimate": _estimate(recipe, domains, open_model(recipe.model), progress),
     }  # fmt: skip

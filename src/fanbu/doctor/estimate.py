@@ -63,7 +63,7 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
         found += [_shrink(step, d, model) for step in recipe.shrink]
     for number, step in enumerate(recipe.ways):
         before = "" if number < len(recipe.feedback) else "reference "
-        found.append(_feed(before + step.method, step, feeding, asked, public))
+        found.append(_feed(before + step.called, step, feeding, asked, public))
     tested = sum(len(d.test) for d in domains.values())
     own = sum(len(d.test) for d in feeding)
     models = 2 + len(recipe.ways) - len(recipe.feedback)
@@ -109,7 +109,8 @@ def _shrink(step: Step, d: Domain, model: Model) -> Work:
 
 
 def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, int], public: int) -> Work:
-    """A way back: it trains on the probe set, or on labelled rows where those cross, or not at all."""
+    """A way back, as often as it is taken: it trains on the probe set, or on labelled rows where those cross, or at
+    each owner, or not at all."""
     way, plan = method(step.method, "feedback"), _plan(step, "feedback")
     rows = predicted = 0
     if way.needs.probe:
@@ -117,8 +118,11 @@ def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, 
         predicted = rows + public * len(feeding) + sum(2 * len(d.valid) for d in feeding)
     elif way.needs.texts or way.needs.labels:
         rows = sum(len(d.train) for d in feeding)
-    batches, trained = _steps(plan, rows) if plan else (0, 0)
-    return Work(name, batches, trained, predicted, 2 + 2 * len(feeding))
+    parts = [len(d.train) for d in feeding] if way.needs.kind == "updates" else [rows]  # each owner trains by itself
+    done = [_steps(plan, part) for part in parts] if plan else []
+    batches, trained = sum(b for b, _ in done), sum(t for _, t in done)
+    n = step.times
+    return Work(name, n * batches, n * trained, n * predicted, n * (2 + 2 * len(feeding)))
 
 
 def _plan(step: Step, way: str) -> Train | None:

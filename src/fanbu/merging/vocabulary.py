@@ -20,7 +20,7 @@ from fanbu.errors import FitError, UsageError
 from fanbu.files import write_text
 from fanbu.merging.token_rows import Missing, Rewrite, check_rules
 from fanbu.merging.tokens import OneVocabulary, Row, Vocabulary, united, vocabulary_of
-from fanbu.model import CARD, MANIFEST, Model, load_tokenizer, model_card, model_files, open_model
+from fanbu.model import Model, load_tokenizer, model_files, open_model, said_anew
 from fanbu.types import Context
 
 _VOCABULARY_FILES = {"vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"}
@@ -230,10 +230,6 @@ def _write_tokenizer(base: Model, new: Vocabulary, folder: Path) -> None:
 
 def tell(made: Model, large: Model, base: Model, how: OneVocabulary) -> Model:
     """The merged model with a manifest that names the real base, in place of one that lay beside it for a while."""
-    manifest = dict(made.manifest)
-    manifest["parents"] = [base.digest if p == large.digest else p for p in manifest["parents"]]
+    parents = [base.digest if p == large.digest else p for p in made.manifest["parents"]]
     source = how.source.rstrip("/").rpartition("/")[2]  # paths of this machine do not belong in a checkpoint
-    manifest["parameters"] = {**manifest["parameters"], "vocabulary": source}
-    write_text(made.path / CARD, model_card(manifest))
-    write_text(made.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, default=str))
-    return open_model(made.path, verify=False)
+    return said_anew(made, {"parents": parents, "parameters": {**made.manifest["parameters"], "vocabulary": source}})

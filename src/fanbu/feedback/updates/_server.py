@@ -1,0 +1,230 @@
+"""What the centre makes of owners' updates: one change of every tensor and label row, streamed from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fanbu.contribution import Contribution
+from fanbu.errors import IntegrityError
+from fanbu.heads import Head, sent_head
+from fanbu.merging.engine import Combine, Linear, Part, Stack, merge, stacks
+from fanbu.merging.geometry import gram
+from fanbu.merging.robust import Aggregate, bounded, chosen, middle
+from fanbu.merging.task_vector import HEAD, head_tensors
+from fanbu.model import Model, Provenance
+from fanbu.tensors import Shards, Tensors, borrow_rows, layout, read_rows
+from fanbu.types import Context
+
+_MOST = 10**7  # rows or steps that an owner may claim
+Step = Callable[[str, Part, Tensor], Tensor]  # of a tensor's name, its rows, and their mean change
+
+
+@dataclass(frozen=True)
+class How:
+    """How many changes become one: see ``fedavg.absorb``."""
+
+    scale: float = 1.0
+    by_rows: bool = True
+    aggregate: Aggregate = "mean"
+    liars: float = 0.3
+    clip: float = 0.0
+
+    @property
+    def by_coordinates(self) -> bool:
+        """Whether each number is looked at by itself."""
+        return self.aggregate in {"median", "trimmed"}
+
+
+def taken(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, how: How, made: Provenance,
+    step: Step | None = None, each: Callable[[Contribution], float] | None = None,
+) -> Model:  # fmt: skip
+    """theta = theta_base + scale * the changes as one; ``step`` makes of that what is added instead.
+
+    A label row changes by what those who know the label say. ``each`` gives a factor of an owner's whole change.
+    """
+    ordered = sorted(contributions, key=lambda c: c.domain)
+    heads = [h for h in map(_head, ordered) if h]
+    weights, factors = _weights(base, ordered, heads, context, how)
+    if each:
+        factors = [f * each(c) for f, c in zip(factors, ordered, strict=True)]
+
+    def rule(stack: Stack) -> Combine:
+        def by_coordinates(part: Part) -> Tensor:
+            return middle([d * f for d, f in zip(part.deltas, factors, strict=True)], how.aggregate, how.liars).mul_(
+                how.scale
+            )
+
+        combine: Combine = (
+            by_coordinates
+            if how.by_coordinates
+            else Linear([how.scale * w * f for w, f in zip(weights, factors, strict=True)])
+        )
+        return combine if step is None else lambda part: step(stack.name, part, combine(part))
+
+    if heads:
+        ordered = _with_head(ordered, _one_head(base, heads, weights, factors, how))
+    return merge(base, ordered, out, context, rule, made)
+
+
+def said_number(c: Contribution, what: str) -> int:
+    """How many ``rows`` an owner says that it trained on, or ``steps`` that it made. Raises IntegrityError where that
+    is no such number."""
+    number = c.meta.get(what)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= _MOST:
+        raise IntegrityError(
+            "contribution-broken", f"the update of {c.domain} does not say of how many {what} it is",
+            allowed=f"1 to {_MOST}", got=number, remedy="ask its owner to send it again",
+        )  # fmt: skip
+    return number
+
+
+def _weights(
+    base: Model, ordered: Sequence[Contribution], heads: Sequence[Head], context: Context, how: How
+) -> tuple[list[float], list[float]]:
+    """Of each owner: its weight, all summing to 1, and the factor that bounds its length."""
+    rows = torch.tensor([said_number(c, "rows") for c in ordered], dtype=torch.float64)
+    even = torch.ones(len(ordered), dtype=torch.float64)
+    weights = (rows if how.by_rows and how.aggregate == "mean" else even) / len(ordered)
+    weights, factors = weights / weights.sum(), even
+    if how.clip or how.aggregate not in {"mean", "median", "trimmed"}:
+        products = torch.zeros(len(ordered), len(ordered), dtype=torch.float64)
+        for stack in stacks(base, ordered, context):
+            products += gram(stack, deltas=True)
+        products += _products(base, heads) if heads else 0
+        factors = bounded(products, how.clip)
+        if how.aggregate != "mean":
+            weights = chosen(products * factors[:, None] * factors, how.aggregate, how.liars)
+    return weights.tolist(), factors.tolist()
+
+
+def _head(c: Contribution) -> Head | None:
+    parts = {n.rpartition(".")[2]: c.tensors[n] for n in c.tensors if n.startswith(HEAD)}
+    if not parts:
+        return None
+    parts.setdefault("bias", torch.zeros(len(c.meta["labels"])))
+    return sent_head(replace(c, tensors=parts))
+
+
+def _changes(base: Model, heads: Sequence[Head]) -> tuple[Head, list[Tensor]]:
+    """The base's rows that the owners know, and what each changed in them: [its labels, hidden + 1]."""
+    names, tensors = head_tensors(base), Tensors(base.path)
+    bias = tensors[names[1]] if len(names) > 1 else torch.zeros(len(base.labels))
+    start = Head(tuple(base.labels), tensors[names[0]].float(), bias.float())
+    known = start.take(sorted({label for head in heads for label in head.labels}, key=start.labels.index))
+    rows = [start.take(head.labels) for head in heads]
+    return known, [_joined(head) - _joined(row) for head, row in zip(heads, rows, strict=True)]
+
+
+def _joined(head: Head) -> Tensor:
+    return torch.cat([head.weight_lh.float(), head.bias_l.float()[:, None]], 1)
+
+
+def _products(base: Model, heads: Sequence[Head]) -> Tensor:
+    """Inner products of the changes of label rows; a label that one of two does not know adds nothing."""
+    known, changes = _changes(base, heads)
+    spread = torch.zeros(len(heads), len(known.labels), known.weight_lh.shape[1] + 1, dtype=torch.float64)
+    for number, (head, change) in enumerate(zip(heads, changes, strict=True)):
+        spread[number, [known.labels.index(label) for label in head.labels]] = change.double()
+    flat = spread.flatten(1)
+    return flat @ flat.T
+
+
+def _one_head(base: Model, heads: Sequence[Head], weights: Sequence[float], factors: Sequence[float], how: How) -> Head:
+    known, changes = _changes(base, heads)
+    total = torch.zeros(len(known.labels), known.weight_lh.shape[1] + 1)
+    for place, label in enumerate(known.labels):
+        rows = [
+            (w, f * change[head.labels.index(label)])
+            for head, change, w, f in zip(heads, changes, weights, factors, strict=True)
+            if label in head.labels
+        ]
+        if how.by_coordinates:
+            total[place] = middle([row for _, row in rows], how.aggregate, how.liars)
+        elif share := sum(w for w, _ in rows):
+            total[place] = torch.stack([w / share * row for w, row in rows]).sum(0)
+    made = _joined(known) + how.scale * total
+    return Head(known.labels, made[:, :-1], made[:, -1])
+
+
+def _with_head(ordered: Sequence[Contribution], head: Head) -> list[Contribution]:
+    """The same with all label rows in the first of them, as if it had sent these."""
+    names = sorted((n for n in ordered[0].tensors if n.startswith(HEAD)), key=lambda n: "bias" in n)
+    parts = dict(zip(names, (head.weight_lh, head.bias_l), strict=False))
+    first = replace(
+        ordered[0],
+        tensors=Overlaid(ordered[0].tensors, HEAD, parts),
+        meta={**ordered[0].meta, "labels": list(head.labels)},
+    )
+    return [first, *(replace(c, tensors=Overlaid(c.tensors, HEAD, {})) for c in ordered[1:])]
+
+
+class Overlaid(Mapping[str, Tensor]):
+    """Tensors, without those whose names begin so, and with ``more``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], without: str, more: Mapping[str, Tensor]) -> None:
+        self.body, self.more = tensors, more
+        self.names = [*(n for n in tensors if not n.startswith(without)), *more]
+
+    def _of(self, name: str) -> Mapping[str, Tensor]:
+        return self.more if name in self.more else self.body
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        return read_rows(self._of(name), name, start, stop)
+
+    def borrowed(self, name: str, start: int, stop: int) -> Tensor:
+        """As ``Tensors.borrowed``."""
+        return borrow_rows(self._of(name), name, start, stop)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return layout(self._of(name), name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Moments:
+    """What an optimizer at the centre remembers of each number: float32 tensors by kind and name, one inner round's
+    read while the next one's are written."""
+
+    def __init__(self, base: Model, kinds: Sequence[str], context: Context) -> None:
+        inner, heads = context.inner, set(head_tensors(base))
+        self.before = Tensors(inner.before) if inner and inner.before else None
+        self.kinds, self.after = kinds, None
+        if inner and inner.after:
+            inner.after.mkdir(parents=True, exist_ok=True)
+            specs = {n: s for n, s in Tensors(base.path).specs.items() if n not in heads}
+            numbers = {n: s.shape for n, s in specs.items() if s.torch_dtype.is_floating_point}
+            self.after = Shards(
+                inner.after, {f"{k}:{n}": (s, torch.float32) for k in kinds for n, s in numbers.items()}
+            )
+
+    def get(self, kind: str, name: str, part: Part) -> Tensor:
+        """Rows as they were left; zeros at first."""
+        if self.before is None:
+            return torch.zeros_like(part.base)
+        rows = self.before.borrowed(f"{kind}:{name}", part.start, part.stop)  # the file's own memory: not to be written
+        return torch.empty_like(part.base).copy_(rows)
+
+    def put(self, kind: str, name: str, part: Part, rows: Tensor) -> None:
+        """Rows for the next inner round."""
+        if self.after:
+            self.after.put(f"{kind}:{name}", part.start, rows)
+
+    def close(self) -> None:
+        """Once all rows are there."""
+        if self.after:
+            self.after.close()

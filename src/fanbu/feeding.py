@@ -1,0 +1,160 @@
+"""One way back: each owner contributes, the centre absorbs; once, or so many times over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fanbu.catalogue import Method, method
+from fanbu.contribution import Contribution
+from fanbu.domain import Specialist
+from fanbu.files import write_text
+from fanbu.ledger import Workspace
+from fanbu.model import Model, copy_model, open_model, said_anew
+from fanbu.recipe import Step
+from fanbu.turn import Turn
+from fanbu.types import Context, Inner
+
+STATE, SAID = "state", "said"  # folders of a stage: what is kept for the next inner round, and told to all owners
+_CROSSED, _DONE = "crossed.json", "done.json"
+
+
+def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
+    """Contribute at each owner, absorb at the centre, as often as the step says."""
+    way, name = method(step.method, "feedback"), name or step.called
+    if step.times > 1:
+        return _repeated(turn, step, specialists, base, name)
+    sent = [contribute(turn, way, step.arguments, s, base)[0] for s in specialists]
+    return absorb(turn, way, step.arguments, sent, base, name)[0]
+
+
+def contribute(
+    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None = None
+) -> tuple[Contribution, Path]:
+    """One owner's contribution, through the boundary; and the owner's folder."""
+    inputs = {
+        "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest, **_numbered(inner),
+        "arguments": plain(way.own("contribute", arguments)), **turn.settings(probe=way.needs.probe),
+    }  # fmt: skip
+
+    def make(out: Path, context: Context) -> Contribution:
+        own = None if inner is None else replace(inner, after=out / STATE)
+        return way.contribute(s, base, replace(context, inner=own), **arguments)
+
+    name = f"{way.name} contribution {s.domain.name}"
+    return turn.contribution(name, way.module, inputs, s.domain, make)
+
+
+def absorb(
+    turn: Turn, way: Method, arguments: Mapping[str, Any], sent: Sequence[Contribution], base: Model, name: str,
+    inner: Inner | None = None,
+) -> tuple[Model, Path]:  # fmt: skip
+    """The new large model; and the centre's folder."""
+    inputs = {
+        "base": base.digest, "contributions": sorted(c.digest for c in sent), **_numbered(inner),
+        "arguments": plain(way.own("absorb", arguments)), **turn.settings(probe=True),
+    }  # fmt: skip
+
+    def make(out: Path, context: Context) -> Model:
+        own = None if inner is None else replace(inner, after=out.parent / STATE, telling=out.parent / SAID)
+        return way.absorb(base, sent, out, replace(context, inner=own), **arguments)
+
+    made = turn.model(name, way.module, inputs, make)
+    return made, made.path.parent
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON has them."""
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in arguments.items()}
+
+
+def _numbered(inner: Inner | None) -> dict[str, int]:
+    return {} if inner is None else {"inner": inner.number}
+
+
+@dataclass
+class _Stand:
+    """How far the inner rounds have come: the model, and folders of stages, relative to their workspace."""
+
+    number: int = 0
+    centre: str = ""
+    owners: dict[str, str] = field(default_factory=dict)
+    crossed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str) -> Model:
+    """All inner rounds of a way, as one stage: each on what the one before made, and with what it left.
+
+    Inner rounds are stages of a workspace in the stage's scratch folder, which is gone afterwards, so that a round that
+    was killed goes on where it was, and what lies on disk does not grow with their number.
+    """
+    way = method(step.method, "feedback")
+    inputs = {
+        "base": base.digest, "times": step.times, "arguments": plain(way.check(step.arguments)),
+        "owners": [[s.model.digest, s.domain.name, s.domain.digest, s.domain.share.as_dict()] for s in specialists],
+        **turn.settings(probe=True),
+    }  # fmt: skip
+
+    def produce(out: Path, context: Context) -> None:
+        assert context.scratch is not None
+        apart = replace(
+            turn, workspace=Workspace(context.scratch / "inner"), costs=[], crossed={}, log=_quiet, live=None
+        )
+        stand = _read(apart.workspace.root / _DONE)
+        model = open_model(apart.workspace.root / stand.centre / "model", verify=False) if stand.centre else base
+        while stand.number < step.times:
+            turn.log(f"{name}: inner round {stand.number + 1} of {step.times}")
+            model = _inner_round(apart, way, step, specialists, model, stand)
+        made = copy_model(model, out / "model")
+        said_anew(made, {"parents": [base.digest], "parameters": {**made.manifest["parameters"], "times": step.times}})
+        write_text(out / _CROSSED, json.dumps(stand.crossed))
+
+    done = turn.stage(name, way.module, inputs, produce)
+    for domain, sent in json.loads((done.path / _CROSSED).read_text()).items():
+        known = turn.crossed.setdefault(domain, {})
+        known.update({done.path / str(number): each for number, each in enumerate(sent)})
+    return open_model(done.path / "model", verify=False)
+
+
+def _inner_round(
+    apart: Turn, way: Method, step: Step, specialists: Sequence[Specialist], base: Model, stand: _Stand
+) -> Model:
+    """One inner round; ``stand`` is brought up to it, and what only the one before needed is removed."""
+    root, number = apart.workspace.root, stand.number
+    said = _if_there(root / stand.centre / SAID) if stand.centre else None
+    sent, owners = [], {}
+    for s in specialists:
+        d = s.domain.name
+        before = _if_there(root / stand.owners[d] / STATE) if d in stand.owners else None
+        c, folder = contribute(apart, way, step.arguments, s, base, Inner(number, step.times, before, said=said))
+        sent.append(c)
+        owners[d] = str(folder.relative_to(root))
+    before = _if_there(root / stand.centre / STATE) if stand.centre else None
+    made, folder = absorb(
+        apart, way, step.arguments, sent, base, way.name, Inner(number, step.times, before, said=said)
+    )
+    stand.number, stand.centre, stand.owners = number + 1, str(folder.relative_to(root)), owners
+    for d, crossed in apart.crossed.items():
+        stand.crossed.setdefault(d, []).extend(crossed.values())
+    apart.crossed = {}
+    write_text(root / _DONE, json.dumps(asdict(stand)))
+    kept = {root / stand.centre, *(root / o for o in owners.values())}
+    for folder in set((root / "stages").iterdir()) - kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    return made
+
+
+def _if_there(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None
+
+
+def _read(path: Path) -> _Stand:
+    return _Stand(**json.loads(path.read_text())) if path.exists() else _Stand()
+
+
+def _quiet(text: str) -> None:
+    """Inner stages are not told one by one."""

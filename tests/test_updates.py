@@ -1,0 +1,209 @@
+"""Federated ways: what an owner sends, what the centre makes of it, and what is remembered between inner rounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fanbu.catalogue import method
+from fanbu.contribution import Contribution
+from fanbu.domain import Domain, Specialist
+from fanbu.errors import IntegrityError, UsageError
+from fanbu.heads import domains_of
+from fanbu.merging.robust import bounded, chosen, false_ones, middle
+from fanbu.merging.task_vector import HEAD, head_tensors
+from fanbu.model import Model
+from fanbu.tensors import Tensors
+from fanbu.types import Context, Inner
+
+FAST = {"epochs": 2, "lr": 3e-3, "head_lr": 1e-2, "batch_size": 8}
+
+
+def body_of(model: Model) -> dict[str, Tensor]:
+    tensors, heads = Tensors(model.path), set(head_tensors(model))
+    names = [n for n, s in tensors.specs.items() if n not in heads and s.torch_dtype.is_floating_point]
+    return {n: tensors[n].float() for n in names}
+
+
+def update(base: Model, domain: str, push: float, rows: int = 10, **meta: Any) -> Contribution:
+    """Every number of the body moves by ``push``, and so do the domain's label rows."""
+    names = [base.labels[i] for i in domains_of(base.labels)[domain.partition("@")[0]]]
+    tensors = {n: torch.full_like(t, push) for n, t in body_of(base).items()}
+    for name in head_tensors(base):
+        rows_l = Tensors(base.path)[name][[base.labels.index(n) for n in names]]
+        tensors[HEAD + name] = rows_l + push
+    return Contribution("updates", domain, "fedavg", tensors, meta={"labels": names, "rows": rows, "steps": 5, **meta})
+
+
+def moved(new: Model, base: Model) -> float:
+    """By how much every number of the body moved; fails where they did not all move alike."""
+    before, after = body_of(base), body_of(new)
+    gone = torch.cat([(after[n] - before[n]).reshape(-1) for n in before])
+    assert float(gone.max() - gone.min()) < 1e-5
+    return float(gone.mean())
+
+
+def rows_moved(new: Model, base: Model, industry: str) -> float:
+    name = head_tensors(base)[0]
+    rows = domains_of(base.labels)[industry]
+    there = [new.labels.index(base.labels[i]) for i in rows]
+    return float((Tensors(new.path)[name][there] - Tensors(base.path)[name][rows]).mean())
+
+
+@pytest.fixture
+def absorbed(incumbent: Model, context: Context, tmp_path: Path) -> Any:
+    def make(sent: list[Contribution], way: str = "fedavg", inner: Inner | None = None, **arguments: Any) -> Model:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        return method(way).absorb(incumbent, sent, out, replace(context, inner=inner), **arguments)
+
+    return make
+
+
+def test_owners_count_by_their_rows_and_label_rows_by_who_knows_them(absorbed: Any, incumbent: Model) -> None:
+    sent = [
+        update(incumbent, "food@a", 0.1, 30),
+        update(incumbent, "food@b", 0.2, 10),
+        update(incumbent, "rail", 0.4, 40),
+    ]
+    new = absorbed(sent)
+    assert moved(new, incumbent) == pytest.approx((30 * 0.1 + 10 * 0.2 + 40 * 0.4) / 80, abs=1e-5)
+    assert rows_moved(new, incumbent, "food") == pytest.approx(0.125, abs=1e-5)
+    assert rows_moved(new, incumbent, "rail") == pytest.approx(0.4, abs=1e-5)
+    assert moved(absorbed(sent, by_rows=False, scale=0.5), incumbent) == pytest.approx(0.5 * 0.7 / 3, abs=1e-5)
+    for rows in (0, -1, 1.5, True, "many", None, 10**9):
+        with pytest.raises(IntegrityError, match="how many rows"):
+            absorbed([update(incumbent, "rail", 0.1, rows)])
+
+
+def test_label_rows_of_another_industry_are_refused(absorbed: Any, incumbent: Model) -> None:
+    sent = update(incumbent, "food", 0.1)
+    with pytest.raises(IntegrityError):
+        absorbed([replace(sent, domain="rail")])
+
+
+@pytest.mark.parametrize("aggregate", ["median", "trimmed", "krum", "multi_krum", "geometric"])
+def test_a_minority_does_not_carry_the_centre_away(absorbed: Any, incumbent: Model, aggregate: str) -> None:
+    pushes = {"a": 0.09, **dict.fromkeys("bcdef", 0.1), "g": 0.11}
+    honest = [update(incumbent, f"food@{n}", push) for n, push in pushes.items()]
+    liars = [update(incumbent, f"food@{n}", push, 10**6) for n, push in (("x", -5.0), ("y", 9.0), ("z", 30.0))]
+    new = absorbed([*honest, *liars], aggregate=aggregate)
+    assert moved(new, incumbent) == pytest.approx(0.1, abs=0.02)
+    assert rows_moved(new, incumbent, "food") == pytest.approx(0.1, abs=0.02)
+    assert moved(absorbed([*honest, *liars]), incumbent) > 5
+
+
+def test_long_updates_are_brought_down(absorbed: Any, incumbent: Model) -> None:
+    sent = [update(incumbent, f"food@{n}", push) for n, push in (("a", 0.1), ("b", 0.1), ("c", 100.0))]
+    assert moved(absorbed(sent, clip=1.0), incumbent) == pytest.approx(0.1, abs=1e-3)
+    assert moved(absorbed(sent, clip=2.0), incumbent) == pytest.approx(0.4 / 3, abs=1e-3)
+
+
+def test_who_makes_more_steps_does_not_pull_further(absorbed: Any, incumbent: Model) -> None:
+    sent = [update(incumbent, "food@a", 0.1, steps=5), update(incumbent, "food@b", 0.9, steps=45)]
+    assert moved(absorbed(sent, "fednova"), incumbent) == pytest.approx(25 * (0.1 / 5 + 0.9 / 45) / 2, abs=1e-5)
+    same = [update(incumbent, "food@a", 0.1), update(incumbent, "food@b", 0.9)]
+    assert moved(absorbed(same, "fednova"), incumbent) == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["fedavgm", "fedadam", "fedyogi"])
+def test_the_centre_remembers_between_inner_rounds(absorbed: Any, incumbent: Model, tmp_path: Path, way: str) -> None:
+    pushes, m, v, before = (0.3, -0.1, 0.2), 0.0, 0.0, None
+    for number, push in enumerate(pushes):
+        after = tmp_path / f"state-{number}"
+        got = moved(absorbed([update(incumbent, "food", push)], way, Inner(number, 3, before, after)), incumbent)
+        if way == "fedavgm":
+            m = 0.9 * m + push
+            expected = m
+        else:
+            m = 0.9 * m + 0.1 * push
+            v = 0.99 * v + 0.01 * push**2 if way == "fedadam" else v - 0.01 * push**2 * (1 if v > push**2 else -1)
+            expected = 1e-3 * m / (v**0.5 + 1e-3)
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        before = after
+    assert (
+        absorbed([update(incumbent, "food", 0.3)], way).digest == absorbed([update(incumbent, "food", 0.3)], way).digest
+    )
+
+
+def test_pieces_of_robust_aggregation() -> None:
+    assert [false_ones(n, 0.3) for n in (1, 2, 3, 4, 10)] == [0, 0, 0, 1, 3]
+    x = torch.tensor([[0.0, 5], [1, 6], [2, 7], [100, -100]])
+    assert middle(list(x), "median", 0.3).tolist() == [1.5, 5.5]
+    assert middle(list(x), "trimmed", 0.3).tolist() == [1.5, 5.5]
+    assert middle(list(x[:3]), "median", 0.3).tolist() == [1.0, 6.0]
+    products = (x @ x.T).double()
+    assert chosen(products, "krum", 0.3).tolist() == [1, 0, 0, 0]  # as near as the next two; the first counts
+    assert chosen(products, "multi_krum", 0.3).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    w = chosen(products, "geometric", 0.3)
+    point = (w[:, None] * x).sum(0)
+    around = [float((x - p).norm(dim=1).sum()) for p in (point, point + 0.05, point - 0.05, x.mean(0), x[1])]
+    assert around[0] <= min(around) + 1e-3
+    assert bounded(products, 0.0).tolist() == [1, 1, 1, 1]
+    assert bounded(torch.diag(torch.tensor([1.0, 4.0, 100.0])).double(), 1.0).tolist() == pytest.approx([1, 1, 0.2])
+
+
+def test_an_owner_trains_on_its_own_labels_alone(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    food = Specialist(incumbent, domains["food"], incumbent)
+    sent = method("fedavg").contribute(food, incumbent, context, train=FAST)
+    assert set(sent.meta["labels"]) == set(domains["food"].full_labels)
+    assert sent.meta["rows"] == len(domains["food"].train)
+    new = method("fedavg").absorb(incumbent, [sent], tmp_path / "new", context)
+    assert rows_moved(new, incumbent, "food") != 0
+    assert rows_moved(new, incumbent, "rail") == 0
+    held = method("fedprox").contribute(food, incumbent, context, train=FAST, mu=100.0)
+    before = body_of(incumbent)
+
+    def length(c: Contribution) -> float:
+        return sum(float((c.tensors[n].float() - before[n]).square().sum()) for n in before) ** 0.5
+
+    assert 0 < length(held) < 0.5 * length(sent)
+    free = method("fedprox").contribute(food, incumbent, context, train=FAST, mu=0.0)
+    assert length(free) == pytest.approx(length(sent), rel=0.5)
+
+
+def test_scaffold_keeps_the_mean_gradient(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    way, folders = method("scaffold"), {n: tmp_path / n for n in ("own", "said", "own2")}
+    train = {"batch_size": 8, "lr": 1e-4, "clip": 0.0, "dropout": 0.0}
+    food = Specialist(incumbent, domains["food"], incumbent)
+    first = way.contribute(food, incumbent, replace(context, inner=Inner(0, 2, after=folders["own"])), train=train)
+    control = {n: first.tensors[f"control:{n}"] for n in body_of(incumbent) if f"control:{n}" in first.tensors}
+    before, steps = body_of(incumbent), first.meta["steps"]
+    for name, mean in control.items():  # no other correction yet: theta_base - theta is lr times the sum of gradients
+        torch.testing.assert_close(mean, (before[name] - first.tensors[name].float()) / (1e-4 * steps))
+    inner = Inner(0, 2, telling=folders["said"])
+    way.absorb(incumbent, [first], tmp_path / "new", replace(context, inner=inner))
+    told = Tensors(folders["said"] / "control.safetensors")
+    name = max(control, key=lambda n: float(control[n].norm()))
+    torch.testing.assert_close(told[name], control[name])
+    # its own control is what the centre tells: nothing is corrected, and the same seed gives the same update
+    alike = Inner(0, 2, before=folders["own"], after=folders["own2"], said=folders["said"])
+    again = way.contribute(food, incumbent, replace(context, inner=alike), train=train)
+    torch.testing.assert_close(again.tensors[name], first.tensors[name])
+    alone = way.contribute(food, incumbent, replace(context, inner=replace(alike, said=None)), train=train)
+    push = 1e-4 * steps * control[name]  # g - c_i: held back by what it did before
+    assert float((alone.tensors[name] - first.tensors[name] - push).norm()) < 0.2 * float(push.norm())
+    with pytest.raises(UsageError, match="SGD"):
+        way.contribute(food, incumbent, context, train={"optimizer": "AdamW"})
+    with pytest.raises(IntegrityError):
+        way.absorb(incumbent, [replace(first, tensors=dict(list(first.tensors.items())[:3]))], tmp_path / "x", context)
+
+
+def test_training_at_the_owner_is_the_same_whatever_is_kept(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    food = Specialist(incumbent, domains["food"], incumbent)
+    scratch = replace(context, scratch=tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir()
+    digests = {method("fedavg").contribute(food, incumbent, c, train=FAST).digest for c in (context, scratch)}
+    again = method("fedavg").contribute(food, incumbent, replace(context, inner=Inner(1, 2)), train=FAST)
+    assert len(digests) == 1
+    assert again.digest not in digests  # another inner round, another order of batches
