@@ -140,7 +140,8 @@ def bars_of(found: dict[str, Outcomes]) -> list[dict[str, Any]]:
     bars = []
     if "fedavg" in found and "multitask" in found:
         share = mean(found["fedavg"], "told") / mean(found["multitask"], "told")
-        bars.append(bar("fedavg beside pooled training, told", f"{share:.3f}", ">= 0.97", share >= 0.97))
+        apart = points(difference(found["fedavg"], found["multitask"]))
+        bars.append(bar("fedavg beside pooled training, told", f"{share:.3f}, {apart}", ">= 0.97", share >= 0.97))
     if "fedavg" in found and "as is" in found:
         d = difference(found["fedavg"], found["as is"])
         bars.append(bar("fedavg beside plain averaging of all rows, told", points(d), "interval above 0", d["low"] > 0))
