@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = {"mk": ["mergekit==0.1.5", "peft==0.21.2"], "fb": ["fusion-bench==0.2.33"], "trl": ["trl==1.16.0"]}
+PACKAGES = {
+    "mk": ["mergekit==0.1.5", "peft==0.21.2"], "fb": ["fusion-bench==0.2.33"], "trl": ["trl==1.16.0"],
+    "flower": ["flwr==1.41.0", "safetensors"],
+}  # fmt: skip
 
 
 def peer_python(name: str, work: Path) -> Path:
-    """The interpreter of a peer's environment (``mk``: mergekit and PEFT; ``fb``: FusionBench; ``trl``: TRL)."""
+    """The interpreter of a peer's environment (``mk``: mergekit and PEFT; ``fb``: FusionBench; ``trl``: TRL;
+    ``flower``: Flower)."""
     given = os.environ.get("FANBU_PEERS")
     folder = (Path(given) if given else work / "peers") / name
     python = folder / "bin" / "python"

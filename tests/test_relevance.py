@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fanbu.catalogue import method
+from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import IntegrityError
+from fanbu.feedback.predictions._doubts import _far
 from fanbu.feedback.predictions._panel import answered
 from fanbu.feedback.predictions._relevance import near
 from fanbu.feedback.predictions._targets import union_targets
@@ -59,6 +61,11 @@ def test_texts_of_others_are_not_a_specialists_to_answer(
     assert would.abs().max() > 0.1  # the specialist itself would have said otherwise
     assert (mixed[: len(own)] - alone[: len(own)]).abs().mean() < 0.1
 
+    named = ProbeSet(tuple(replace(row, domain="food") for row in both.probe.rows))
+    own_rows = replace(sent, meta={**sent.meta, "probe": named.digest})
+    with pytest.raises(IntegrityError, match="own industry"):
+        answered(own_rows, incumbent, replace(both, probe=named))
+
     silent = WAY.contribute(food, incumbent, asking(strange))
     assert (silent.meta["near"], silent.meta["trust"]) == (0.0, 0.0)
     assert WAY.absorb(incumbent, [silent], tmp_path / "same", asking(strange)).digest == incumbent.digest
@@ -69,7 +76,10 @@ def test_texts_of_others_are_not_a_specialists_to_answer(
 
 
 def test_the_record_says_that_texts_were_far() -> None:
-    said = _untaught({"silent": ["a", "b"], "far": {"b": 0.97}})
-    assert [line[:2] for line in said] == ["a:", "b:"]
-    assert "adds nothing" in said[0]
-    assert "97%" in said[1]
+    said = _untaught({"silent": ["a", "b", "c"], "far": {"b": 0.97, "c": 1.0}})
+    assert [line[:2] for line in said] == ["a:", "b:", "b:", "c:"]
+    assert all("adds nothing" in line for line in said[:2])
+    assert "97%" in said[2]
+    for wrong in (-1, 1.5, "much", 10**400, None):
+        with pytest.raises(IntegrityError, match="near"):
+            _far(Contribution("predictions", "a", "distill", meta={"near": wrong}))

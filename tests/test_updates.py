@@ -97,6 +97,52 @@ def test_a_minority_does_not_carry_the_centre_away(absorbed: Any, incumbent: Mod
     assert moved(absorbed([*honest, *liars]), incumbent) > 5
 
 
+@pytest.mark.parametrize("aggregate", ["median", "trimmed", "krum", "multi_krum", "geometric"])
+@pytest.mark.parametrize("length", [1e2, 1e6, 1e12])
+def test_however_long_a_lie_is(aggregate: Any, length: float) -> None:
+    torch.manual_seed(0)
+    changes = torch.randn(10, 50).double() / 50**0.5
+    changes[7] *= length
+    if aggregate in {"median", "trimmed"}:
+        made = middle(list(changes), aggregate, 0.3)
+    else:
+        made = (chosen(changes @ changes.T, aggregate, 0.3)[:, None] * changes).sum(0)
+    assert float(made.norm()) < 2
+
+
+@pytest.mark.parametrize("way", ["fedavg", "fedadam"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": ["food/soup", "food/strange", "food/bread"]}, {"labels": None}, {"labels": 3},
+        {"labels": ["food/soup"]},
+        {"head:classifier.bias": None}, {"head:classifier.weight": None}, {"head:other.weight": torch.zeros(3, 4)},
+        {"head:classifier.weight": torch.zeros(3, 1)}, {"head:classifier.weight": torch.zeros(3)},
+        {"head:classifier.bias": torch.zeros(2)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_label_rows_that_are_not_the_bases_are_refused(
+    absorbed: Any, incumbent: Model, change: dict[str, Any], way: str
+) -> None:
+    honest, sent = update(incumbent, "food@b", 0.1), update(incumbent, "food@a", 0.1)
+    if "labels" in change:
+        broken = replace(sent, meta={**sent.meta, **change})
+    else:
+        tensors = {n: t for n, t in {**sent.tensors, **change}.items() if t is not None}
+        broken = replace(sent, tensors=tensors)
+    for both in ([broken, honest], [honest, replace(broken, domain="food@c")]):
+        with pytest.raises(IntegrityError) as caught:
+            absorbed(both, way)
+        assert caught.value.code == "contribution-broken"
+
+
+def test_who_claims_many_steps_does_not_scale_the_others(absorbed: Any, incumbent: Model) -> None:
+    honest = [update(incumbent, f"food@{n}", 0.1) for n in "abcde"]
+    new = absorbed([*honest, update(incumbent, "food@x", 0.1, steps=10**7)], "fednova")
+    assert 0 < moved(new, incumbent) < 0.3
+
+
 def test_long_updates_are_brought_down(absorbed: Any, incumbent: Model) -> None:
     sent = [update(incumbent, f"food@{n}", push) for n, push in (("a", 0.1), ("b", 0.1), ("c", 100.0))]
     assert moved(absorbed(sent, clip=1.0), incumbent) == pytest.approx(0.1, abs=1e-3)
@@ -193,6 +239,8 @@ def test_scaffold_keeps_the_mean_gradient(
     assert float((alone.tensors[name] - first.tensors[name] - push).norm()) < 0.2 * float(push.norm())
     with pytest.raises(UsageError, match="SGD"):
         way.contribute(food, incumbent, context, train={"optimizer": "AdamW"})
+    with pytest.raises(UsageError, match="clip: 0"):
+        way.contribute(food, incumbent, context, train={"clip": 1.0})
     with pytest.raises(IntegrityError):
         way.absorb(incumbent, [replace(first, tensors=dict(list(first.tensors.items())[:3]))], tmp_path / "x", context)
 

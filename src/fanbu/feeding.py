@@ -13,6 +13,7 @@ from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.files import write_text
+from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
 from fanbu.model import Model, copy_model, open_model, said_anew
 from fanbu.recipe import Step
@@ -96,7 +97,7 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
     inputs = {
         "base": base.digest, "times": step.times, "arguments": plain(way.check(step.arguments)),
         "owners": [[s.model.digest, s.domain.name, s.domain.digest, s.domain.share.as_dict()] for s in specialists],
-        **turn.settings(probe=True),
+        "boundary": code_digest("fanbu.boundary"), **turn.settings(probe=True),
     }  # fmt: skip
 
     def produce(out: Path, context: Context) -> None:
@@ -145,6 +146,7 @@ def _inner_round(
     kept = {root / stand.centre, *(root / o for o in owners.values())}
     for folder in set((root / "stages").iterdir()) - kept:
         shutil.rmtree(folder, ignore_errors=True)
+        (root / "locks" / f"{folder.name}.lock").unlink(missing_ok=True)
     return made
 
 

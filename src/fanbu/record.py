@@ -101,7 +101,7 @@ def _untaught(parameters: Mapping[str, Any]) -> list[str]:
     taught = [
         f"{d}: on validation rows its specialist adds nothing to the large model, so it taught nothing"
         for d in parameters.get("silent") or []
-        if d not in far
+        if far.get(d) != 1
     ]
     taught += [
         f"{d}: {share:.0%} of the texts that its specialist was asked about lie further from its own than validation "

@@ -206,6 +206,8 @@ def _estimate(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progr
     size = model.bytes + 20_000_000  # with its tokenizer
     grown = sum(d.role == "feeds" for d in domains.values()) * len(recipe.shrink)
     kept = size * (grown + 2 + len(recipe.feedback) + len(recipe.references)) * len(coming)
+    if any(step.times > 1 for step in recipe.ways):  # an inner round and the one before it
+        kept += 2 * size * (1 + sum(d.role == "feeds" for d in domains.values()))
     return {
         "speed": asdict(speed), "stages": stages, "round": coming[0], "rounds": len(coming),
         "round_seconds": round(totals[coming[0]], 1), "seconds": round(all_seconds, 1),

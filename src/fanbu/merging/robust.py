@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Aggregate = Literal["mean", "median", "trimmed", "krum", "multi_krum", "geometric"]
-_STEPS, _NEAR = 200, 1e-10
+_STEPS, _NEAR, _FAR = 200, 1e-10, 10.0
 
 
 def false_ones(count: int, share: float) -> int:
@@ -30,18 +30,21 @@ def middle(values_n: Sequence[Tensor], aggregate: Aggregate, share: float) -> Te
 
 
 def chosen(products_nn: Tensor, aggregate: Aggregate, share: float) -> Tensor:
-    """Weights [owners], summing to 1, from the inner products of their changes, for what is no matter of coordinates.
+    """Weights [owners], summing to 1 (``geometric``: at most), from the inner products of their changes, for what is no
+    matter of coordinates.
 
     With f = ``false_ones`` of n owners. ``krum``: 1 for the owner whose n - f - 2 nearest others are nearest in sum of
     squares; ``multi_krum``: even ones for the n - f such owners. ``geometric``: of the point with the least sum of
-    distances to all (Weiszfeld's iteration). ``mean``: even.
+    distances to all (Weiszfeld's iteration), once changes of more than ten times the median length are brought down to
+    that. ``mean``: even.
 
     References: Blanchard et al. 2017 (Krum); Pillutla et al. 2022, "Robust aggregation for federated learning".
     """
     count = len(products_nn)
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
     if aggregate == "geometric":
-        return _weiszfeld(products_nn, weights)
+        factors = bounded(products_nn, _FAR)
+        return factors * _weiszfeld(products_nn * factors[:, None] * factors, weights)
     if aggregate not in {"krum", "multi_krum"} or count < 3:
         return weights
     false = false_ones(count, share)
@@ -59,7 +62,7 @@ def _squares(products_nn: Tensor) -> Tensor:
 
 
 def _weiszfeld(products_nn: Tensor, weights: Tensor) -> Tensor:
-    least = _NEAR * float(products_nn.diagonal().amax().clamp_min(1e-30))
+    least = _NEAR * float(products_nn.diagonal().quantile(0.5).clamp_min(1e-30))
     for _ in range(_STEPS):
         away = products_nn.diagonal() - 2 * products_nn @ weights + weights @ products_nn @ weights
         pull = 1 / away.clamp_min(least).sqrt()

@@ -89,7 +89,12 @@ def _trust(c: Contribution) -> float:
 def _far(c: Contribution) -> float:
     """What share of the texts that a classifier was asked about it does not call near."""
     near = c.meta.get("near", 1.0)
-    return round(1 - near, 4) if isinstance(near, (int, float)) else 0.0
+    if not isinstance(near, (int, float)) or not 0 <= near <= 1:
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} says of no share of texts that they are near",
+            allowed="0 to 1", got=str(near)[:20], remedy="ask its owner to send it again",
+        )  # fmt: skip
+    return round(1 - float(near), 4)
 
 
 @dataclass(frozen=True)

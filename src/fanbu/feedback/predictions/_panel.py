@@ -204,6 +204,13 @@ def answered(c: Contribution, base: Model, context: Context, augment: int = 0) -
     rows, columns = asked(context, c.domain), columns_of(c, base)
     count = len(rows) + made_for(context, c.domain, augment)
     speaking = ~unpacked(c, count)
+    nobody = torch.tensor([context.probe.rows[i].domain is None for i in rows] + [False] * (count - len(rows)))
+    if not bool((speaking | nobody).all()):
+        raise IntegrityError(
+            "contribution-broken", f"the panel of {c.domain} says nothing of its own industry's texts",
+            allowed="silence on nobody's texts", got=f"{int((~speaking & ~nobody).sum())} others",
+            remedy="ask its owner to send it again",
+        )  # fmt: skip
     p = torch.zeros(count, len(columns))
     p[speaking] = heard(c, int(speaking.sum()), len(columns))
     return Answers(rows, columns, p)

@@ -54,7 +54,6 @@ def _trained(
     pull: Callable[[nn.Module], Pull] | None,
 ) -> tuple[Model, int]:  # fmt: skip
     network, tokenizer = load_network(base), load_tokenizer(base)
-    network.to(context.device)
     sequences, head = encode(tokenizer, domain.train.texts, limit(network, context)), None
     if domain.task in CLASSIFYING:
         check_labels_known(base, domain.full_labels)
@@ -63,6 +62,7 @@ def _trained(
         head = final_layer(network)
     else:
         loss = language(sequences, pad_id(tokenizer), context.device)
+    network.to(context.device)
     if pull:
         loss = _pulled(loss, pull(network))
     history = train_network(

@@ -49,7 +49,7 @@ def taken(
     A label row changes by what those who know the label say. ``each`` gives a factor of an owner's whole change.
     """
     ordered = sorted(contributions, key=lambda c: c.domain)
-    heads = [h for h in map(_head, ordered) if h]
+    heads = [h for h in (_head(c, base) for c in ordered) if h]
     weights, factors = _weights(base, ordered, heads, context, how)
     if each:
         factors = [f * each(c) for f, c in zip(factors, ordered, strict=True)]
@@ -68,7 +68,7 @@ def taken(
         return combine if step is None else lambda part: step(stack.name, part, combine(part))
 
     if heads:
-        ordered = _with_head(ordered, _one_head(base, heads, weights, factors, how))
+        ordered = _with_head(base, ordered, _one_head(base, heads, weights, factors, how))
     return merge(base, ordered, out, context, rule, made)
 
 
@@ -103,12 +103,22 @@ def _weights(
     return weights.tolist(), factors.tolist()
 
 
-def _head(c: Contribution) -> Head | None:
-    parts = {n.rpartition(".")[2]: c.tensors[n] for n in c.tensors if n.startswith(HEAD)}
-    if not parts:
+def _head(c: Contribution, base: Model) -> Head | None:
+    """An owner's label rows; None for a base without labels. Raises IntegrityError for rows that are not the base's."""
+    names, labels = head_tensors(base), c.meta.get("labels")
+    sent = {n for n in c.tensors if n.startswith(HEAD)}
+    known = isinstance(labels, list) and set(map(str, labels)) <= set(base.labels)
+    width = Tensors(base.path).specs[names[0]].shape[1] if names else 0
+    rows = layout(c.tensors, HEAD + names[0])[0] if names and HEAD + names[0] in sent else ()
+    if sent != {HEAD + n for n in names} or (names and not (known and rows == (len(labels or ()), width))):
+        raise IntegrityError(
+            "contribution-broken", f"the label rows of {c.domain} are not the base's", allowed=f"{names} of its labels",
+            got=f"{sorted(sent)} of {str(labels)[:60]}", remedy="ask its owner to send its update again",
+        )  # fmt: skip
+    if not names:
         return None
-    parts.setdefault("bias", torch.zeros(len(c.meta["labels"])))
-    return sent_head(replace(c, tensors=parts))
+    parts = {n.rpartition(".")[2]: c.tensors[HEAD + n] for n in names}
+    return sent_head(replace(c, tensors={"bias": torch.zeros(len(labels or ())), **parts}))
 
 
 def _changes(base: Model, heads: Sequence[Head]) -> tuple[Head, list[Tensor]]:
@@ -152,16 +162,13 @@ def _one_head(base: Model, heads: Sequence[Head], weights: Sequence[float], fact
     return Head(known.labels, made[:, :-1], made[:, -1])
 
 
-def _with_head(ordered: Sequence[Contribution], head: Head) -> list[Contribution]:
+def _with_head(base: Model, ordered: Sequence[Contribution], head: Head) -> list[Contribution]:
     """The same with all label rows in the first of them, as if it had sent these."""
-    names = sorted((n for n in ordered[0].tensors if n.startswith(HEAD)), key=lambda n: "bias" in n)
-    parts = dict(zip(names, (head.weight_lh, head.bias_l), strict=False))
-    first = replace(
-        ordered[0],
-        tensors=Overlaid(ordered[0].tensors, HEAD, parts),
-        meta={**ordered[0].meta, "labels": list(head.labels)},
-    )
-    return [first, *(replace(c, tensors=Overlaid(c.tensors, HEAD, {})) for c in ordered[1:])]
+    parts = dict(zip([HEAD + n for n in head_tensors(base)], (head.weight_lh, head.bias_l), strict=False))
+    first, *others = ordered
+    meta = {**first.meta, "labels": list(head.labels)}
+    all_rows = replace(first, tensors=Overlaid(first.tensors, HEAD, parts), meta=meta)
+    return [all_rows, *(replace(c, tensors=Overlaid(c.tensors, HEAD, {})) for c in others)]
 
 
 class Overlaid(Mapping[str, Tensor]):

@@ -28,7 +28,8 @@ def contribute(
     """delta = theta - theta_base after training the large model on the domain's training rows; its own label rows.
 
     The specialist itself is not asked: what crosses is what its owner's rows make of the large model. Take it many
-    ``times``, with little training each.
+    ``times``, with little training each. A base that is stored in sixteen bits rounds away small changes each time:
+    store it in float32 first.
 
     Args:
         train: how an owner trains in one inner round.

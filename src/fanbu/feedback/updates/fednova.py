@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 from annotated_types import Gt
@@ -27,8 +28,8 @@ def absorb(
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale s sum_i p_i delta_i / s_i, s_i the steps that owner i made, s = sum_i p_i s_i.
 
-    p_i is its share of all rows. Where all make the same number of steps this is ``fedavg``. A label's row is the mean
-    over those who know the label.
+    p_i is its share of all rows. Where all make the same number of steps this is ``fedavg``. Owners say s_i themselves:
+    it is held between a tenth and ten times the median. A label's row is the mean over those who know the label.
 
     Args:
         scale: the learning rate of the centre.
@@ -42,9 +43,11 @@ def absorb(
     (for plain SGD: a_i is s_i ones).
     """
     rows = [said_number(c, "rows") if by_rows else 1 for c in contributions]
-    steps = [said_number(c, "steps") for c in contributions]
-    mean = sum(n * s for n, s in zip(rows, steps, strict=True)) / sum(rows)
+    steps = {c.domain: float(said_number(c, "steps")) for c in contributions}
+    middle = median(steps.values())
+    steps = {d: min(max(s, middle / 10), 10 * middle) for d, s in steps.items()}
+    mean = sum(n * s for n, s in zip(rows, steps.values(), strict=True)) / sum(rows)
     domains = [c.domain for c in contributions]
     made = provenance("fednova", [base], context, scale=scale, by_rows=by_rows, domains=domains)
     how = How(scale, by_rows)
-    return taken(base, contributions, out, context, how, made, each=lambda c: mean / said_number(c, "steps"))
+    return taken(base, contributions, out, context, how, made, each=lambda c: mean / steps[c.domain])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +16,11 @@ from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.feedback.updates._local import Pull, update
 from fanbu.feedback.updates._server import How, Overlaid, taken
-from fanbu.heads import final_layer
-from fanbu.model import Model, load_network, provenance
-from fanbu.tensors import layout, load_tensors, save_tensors
+from fanbu.merging.task_vector import head_tensors
+from fanbu.model import Model, provenance
+from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
-from fanbu.types import CLASSIFYING, Context, Needs, Train
+from fanbu.types import Context, Needs, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True
@@ -32,7 +31,8 @@ CONTROL, _FILE = "control:", "control.safetensors"
 def contribute(
     specialist: Specialist, base: Model, context: Context, *,
     train: Train = Train(
-        epochs=1, lr=0.05, head_lr=0.05, warmup=0.0, schedule="constant", patience=0, optimizer="SGD", weight_decay=0.0
+        epochs=1, lr=0.02, head_lr=0.02, warmup=0.0, schedule="constant", patience=0, optimizer="SGD",
+        weight_decay=0.0, clip=0.0,
     ),
 ) -> Contribution:  # fmt: skip
     """As ``fedavg``, by steps along g - c_i + c: c_i is the owner's control variate, c the centre's, both of the body.
@@ -41,29 +41,31 @@ def contribute(
     saw; what that changed crosses with the update. c_i is kept from one inner round to the next, and never crosses.
 
     Args:
-        train: how an owner trains in one inner round; by SGD, since the displacement must be a sum of gradients.
+        train: how an owner trains in one inner round; by plain SGD, since the displacement must be a sum of gradients.
 
     Raises:
-        UsageError: another optimizer.
+        UsageError: another optimizer, or gradients that are clipped, or weights that decay.
 
     Reference: Karimireddy et al. 2020, "SCAFFOLD: stochastic controlled averaging for federated learning" (option II).
     """
-    if train.optimizer != "SGD":
+    if train.optimizer != "SGD" or train.clip or train.weight_decay:
         raise UsageError(
-            "bad-parameter", "scaffold: train.optimizer", allowed="SGD", got=train.optimizer, remedy="take SGD"
-        )
+            "bad-parameter", "scaffold: train", allowed="optimizer: SGD, clip: 0, weight_decay: 0",
+            got=f"{train.optimizer}, {train.clip}, {train.weight_decay}", remedy="leave these out",
+        )  # fmt: skip
     inner = context.inner
     own, common = (_controls(folder) for folder in ((inner.before, inner.said) if inner else (None, None)))
     sent = update("scaffold", specialist, base, context, train, "exact", _along(own, common))
-    body = [n for n in sent.tensors if n in _trained(base)]
-    start, far = load_network(base).state_dict(), _way(train, int(sent.meta["steps"]))
-    grown = {n: _or_zero(own, n, start[n]) - _or_zero(common, n, start[n]) for n in body}
-    for name in body:
-        grown[name] += (start[name].float() - sent.tensors[name].float()) / far
+    start, far = Tensors(base.path), _way(train, int(sent.meta["steps"]))
+    grown = {}
+    for name in _body(base):
+        before = start[name].float()
+        gone = (before - sent.tensors[name].float()) / far
+        grown[name] = _or_zero(own, name, before) - _or_zero(common, name, before) + gone
     if inner and inner.after:
         inner.after.mkdir(parents=True, exist_ok=True)
         save_tensors(inner.after / _FILE, grown)
-    change = {CONTROL + n: grown[n] - _or_zero(own, n, start[n]) for n in body}
+    change = {CONTROL + n: c - _or_zero(own, n, c) for n, c in grown.items()}
     return replace(sent, tensors=Overlaid(sent.tensors, CONTROL, change))
 
 
@@ -80,33 +82,58 @@ def absorb(
         FitError: an update's tensors are not the base's.
         IntegrityError: an update comes without its control variate, or with one of other shapes.
     """
-    inner, names = context.inner, sorted(_trained(base))
-    start = load_network(base).state_dict()
+    inner, specs = context.inner, Tensors(base.path).specs
     for c in contributions:
-        if any(layout(c.tensors, CONTROL + n)[0] != tuple(start[n].shape) for n in names):
+        names = [n for n in _body(base) if CONTROL + n not in c.tensors]
+        if names or any(layout(c.tensors, CONTROL + n)[0] != specs[n].shape for n in _body(base)):
             raise IntegrityError(
-                "contribution-broken", f"the control variate of {c.domain} has other shapes than the base",
-                allowed="those of the base", got=c.domain, remedy="ask its owner to send it again",
+                "contribution-broken", f"the control variate of {c.domain} is not one of the base's tensors",
+                allowed="one for each, of its shape", got=f"without {names[:3]}" if names else "other shapes",
+                remedy="ask its owner to send it again",
             )  # fmt: skip
     if inner and inner.telling:
-        common = _controls(inner.said)
-        told = {
-            n: _or_zero(common, n, start[n])
-            + torch.stack([c.tensors[CONTROL + n].float() for c in contributions]).mean(0)
-            for n in names
-        }
         inner.telling.mkdir(parents=True, exist_ok=True)
-        save_tensors(inner.telling / _FILE, told)
+        save_tensors(inner.telling / _FILE, _Told(base, contributions, inner.said))
     bare = [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
     made = provenance("scaffold", [base], context, scale=scale, domains=[c.domain for c in contributions])
     return taken(base, bare, out, context, How(scale, by_rows=False), made)
 
 
-def _trained(base: Model) -> set[str]:
-    """The parameters of the body, by the names that they have on disk."""
-    network = load_network(base)
-    head = set(map(id, final_layer(network).parameters())) if base.task in CLASSIFYING else set()
-    return {n for n, p in network.named_parameters() if id(p) not in head} & set(base.tensors)
+def _body(base: Model) -> list[str]:
+    """The tensors of numbers beside the label head, by the names that they have on disk."""
+    heads = set(head_tensors(base))
+    return [n for n, s in Tensors(base.path).specs.items() if n not in heads and s.torch_dtype.is_floating_point]
+
+
+class _Told(Mapping[str, Tensor]):
+    """c as it becomes, some rows at a time."""
+
+    def __init__(self, base: Model, contributions: Sequence[Contribution], said: Path | None) -> None:
+        self.names, self.specs = _body(base), Tensors(base.path).specs
+        self.sent = [c.tensors for c in contributions]
+        self.before = Tensors(said / _FILE) if said else None
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        shape = self.specs[name].shape
+        total = torch.zeros((stop - start, *shape[1:]))
+        for tensors in self.sent:
+            total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=1 / len(self.sent))
+        return total if self.before is None else total.add_(self.before.borrowed(name, start, stop))
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return self.specs[name].shape, torch.float32
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.specs[name].shape
+        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _controls(folder: Path | None) -> Mapping[str, Tensor]:
@@ -137,6 +164,5 @@ def _along(own: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> Callable[
 
 
 def _way(train: Train, steps: int) -> float:
-    """The sum of the learning rates of all steps."""
-    batches = math.ceil(steps / train.accumulate)
-    return train.lr * sum(schedule(train, k / steps) for k in range(0, steps, train.accumulate)) if batches else 1.0
+    """The sum of the learning rates over all batches, each of which gives its share of a step's gradient."""
+    return train.lr * sum(schedule(train, k / steps) for k in range(steps)) / train.accumulate
