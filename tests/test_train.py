@@ -131,7 +131,11 @@ def test_targets_are_the_teachers_where_they_teach_and_the_base_elsewhere(
     rows = tuple(
         ProbeRow(str(i), text, where)
         for i, (text, where) in enumerate(
-            [(domains["food"].train.texts[0], "food"), (domains["rail"].train.texts[0], "rail"), ("some text", None)]
+            [
+                (domains["food"].train.texts[0], "food"),
+                (domains["rail"].train.texts[0], "rail"),
+                (domains["food"].train.texts[1], None),
+            ]
         )
     )
     small = replace(context, probe=ProbeSet(rows))
