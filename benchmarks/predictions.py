@@ -7,8 +7,8 @@ TextBrewer distils from several teachers). ``one after the other``: a domain at 
 Parts: ``main``; ``sizes``: the same from specialists of 1/2, 1/4, 1/8 of the parameters and from some that grew from
 nothing with a tokenizer of their own, by turns; ``weak``: from specialists of 1/8 that labels alone taught, with and
 without the auxiliary confidence loss; ``synthetic``: the same as ``main`` where no text of a domain leaves its owner,
-with synthetic ones instead, as many as there are training texts, for three epochs at half the rate; ``far``: with the
-training texts of the domains that are left over, which are nobody's here and every specialist answers.
+with synthetic ones instead, twice as many as there are training texts, for three epochs at half the rate; ``far``: with
+the training texts of the domains that are left over, which are nobody's here.
 ``then rows``: owners then fitted their label rows on what this made, at home (`distill`, `probe`).
 
 Run: python benchmarks/predictions.py [--quick] [--data DIR] [--work DIR] [--seeds N] [--only PART ...]. A second run
@@ -142,7 +142,9 @@ def _kl(sequences: Sequences, z_nl: Tensor, pad: int, device: str, temperature: 
 def without_texts(bench: Bench) -> Bench:
     """The same where the probe set is synthetic."""
     made_up = {
-        d.name: synthetic(d.train.texts, len(d.train), bench.context.seeded("synthetic", d.name), labels=d.train.labels)
+        d.name: synthetic(
+            d.train.texts, 2 * len(d.train), bench.context.seeded("synthetic", d.name), labels=d.train.labels
+        )
         for d in bench.domains.values()
     }
     return _asked_other(bench, asking(made_up), "synthetic")
@@ -168,7 +170,7 @@ def far_away(bench: Bench) -> Bench:
 
 
 def from_far(bench: Bench, out: Path) -> Model:
-    """Distilling on texts of other industries, which every specialist answers."""
+    """Distilling on texts of other industries, of which a specialist answers those that lie near its own."""
     apart = far_away(bench)
     return distilled(apart, apart.specialists, "panels-far", out)
 
