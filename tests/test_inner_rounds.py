@@ -111,6 +111,13 @@ def test_others_repeat_too_and_the_plan_counts_it(tmp_path: Path) -> None:
     assert batches[0] == 2 * batches[1] > 0
 
 
+def test_where_nobody_teaches_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fanbu.feedback.predictions.distill.believed", lambda *_: ([], {}))
+    record = ended(recipe_in(tmp_path, {"method": "distill", "times": 2, "train": SHORT}))
+    assert record["candidate"]["digest"] == record["incumbent"]["digest"]
+    assert any("changed nothing" in warning for warning in record["warnings"])
+
+
 def test_ways_down_are_taken_once(tmp_path: Path) -> None:
     value = tiny_recipe(tmp_path) | {"shrink": [{"method": "finetune", "times": 2}]}
     with pytest.raises(UsageError, match="taken once"):

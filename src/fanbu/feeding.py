@@ -111,7 +111,9 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
             turn.log(f"{name}: inner round {stand.number + 1} of {step.times}")
             model = _inner_round(apart, way, step, specialists, model, stand)
         made = copy_model(model, out / "model")
-        said_anew(made, {"parents": [base.digest], "parameters": {**made.manifest["parameters"], "times": step.times}})
+        if made.digest != base.digest:
+            told = {**made.manifest["parameters"], "times": step.times}
+            said_anew(made, {"parents": [base.digest], "parameters": told})
         write_text(out / _CROSSED, json.dumps(stand.crossed))
 
     done = turn.stage(name, way.module, inputs, produce)
