@@ -17,7 +17,8 @@ from fanbu.errors import IntegrityError, UsageError
 from fanbu.heads import domains_of
 from fanbu.merging.robust import bounded, chosen, false_ones, middle
 from fanbu.merging.task_vector import HEAD, head_tensors
-from fanbu.model import Model
+from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.predict import token_losses
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Inner
 
@@ -255,3 +256,23 @@ def test_training_at_the_owner_is_the_same_whatever_is_kept(
     again = method("fedavg").contribute(food, incumbent, replace(context, inner=Inner(1, 2)), train=FAST)
     assert len(digests) == 1
     assert again.digest not in digests  # another inner round, another order of batches
+
+
+@pytest.mark.parametrize("way", ["fedavg", "fedprox", "fedadam", "fednova", "scaffold"])
+def test_causal_models_learn_from_all_owners(
+    llama: Path, texts: dict[str, Domain], context: Context, tmp_path: Path, way: str
+) -> None:
+    base, known = open_model(llama), {"batch_size": 8, "epochs": 2}
+    train = known if way == "scaffold" else {**known, "lr": 3e-3}
+    arguments = {"rate": 1e-2} if way == "fedadam" else {}
+    sent = [
+        method(way).contribute(Specialist(base, d, base), base, context, train=train, **arguments)
+        for d in texts.values()
+    ]
+    new = method(way).absorb(base, sent, tmp_path / "new", context, **arguments)
+    for d in texts.values():
+        losses = []
+        for model in (base, new):
+            sums = token_losses(load_network(model), load_tokenizer(model), d.valid.texts, context).sum(0)
+            losses.append(float(sums[0] / sums[1]))
+        assert losses[1] < losses[0] - 0.02
