@@ -183,6 +183,11 @@ def test_pieces_of_robust_aggregation() -> None:
     assert middle(list(x), "median", 0.3).tolist() == [1.5, 5.5]
     assert middle(list(x), "trimmed", 0.3).tolist() == [1.5, 5.5]
     assert middle(list(x[:3]), "median", 0.3).tolist() == [1.0, 6.0]
+    for count in (1, 2, 9, 32, 33):  # sorted in two ways
+        many = torch.randn(count, 50)
+        torch.testing.assert_close(middle(list(many), "median", 0.3), many.quantile(0.5, 0))
+        cut = false_ones(count, 0.3)
+        torch.testing.assert_close(middle(list(many), "trimmed", 0.3), many.sort(0).values[cut : count - cut].mean(0))
     products = (x @ x.T).double()
     assert chosen(products, "krum", 0.3).tolist() == [1, 0, 0, 0]  # as near as the next two; the first counts
     assert chosen(products, "multi_krum", 0.3).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
