@@ -74,7 +74,7 @@ def inner_rounds(name: str, arguments: dict[str, Any], bench: Bench, out: Path) 
 
 def _inner(number: int, before: Path, after: Path, centre: Path) -> Inner:
     states = [p if p.is_dir() else None for p in (before / "state", centre / "said")]
-    return Inner(number, TIMES, states[0], after / "state", states[1], after / "said")
+    return Inner(number, states[0], after / "state", states[1], after / "said")
 
 
 def _absorb(way: Any, model: Model, sent: Any, context: Context, arguments: dict[str, Any], out: Path) -> Model:
@@ -96,7 +96,7 @@ def _averaged(bench: Bench, start: Model, number: int, out: Path) -> Model:
     before = {k: v.clone() for k, v in network.state_dict().items()}
     total = {k: torch.zeros_like(v) for k, v in before.items() if v.is_floating_point()}
     rows = sum(len(d.train) for d in bench.domains.values())
-    context = replace(bench.context, inner=Inner(number, TIMES))
+    context = replace(bench.context, inner=Inner(number))
     for name, d in bench.domains.items():
         network.load_state_dict(before)
         _at_home(network, tokenizer, d, start, context, f"as is {number + 1} {name}")

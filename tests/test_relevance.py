@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fanbu.catalogue import method
-from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import IntegrityError
 from fanbu.feedback.predictions._doubts import _far
@@ -48,7 +47,7 @@ def test_texts_of_others_are_not_a_specialists_to_answer(
     both = asking([*own, *strange])
     sent = WAY.contribute(food, incumbent, both)
     assert sent.meta["trust"] > 0
-    assert sent.meta["near"] == round(len(own) / len(both.probe.rows), 4)
+    assert _far(sent, both, 0) == round(len(strange) / len(both.probe.rows), 4)
     alone = answered(method("weak_to_strong").contribute(food, incumbent, both), incumbent, both).probs_nk
     mixed = answered(sent, incumbent, both).probs_nk
     columns = [incumbent.labels.index(label) for label in food.domain.full_labels]
@@ -67,7 +66,7 @@ def test_texts_of_others_are_not_a_specialists_to_answer(
         answered(own_rows, incumbent, replace(both, probe=named))
 
     silent = WAY.contribute(food, incumbent, asking(strange))
-    assert (silent.meta["near"], silent.meta["trust"]) == (0.0, 0.0)
+    assert (_far(silent, asking(strange), 0), silent.meta["trust"]) == (1.0, 0.0)
     assert WAY.absorb(incumbent, [silent], tmp_path / "same", asking(strange)).digest == incumbent.digest
 
     for bits in (sent.tensors["silent"][:-1], sent.tensors["silent"].int()):
@@ -80,6 +79,3 @@ def test_the_record_says_that_texts_were_far() -> None:
     assert [line[:2] for line in said] == ["a:", "b:", "b:", "c:"]
     assert all("adds nothing" in line for line in said[:2])
     assert "97%" in said[2]
-    for wrong in (-1, 1.5, "much", 10**400, None):
-        with pytest.raises(IntegrityError, match="near"):
-            _far(Contribution("predictions", "a", "distill", meta={"near": wrong}))

@@ -162,7 +162,7 @@ def test_the_centre_remembers_between_inner_rounds(absorbed: Any, incumbent: Mod
     pushes, m, v, before = (0.3, -0.1, 0.2), 0.0, 0.0, None
     for number, push in enumerate(pushes):
         after = tmp_path / f"state-{number}"
-        got = moved(absorbed([update(incumbent, "food", push)], way, Inner(number, 3, before, after)), incumbent)
+        got = moved(absorbed([update(incumbent, "food", push)], way, Inner(number, before, after)), incumbent)
         if way == "fedavgm":
             m = 0.9 * m + push
             expected = m
@@ -226,18 +226,18 @@ def test_scaffold_keeps_the_mean_gradient(
     way, folders = method("scaffold"), {n: tmp_path / n for n in ("own", "said", "own2")}
     train = {"batch_size": 8, "lr": 1e-4, "clip": 0.0, "dropout": 0.0}
     food = Specialist(incumbent, domains["food"], incumbent)
-    first = way.contribute(food, incumbent, replace(context, inner=Inner(0, 2, after=folders["own"])), train=train)
+    first = way.contribute(food, incumbent, replace(context, inner=Inner(0, after=folders["own"])), train=train)
     control = {n: first.tensors[f"control:{n}"] for n in body_of(incumbent) if f"control:{n}" in first.tensors}
     before, steps = body_of(incumbent), first.meta["steps"]
     for name, mean in control.items():  # no other correction yet: theta_base - theta is lr times the sum of gradients
         torch.testing.assert_close(mean, (before[name] - first.tensors[name].float()) / (1e-4 * steps))
-    inner = Inner(0, 2, telling=folders["said"])
+    inner = Inner(0, telling=folders["said"])
     way.absorb(incumbent, [first], tmp_path / "new", replace(context, inner=inner))
     told = Tensors(folders["said"] / "control.safetensors")
     name = max(control, key=lambda n: float(control[n].norm()))
     torch.testing.assert_close(told[name], control[name])
     # its own control is what the centre tells: nothing is corrected, and the same seed gives the same update
-    alike = Inner(0, 2, before=folders["own"], after=folders["own2"], said=folders["said"])
+    alike = Inner(0, before=folders["own"], after=folders["own2"], said=folders["said"])
     again = way.contribute(food, incumbent, replace(context, inner=alike), train=train)
     torch.testing.assert_close(again.tensors[name], first.tensors[name])
     alone = way.contribute(food, incumbent, replace(context, inner=replace(alike, said=None)), train=train)
@@ -258,7 +258,7 @@ def test_training_at_the_owner_is_the_same_whatever_is_kept(
     scratch = replace(context, scratch=tmp_path / "scratch")
     (tmp_path / "scratch").mkdir()
     digests = {method("fedavg").contribute(food, incumbent, c, train=FAST).digest for c in (context, scratch)}
-    again = method("fedavg").contribute(food, incumbent, replace(context, inner=Inner(1, 2)), train=FAST)
+    again = method("fedavg").contribute(food, incumbent, replace(context, inner=Inner(1)), train=FAST)
     assert len(digests) == 1
     assert again.digest not in digests  # another inner round, another order of batches
 

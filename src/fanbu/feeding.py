@@ -30,7 +30,7 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     if step.times > 1:
         return _repeated(turn, step, specialists, base, name)
     sent = [contribute(turn, way, step.arguments, s, base)[0] for s in specialists]
-    return absorb(turn, way, step.arguments, sent, base, name)[0]
+    return absorb(turn, way, step.arguments, sent, base, name)
 
 
 def contribute(
@@ -53,8 +53,8 @@ def contribute(
 def absorb(
     turn: Turn, way: Method, arguments: Mapping[str, Any], sent: Sequence[Contribution], base: Model, name: str,
     inner: Inner | None = None,
-) -> tuple[Model, Path]:  # fmt: skip
-    """The new large model; and the centre's folder."""
+) -> Model:  # fmt: skip
+    """The new large model, in the centre's folder."""
     inputs = {
         "base": base.digest, "contributions": sorted(c.digest for c in sent), **_numbered(inner),
         "arguments": plain(way.own("absorb", arguments)), **turn.settings(probe=True),
@@ -64,8 +64,7 @@ def absorb(
         own = None if inner is None else replace(inner, after=out.parent / STATE, telling=out.parent / SAID)
         return way.absorb(base, sent, out, replace(context, inner=own), **arguments)
 
-    made = turn.model(name, way.module, inputs, make)
-    return made, made.path.parent
+    return turn.model(name, way.module, inputs, make)
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +132,12 @@ def _inner_round(
     for s in specialists:
         d = s.domain.name
         before = _if_there(root / stand.owners[d] / STATE) if d in stand.owners else None
-        c, folder = contribute(apart, way, step.arguments, s, base, Inner(number, step.times, before, said=said))
+        c, folder = contribute(apart, way, step.arguments, s, base, Inner(number, before, said=said))
         sent.append(c)
         owners[d] = str(folder.relative_to(root))
     before = _if_there(root / stand.centre / STATE) if stand.centre else None
-    made, folder = absorb(
-        apart, way, step.arguments, sent, base, way.name, Inner(number, step.times, before, said=said)
-    )
-    stand.number, stand.centre, stand.owners = number + 1, str(folder.relative_to(root)), owners
+    made = absorb(apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said))
+    stand.number, stand.centre, stand.owners = number + 1, str(made.path.parent.relative_to(root)), owners
     for d, crossed in apart.crossed.items():
         stand.crossed.setdefault(d, []).extend(crossed.values())
     apart.crossed = {}

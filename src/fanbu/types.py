@@ -136,7 +136,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Inner:
-    """Where a way back that is taken ``times`` over stands: this is inner round ``number``, from 0.
+    """Where a way back that is taken many times over stands: this is inner round ``number``, from 0.
 
     ``before`` is the folder that the same owner (or the centre) left in the inner round before and ``after`` the one to
     leave what is to be known in the next; an owner's never crosses. ``said`` is the folder of what the centre told all
@@ -144,7 +144,6 @@ class Inner:
     """
 
     number: int
-    times: int
     before: Path | None = None
     after: Path | None = None
     said: Path | None = None

@@ -23,7 +23,7 @@ from fanbu.heads import Head, replace_rows
 from fanbu.merging.dials import Dial, depth_of, level
 from fanbu.merging.factors import Factored
 from fanbu.merging.sources import Own, Source, source_of
-from fanbu.merging.task_vector import HEAD, head_tensors
+from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors
 from fanbu.model import Model, Provenance, save_model
 from fanbu.tensors import Shards, Tensors, check_finite, chunks
 from fanbu.types import Context
@@ -211,11 +211,9 @@ def shard_bytes(total: int) -> int:
 
 def stacks(base: Model, contributions: Sequence[Contribution], context: Context) -> list[Stack]:
     """One Stack for every tensor of numbers of the body, in the order of the files; specialists come by name."""
-    tensors = Tensors(base.path)
-    heads = set(head_tensors(base))
-    body = [n for n, s in tensors.specs.items() if n not in heads and s.torch_dtype.is_floating_point]
+    tensors, shapes = Tensors(base.path), body_shapes(base)
+    body = list(shapes)
     ordered = sorted(contributions, key=lambda c: c.domain)
-    shapes = {n: tensors.specs[n].shape for n in body}
     sources = tuple(source_of(c, shapes) for c in ordered)
     for c, source in zip(ordered, sources, strict=True):
         different = set(body) ^ set(source.names)

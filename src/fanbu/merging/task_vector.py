@@ -123,6 +123,13 @@ def head_tensors(model: Model) -> list[str]:
     return []
 
 
+def body_shapes(base: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of all tensors of real numbers beside the label head."""
+    heads = set(head_tensors(base))
+    specs = Tensors(base.path).specs.items()
+    return {n: s.shape for n, s in specs if n not in heads and s.torch_dtype.is_floating_point}
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"
 

@@ -15,7 +15,7 @@ from fanbu.batches import evenly
 from fanbu.contribution import FEATURES, Contribution
 from fanbu.errors import IntegrityError
 from fanbu.feedback.predictions._alike import alike
-from fanbu.feedback.predictions._panel import answered, asked, said, variants
+from fanbu.feedback.predictions._panel import answered, asked, made_for, said, unpacked, variants
 from fanbu.model import Model
 from fanbu.predict import class_logits
 from fanbu.types import CLASSIFYING, Context, industry_of
@@ -69,7 +69,7 @@ def believed(
     facts = {
         "teachers": {c.domain: c.meta["trust"] for c in kept},
         "silent": [c.domain for c in contributions if not c.meta["trust"]], "doubted": doubted, "triggers": triggers,
-        "far": {c.domain: far for c in contributions if (far := _far(c)) > _MOST_FAR},
+        "far": {c.domain: far for c in contributions if (far := _far(c, context, augment)) > _MOST_FAR},
         "alike": alike(base, kept, context, augment),
     }  # fmt: skip
     return kept, facts
@@ -86,15 +86,11 @@ def _trust(c: Contribution) -> float:
     return float(trust)
 
 
-def _far(c: Contribution) -> float:
-    """What share of the texts that a classifier was asked about it does not call near."""
-    near = c.meta.get("near", 1.0)
-    if not isinstance(near, (int, float)) or not 0 <= near <= 1:
-        raise IntegrityError(
-            "contribution-broken", f"the panel of {c.domain} says of no share of texts that they are near",
-            allowed="0 to 1", got=str(near)[:20], remedy="ask its owner to send it again",
-        )  # fmt: skip
-    return round(1 - float(near), 4)
+def _far(c: Contribution, context: Context, augment: int) -> float:
+    """What share of the probe rows that a specialist was asked about it is silent of."""
+    rows = len(asked(context, c.domain))
+    silent = unpacked(c, rows + made_for(context, c.domain, augment))[:rows]
+    return round(float(silent.double().mean()), 4) if rows else 0.0
 
 
 @dataclass(frozen=True)

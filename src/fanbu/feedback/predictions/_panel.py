@@ -93,8 +93,7 @@ def class_panel(
     tensors: ``labels`` and ``probs`` (``said``), for the rows that are ``asked`` and then ``variants``; and where there
     are rows of which nothing is said, ``silent``, a bit for each row. meta: which of the industry's label rows in the
     base these are about (``known``; empty: all, in their order), both temperatures, ``trust``, what it goes by
-    (constant, own odds, base's odds, agreement), what share of the texts is ``near``, and wins and losses against the
-    base on validation rows.
+    (constant, own odds, base's odds, agreement), and wins and losses against the base on validation rows.
     """
     domain = specialist.domain
     target = torch.tensor(domain.valid.labels)
@@ -124,7 +123,6 @@ def class_panel(
     right, base_right = (p.argmax(1) == target for p in valid)
     meta = {
         "probe": context.probe.digest, "head": mark, "trust": trust.share if bool(close.any()) else 0.0,
-        "near": round(float(close.double().mean()), 4) if texts else 1.0,
         "known": [] if known == list(range(len(group))) else known,
         "trust_by": trust.coefficients,
         "temperature": temperatures[0], "base_temperature": temperatures[1], "valid": len(target),

@@ -15,7 +15,7 @@ from fanbu.heads import Head, sent_head
 from fanbu.merging.engine import Combine, Linear, Part, Stack, merge, stacks
 from fanbu.merging.geometry import gram
 from fanbu.merging.robust import Aggregate, bounded, chosen, middle
-from fanbu.merging.task_vector import HEAD, head_tensors
+from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors
 from fanbu.model import Model, Provenance
 from fanbu.tensors import Shards, Tensors, borrow_rows, layout, read_rows
 from fanbu.types import Context
@@ -208,16 +208,13 @@ class Moments:
     read while the next one's are written."""
 
     def __init__(self, base: Model, kinds: Sequence[str], context: Context) -> None:
-        inner, heads = context.inner, set(head_tensors(base))
+        inner = context.inner
         self.before = Tensors(inner.before) if inner and inner.before else None
         self.kinds, self.after = kinds, None
         if inner and inner.after:
             inner.after.mkdir(parents=True, exist_ok=True)
-            specs = {n: s for n, s in Tensors(base.path).specs.items() if n not in heads}
-            numbers = {n: s.shape for n, s in specs.items() if s.torch_dtype.is_floating_point}
-            self.after = Shards(
-                inner.after, {f"{k}:{n}": (s, torch.float32) for k in kinds for n, s in numbers.items()}
-            )
+            layouts = {f"{k}:{n}": (s, torch.float32) for k in kinds for n, s in body_shapes(base).items()}
+            self.after = Shards(inner.after, layouts)
 
     def get(self, kind: str, name: str, part: Part) -> Tensor:
         """Rows as they were left; zeros at first."""

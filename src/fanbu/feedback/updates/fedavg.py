@@ -18,7 +18,7 @@ from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs, Train
 
 NEEDS = Needs(kind="updates")
-LINEAR = True
+LINEAR = True  # with ``aggregate: mean`` and nothing clipped
 SENSITIVITY = None
 
 

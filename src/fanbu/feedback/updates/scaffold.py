@@ -16,7 +16,7 @@ from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.feedback.updates._local import Pull, update
 from fanbu.feedback.updates._server import How, Overlaid, taken
-from fanbu.merging.task_vector import head_tensors
+from fanbu.merging.task_vector import body_shapes
 from fanbu.model import Model, provenance
 from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
@@ -58,7 +58,7 @@ def contribute(
     sent = update("scaffold", specialist, base, context, train, "exact", _along(own, common))
     start, far = Tensors(base.path), _way(train, int(sent.meta["steps"]))
     grown = {}
-    for name in _body(base):
+    for name in body_shapes(base):
         before = start[name].float()
         gone = (before - sent.tensors[name].float()) / far
         grown[name] = _or_zero(own, name, before) - _or_zero(common, name, before) + gone
@@ -82,10 +82,10 @@ def absorb(
         FitError: an update's tensors are not the base's.
         IntegrityError: an update comes without its control variate, or with one of other shapes.
     """
-    inner, specs = context.inner, Tensors(base.path).specs
+    inner, shapes = context.inner, body_shapes(base)
     for c in contributions:
-        names = [n for n in _body(base) if CONTROL + n not in c.tensors]
-        if names or any(layout(c.tensors, CONTROL + n)[0] != specs[n].shape for n in _body(base)):
+        names = [n for n in shapes if CONTROL + n not in c.tensors]
+        if names or any(layout(c.tensors, CONTROL + n)[0] != shape for n, shape in shapes.items()):
             raise IntegrityError(
                 "contribution-broken", f"the control variate of {c.domain} is not one of the base's tensors",
                 allowed="one for each, of its shape", got=f"without {names[:3]}" if names else "other shapes",
@@ -93,29 +93,25 @@ def absorb(
             )  # fmt: skip
     if inner and inner.telling:
         inner.telling.mkdir(parents=True, exist_ok=True)
-        save_tensors(inner.telling / _FILE, _Told(base, contributions, inner.said))
+        save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner.said))
     bare = [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
     made = provenance("scaffold", [base], context, scale=scale, domains=[c.domain for c in contributions])
     return taken(base, bare, out, context, How(scale, by_rows=False), made)
 
 
-def _body(base: Model) -> list[str]:
-    """The tensors of numbers beside the label head, by the names that they have on disk."""
-    heads = set(head_tensors(base))
-    return [n for n, s in Tensors(base.path).specs.items() if n not in heads and s.torch_dtype.is_floating_point]
-
-
 class _Told(Mapping[str, Tensor]):
     """c as it becomes, some rows at a time."""
 
-    def __init__(self, base: Model, contributions: Sequence[Contribution], said: Path | None) -> None:
-        self.names, self.specs = _body(base), Tensors(base.path).specs
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], contributions: Sequence[Contribution], said: Path | None
+    ) -> None:
+        self.shapes = shapes
         self.sent = [c.tensors for c in contributions]
         self.before = Tensors(said / _FILE) if said else None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor."""
-        shape = self.specs[name].shape
+        shape = self.shapes[name]
         total = torch.zeros((stop - start, *shape[1:]))
         for tensors in self.sent:
             total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=1 / len(self.sent))
@@ -123,17 +119,17 @@ class _Told(Mapping[str, Tensor]):
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
-        return self.specs[name].shape, torch.float32
+        return self.shapes[name], torch.float32
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.specs[name].shape
+        shape = self.shapes[name]
         return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.shapes)
 
 
 def _controls(folder: Path | None) -> Mapping[str, Tensor]:
