@@ -11,10 +11,10 @@ import torch
 from fanbu.catalogue import method
 from fanbu.domain import Specialist
 from fanbu.errors import FitError
-from fanbu.merging.gram import linear_layers
+from fanbu.merging.gram import columns, linear_layers
 from fanbu.model import load_network
 from fanbu.shrink._sparse import Way, _check, kept, pruned
-from fanbu.shrink._units import columns, inner_layers
+from fanbu.shrink._units import inner_layers
 from fanbu.types import Context
 
 WAYS: list[Way] = ["magnitude", "wanda", "sparsegpt"]

@@ -18,7 +18,7 @@ from fanbu.heads import domains_of
 from fanbu.merging.robust import bounded, chosen, false_ones, middle
 from fanbu.merging.task_vector import HEAD, head_tensors
 from fanbu.model import Model, load_network, load_tokenizer, open_model
-from fanbu.predict import token_losses
+from fanbu.predict import class_logits, token_losses
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Inner
 
@@ -162,7 +162,8 @@ def test_the_centre_remembers_between_inner_rounds(absorbed: Any, incumbent: Mod
     pushes, m, v, before = (0.3, -0.1, 0.2), 0.0, 0.0, None
     for number, push in enumerate(pushes):
         after = tmp_path / f"state-{number}"
-        got = moved(absorbed([update(incumbent, "food", push)], way, Inner(number, before, after)), incumbent)
+        new = absorbed([update(incumbent, "food", push)], way, Inner(number, before, after))
+        got = moved(new, incumbent)
         if way == "fedavgm":
             m = 0.9 * m + push
             expected = m
@@ -171,6 +172,9 @@ def test_the_centre_remembers_between_inner_rounds(absorbed: Any, incumbent: Mod
             v = 0.99 * v + 0.01 * push**2 if way == "fedadam" else v - 0.01 * push**2 * (1 if v > push**2 else -1)
             expected = 1e-3 * m / (v**0.5 + 1e-3)
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert rows_moved(new, incumbent, "food") == pytest.approx(
+            expected * (1 if way == "fedavgm" else 10), rel=1e-3, abs=1e-6
+        )
         before = after
     assert (
         absorbed([update(incumbent, "food", 0.3)], way).digest == absorbed([update(incumbent, "food", 0.3)], way).digest
@@ -249,6 +253,88 @@ def test_scaffold_keeps_the_mean_gradient(
         way.contribute(food, incumbent, context, train={"clip": 1.0})
     with pytest.raises(IntegrityError):
         way.absorb(incumbent, [replace(first, tensors=dict(list(first.tensors.items())[:3]))], tmp_path / "x", context)
+
+
+@pytest.mark.parametrize("way", ["fedavg", "fedprox", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("layers", ["lora", "head"])
+def test_less_than_all_crosses_where_less_learns(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, way: str, layers: str
+) -> None:
+    train, before = {**FAST, "epochs": 6, "lr": 1e-2, "weight_decay": 0.0}, body_of(incumbent)
+    own, centre, base = (tmp_path / n for n in ("own", "centre", "base"))
+    food, model = Specialist(incumbent, domains["food"], incumbent), incumbent
+    for number in range(2):
+        states = [p / str(number - 1) if number else None for p in (own, centre)]
+        inner = Inner(number, states[0], own / str(number))
+        sent = method(way).contribute(food, model, replace(context, inner=inner), train=train, layers=layers, rank=2)
+        assert sum(t.numel() for t in sent.tensors.values()) < sum(t.numel() for t in before.values()) / 4
+        at_centre = Inner(number, states[1], centre / str(number))
+        model = method(way).absorb(model, [sent], base / str(number), replace(context, inner=at_centre), rank=2)
+    after = body_of(model)
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    assert bool(changed) == (layers == "lora")
+    assert all(before[n].ndim > 1 for n in changed)
+    assert rows_moved(model, incumbent, "food") != 0
+    assert rows_moved(model, incumbent, "rail") == 0
+    domain = domains["food"]
+
+    def sure(model: Model) -> float:
+        network, labels = load_network(model), [model.labels.index(n) for n in domain.full_labels]
+        logits = class_logits(network, load_tokenizer(model), domain.train.texts, context)[:, labels]
+        return float(logits.log_softmax(1)[range(len(logits)), list(domain.train.labels or ())].mean())
+
+    if way in {"fedavg", "fedprox"}:  # the others go further than two inner rounds want
+        assert sure(model) > sure(incumbent)
+
+
+def test_features_that_stand_still_are_computed_once(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    food, way = Specialist(incumbent, domains["food"], incumbent), method("fedavg")
+    first = replace(context, inner=Inner(0, after=tmp_path / "own"))
+    sent = way.contribute(food, incumbent, first, train=FAST, layers="head")
+    again = replace(context, inner=Inner(0, tmp_path / "own", tmp_path / "own2"))
+    moved_head = way.absorb(incumbent, [sent], tmp_path / "new", context)
+
+    def asked(*_: Any) -> Tensor:
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr("fanbu.feedback.updates._local.features", asked)
+    assert way.contribute(food, incumbent, again, train=FAST, layers="head").digest == sent.digest
+    way.contribute(food, moved_head, again, train=FAST, layers="head")  # the body is the same
+    other = way.absorb(incumbent, [update(incumbent, "food", 0.1)], tmp_path / "other", context)
+    with pytest.raises(AssertionError, match="again"):
+        way.contribute(food, other, again, train=FAST, layers="head")
+
+
+def test_label_rows_alone_have_control_variates(
+    incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
+) -> None:
+    way, train = method("scaffold"), {"batch_size": 8, "lr": 1e-4, "head_lr": 1e-3}
+    food, rail = (Specialist(incumbent, domains[n], incumbent) for n in ("food", "rail"))
+    sent = [
+        way.contribute(
+            s, incumbent, replace(context, inner=Inner(0, after=tmp_path / s.domain.name)), train=train, layers="head"
+        )
+        for s in (food, rail)
+    ]
+    controls = {n for n in sent[0].tensors if n.startswith("control:")}
+    assert controls == {f"control:label:{label}" for label in domains["food"].full_labels}
+    said = replace(context, inner=Inner(0, telling=tmp_path / "said"))
+    new = way.absorb(incumbent, sent, tmp_path / "new", said)
+    told = Tensors(tmp_path / "said" / "control.safetensors")
+    assert set(told) == {f"label:{n}" for s in (food, rail) for n in s.domain.full_labels}
+    label = domains["food"].full_labels[0]
+    mean = told[f"label:{label}"]  # nobody else knows it
+    torch.testing.assert_close(mean, sent[0].tensors[f"control:label:{label}"])
+    name, place = head_tensors(incumbent)[0], incumbent.labels.index(label)
+    row = Tensors(incumbent.path)[name][place] - Tensors(new.path)[name][new.labels.index(label)]
+    torch.testing.assert_close(mean[:-1], row / (1e-3 * sent[0].meta["steps"]), rtol=1e-3, atol=1e-5)
+    inner = Inner(1, tmp_path / "food", tmp_path / "food2", tmp_path / "said")
+    way.contribute(food, new, replace(context, inner=inner), train=train, layers="head")  # c_i = c: nothing is added
+    bare = replace(sent[0], tensors={n: t for n, t in sent[0].tensors.items() if not n.startswith("control:")})
+    with pytest.raises(IntegrityError, match="control variate"):
+        way.absorb(incumbent, [bare, sent[1]], tmp_path / "broken", context)
 
 
 def test_training_at_the_owner_is_the_same_whatever_is_kept(

@@ -16,11 +16,11 @@ from fanbu.catalogue import method
 from fanbu.deploy import latency
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
-from fanbu.merging.gram import grams, linear_layers
+from fanbu.merging.gram import columns, grams, linear_layers
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import class_logits
 from fanbu.shrink import width
-from fanbu.shrink._units import Keep, best, columns, counted, follows, importances, narrowed, size_of, units
+from fanbu.shrink._units import Keep, best, counted, follows, importances, narrowed, size_of, units
 from fanbu.types import Context
 from test_rebasin import CONTEXT, FAMILIES, GROUPED, answers, make
 

@@ -33,6 +33,12 @@ def stores_input_first(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 
+def columns(layer: Any) -> Tensor:
+    """[out, in] of a linear layer, however it stores it."""
+    weight: Tensor = layer.weight.detach()
+    return weight.T if stores_input_first(layer) else weight
+
+
 def grams(
     network: Any, tokenizer: Any, texts: Sequence[str], names: Sequence[str], context: Context
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

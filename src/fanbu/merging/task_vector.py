@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fanbu.errors import FitError
+from fanbu.heads import Head
 from fanbu.model import Model
 from fanbu.tensors import Tensors
 from fanbu.types import CLASSIFYING
@@ -121,6 +122,13 @@ def head_tensors(model: Model) -> list[str]:
         if found:
             return found
     return []
+
+
+def rows_of(base: Model) -> Head:
+    """The base's label rows in float32; a head without bias has zeros."""
+    names, tensors = head_tensors(base), Tensors(base.path)
+    bias = tensors[names[1]] if len(names) > 1 else torch.zeros(len(base.labels))
+    return Head(tuple(base.labels), tensors[names[0]].float(), bias.float())
 
 
 def body_shapes(base: Model) -> dict[str, tuple[int, ...]]:

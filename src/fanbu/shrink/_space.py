@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fanbu.batches import evenly
 from fanbu.domain import Domain
-from fanbu.merging.gram import linear_layers, own_texts
+from fanbu.merging.gram import columns, linear_layers, own_texts
 from fanbu.merging.permute import Symmetry
 from fanbu.model import Model
 from fanbu.predict import class_logits, features, token_losses
@@ -23,7 +23,6 @@ from fanbu.shrink._tune import open_for
 from fanbu.shrink._units import (
     Shapes,
     Units,
-    columns,
     counts_of,
     importances,
     inner_layers,

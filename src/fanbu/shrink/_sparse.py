@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError
-from fanbu.merging.gram import linear_layers
+from fanbu.merging.gram import columns, linear_layers
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._columnwise import Column, columnwise
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import columns, inner_layers, own_grams
+from fanbu.shrink._units import inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 

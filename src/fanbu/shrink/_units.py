@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fanbu.batches import encode, evenly, pad_id, sorted_batches
 from fanbu.domain import Domain
 from fanbu.errors import FitError
-from fanbu.merging.gram import grams, linear_layers, own_texts, stores_input_first
+from fanbu.merging.gram import columns, grams, linear_layers, own_texts, stores_input_first
 from fanbu.merging.permute import (
     HEADS,
     HIDDEN,
@@ -180,12 +180,6 @@ def _readers(network: Any, symmetry: Symmetry) -> list[str]:
         a.tensor for a in symmetry.axes
         if a.tensor in layers and (a.dim == (0 if stores_input_first(layers[a.tensor]) else 1))
     ]  # fmt: skip
-
-
-def columns(layer: Any) -> Tensor:
-    """[out, in] of a linear layer, however it stores it."""
-    weight: Tensor = layer.weight.detach()
-    return weight.T if stores_input_first(layer) else weight
 
 
 def inner_layers(network: Any) -> list[str]:

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError
-from fanbu.merging.gram import linear_layers, stores_input_first
+from fanbu.merging.gram import columns, linear_layers, stores_input_first
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import columns, follows, inner_layers, own_grams
+from fanbu.shrink._units import follows, inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 

@@ -16,12 +16,12 @@ from torch.nn.utils import parametrize
 
 from fanbu.domain import Domain
 from fanbu.errors import FitError, needs_extra
-from fanbu.merging.gram import linear_layers, stores_input_first
+from fanbu.merging.gram import columns, linear_layers, stores_input_first
 from fanbu.model import Model, provenance, save_model, tied_copies
 from fanbu.predict import validation_value
 from fanbu.shrink._rounding import Rounding, on_grid, rounded, scales
 from fanbu.shrink._tune import open_for, tune
-from fanbu.shrink._units import columns, inner_layers, own_grams
+from fanbu.shrink._units import inner_layers, own_grams
 from fanbu.train import set_up
 from fanbu.types import Context, Train
 

@@ -16,14 +16,13 @@ from fanbu.deploy.latency import Clock, fitted, usual_milliseconds
 from fanbu.domain import Domain
 from fanbu.errors import FitError, UsageError
 from fanbu.files import noted
-from fanbu.merging.gram import linear_layers, own_texts
+from fanbu.merging.gram import columns, linear_layers, own_texts
 from fanbu.model import Model, provenance, save_network
 from fanbu.shrink._tune import open_for, tune
 from fanbu.shrink._units import (
     Importance,
     Keep,
     Units,
-    columns,
     counted,
     counts_of,
     first_units,

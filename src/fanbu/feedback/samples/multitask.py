@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.heads import check_labels_known, final_layer
+from fanbu.merging.low_rank import with_adapters
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import labelled, language
 from fanbu.predict import limit
+from fanbu.train import set_up
 from fanbu.train import train as train_network
 from fanbu.types import CLASSIFYING, Context, Needs, Train
 
@@ -33,7 +38,7 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    train: Train = Train(epochs=3, lr=1.5e-4),
+    train: Train = Train(epochs=3, lr=1.5e-4), layers: Literal["all", "lora"] = "all", rank: Annotated[int, Ge(1)] = 8,
 ) -> Model:  # fmt: skip
     """Trains the base on the rows of all domains: cross-entropy over the union head, which is cross-entropy over
     domains plus cross-entropy within the domain (``fanbu.losses``); next-token loss for a causal model.
@@ -42,6 +47,8 @@ def absorb(
 
     Args:
         train: how to train; there is no early stopping, since the centre has no validation rows.
+        layers: ``all``; ``lora``: low-rank factors of the linear layers (s = 2), which are added in, and label rows.
+        rank: of the factors.
 
     Raises:
         IntegrityError: a row's label is not in the base's head.
@@ -60,7 +67,14 @@ def absorb(
         head = final_layer(network)
     else:
         loss = language(sequences, pad, context.device)
+    if layers == "lora" and base.task:
+        set_up(context, "adapter", "multitask")
+        wrapped = with_adapters(network, base.task, rank=rank, alpha=2 * rank)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "multitask", head=head)
-    domains = [c.domain for c in contributions]
-    made = provenance("multitask", [base], context, train=vars(train), domains=domains, steps=history.steps)
+    if layers == "lora":
+        network = wrapped.merge_and_unload(safe_merge=True)
+    made = provenance(
+        "multitask", [base], context, train=vars(train), layers=layers, rank=rank, steps=history.steps,
+        domains=[c.domain for c in contributions],
+    )  # fmt: skip
     return save_network(network, tokenizer, out, made)

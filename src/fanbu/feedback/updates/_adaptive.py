@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fanbu.contribution import Contribution
-from fanbu.feedback.updates._server import How, Moments, taken
-from fanbu.merging.engine import Part
+from fanbu.feedback.updates._server import LABEL, How, Memory, taken
 from fanbu.model import Model, Provenance
 from fanbu.types import Context
 
@@ -20,16 +19,12 @@ def adaptive(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, made: Provenance, second: Second,
 ) -> Model:  # fmt: skip
     """theta = theta_base + rate m / (sqrt v + tau), m = beta1 m_before + (1 - beta1) delta, from zero moments."""
-    rate, beta1, tau = (float(made.parameters[name]) for name in ("rate", "beta1", "tau"))
-    kept = Moments(base, ["m", "v"], context)
+    rate, head_rate, beta1, tau = (float(made.parameters[name]) for name in ("rate", "head_rate", "beta1", "tau"))
 
-    def step(name: str, part: Part, change: Tensor) -> Tensor:
-        m = kept.get("m", name, part).mul_(beta1).add_(change, alpha=1 - beta1)
-        v = second(kept.get("v", name, part), change.square())
-        kept.put("m", name, part, m)
-        kept.put("v", name, part, v)
-        return m.div_(v.sqrt().add_(tau)).mul_(rate)
+    def rule(name: str, kept: dict[str, Tensor], change: Tensor) -> Tensor:
+        m = kept["m"].mul_(beta1).add_(change, alpha=1 - beta1)
+        v = kept["v"].copy_(second(kept["v"], change.square()))
+        return m / v.sqrt().add_(tau) * (head_rate if name.startswith(LABEL) else rate)
 
-    new = taken(base, contributions, out, context, How(by_rows=bool(made.parameters["by_rows"])), made, step)
-    kept.close()
-    return new
+    how = How(by_rows=bool(made.parameters["by_rows"]))
+    return taken(base, contributions, out, context, how, made, Memory(["m", "v"], rule))

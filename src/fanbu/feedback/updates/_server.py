@@ -15,13 +15,13 @@ from fanbu.heads import Head, sent_head
 from fanbu.merging.engine import Combine, Linear, Part, Stack, merge, stacks
 from fanbu.merging.geometry import gram
 from fanbu.merging.robust import Aggregate, bounded, chosen, middle
-from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors
+from fanbu.merging.task_vector import HEAD, head_tensors, rows_of
 from fanbu.model import Model, Provenance
 from fanbu.tensors import Shards, Tensors, borrow_rows, layout, read_rows
 from fanbu.types import Context
 
 _MOST = 10**7  # rows or steps that an owner may claim
-Step = Callable[[str, Part, Tensor], Tensor]  # of a tensor's name, its rows, and their mean change
+LABEL = "label:"  # before a label: the name of its row with its bias
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class How:
 
 def taken(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, how: How, made: Provenance,
-    step: Step | None = None, each: Callable[[Contribution], float] | None = None,
+    memory: Memory | None = None, each: Callable[[Contribution], float] | None = None,
 ) -> Model:  # fmt: skip
-    """theta = theta_base + scale * the changes as one; ``step`` makes of that what is added instead.
+    """theta = theta_base + scale * the changes as one; ``memory`` makes of that what is added instead.
 
     A label row changes by what those who know the label say. ``each`` gives a factor of an owner's whole change.
     """
@@ -65,11 +65,18 @@ def taken(
             if how.by_coordinates
             else Linear([how.scale * w * f for w, f in zip(weights, factors, strict=True)])
         )
-        return combine if step is None else lambda part: step(stack.name, part, combine(part))
+        return combine if memory is None else lambda part: memory(stack.name, part, combine(part))
 
+    if memory:
+        shapes = {s.name: s.shape for s in stacks(base, ordered, context) if s.touched}
+        known = {LABEL + label: (head.weight_lh.shape[1] + 1,) for head in heads for label in head.labels}
+        memory.open({**shapes, **known}, context)
     if heads:
-        ordered = _with_head(base, ordered, _one_head(base, heads, weights, factors, how))
-    return merge(base, ordered, out, context, rule, made)
+        ordered = _with_head(base, ordered, _one_head(base, heads, weights, factors, how, memory))
+    new = merge(base, ordered, out, context, rule, made)
+    if memory:
+        memory.close()
+    return new
 
 
 def said_number(c: Contribution, what: str) -> int:
@@ -95,7 +102,7 @@ def _weights(
     if how.clip or how.aggregate not in {"mean", "median", "trimmed"}:
         products = torch.zeros(len(ordered), len(ordered), dtype=torch.float64)
         for stack in stacks(base, ordered, context):
-            products += gram(stack, deltas=True)
+            products += gram(stack, deltas=True) if stack.touched else 0
         products += _products(base, heads) if heads else 0
         factors = bounded(products, how.clip)
         if how.aggregate != "mean":
@@ -123,15 +130,14 @@ def _head(c: Contribution, base: Model) -> Head | None:
 
 def _changes(base: Model, heads: Sequence[Head]) -> tuple[Head, list[Tensor]]:
     """The base's rows that the owners know, and what each changed in them: [its labels, hidden + 1]."""
-    names, tensors = head_tensors(base), Tensors(base.path)
-    bias = tensors[names[1]] if len(names) > 1 else torch.zeros(len(base.labels))
-    start = Head(tuple(base.labels), tensors[names[0]].float(), bias.float())
+    start = rows_of(base)
     known = start.take(sorted({label for head in heads for label in head.labels}, key=start.labels.index))
     rows = [start.take(head.labels) for head in heads]
-    return known, [_joined(head) - _joined(row) for head, row in zip(heads, rows, strict=True)]
+    return known, [joined(head) - joined(row) for head, row in zip(heads, rows, strict=True)]
 
 
-def _joined(head: Head) -> Tensor:
+def joined(head: Head) -> Tensor:
+    """[labels, hidden + 1]: rows with their biases."""
     return torch.cat([head.weight_lh.float(), head.bias_l.float()[:, None]], 1)
 
 
@@ -145,7 +151,10 @@ def _products(base: Model, heads: Sequence[Head]) -> Tensor:
     return flat @ flat.T
 
 
-def _one_head(base: Model, heads: Sequence[Head], weights: Sequence[float], factors: Sequence[float], how: How) -> Head:
+def _one_head(
+    base: Model, heads: Sequence[Head], weights: Sequence[float], factors: Sequence[float], how: How,
+    memory: Memory | None,
+) -> Head:  # fmt: skip
     known, changes = _changes(base, heads)
     total = torch.zeros(len(known.labels), known.weight_lh.shape[1] + 1)
     for place, label in enumerate(known.labels):
@@ -158,7 +167,15 @@ def _one_head(base: Model, heads: Sequence[Head], weights: Sequence[float], fact
             total[place] = middle([row for _, row in rows], how.aggregate, how.liars)
         elif share := sum(w for w, _ in rows):
             total[place] = torch.stack([w / share * row for w, row in rows]).sum(0)
-    made = _joined(known) + how.scale * total
+    before, total = joined(known), how.scale * total
+    if memory:
+        total = torch.stack(
+            [
+                memory(LABEL + label, Part(0, len(row), row, []), change)
+                for label, row, change in zip(known.labels, before, total, strict=True)
+            ]
+        )
+    made = before + total
     return Head(known.labels, made[:, :-1], made[:, -1])
 
 
@@ -203,30 +220,42 @@ class Overlaid(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class Moments:
-    """What an optimizer at the centre remembers of each number: float32 tensors by kind and name, one inner round's
-    read while the next one's are written."""
+class Memory:
+    """An optimizer at the centre and what it remembers of each number: float32 tensors by kind and name, one inner
+    round's read while the next one's are written; of label rows one tensor a label, [hidden + 1].
 
-    def __init__(self, base: Model, kinds: Sequence[str], context: Context) -> None:
+    ``rule`` is given a name, the tensors by kind (zeros at first), which it changes in place, and the change that the
+    owners ask for, and returns the one that is made.
+    """
+
+    def __init__(self, kinds: Sequence[str], rule: Callable[[str, dict[str, Tensor], Tensor], Tensor]) -> None:
+        self.kinds, self.rule = kinds, rule
+        self.before: Tensors | None = None
+        self.after: Shards | None = None
+
+    def open(self, shapes: Mapping[str, tuple[int, ...]], context: Context) -> None:
+        """Before the first change; ``shapes`` are of all that may change."""
         inner = context.inner
         self.before = Tensors(inner.before) if inner and inner.before else None
-        self.kinds, self.after = kinds, None
         if inner and inner.after:
             inner.after.mkdir(parents=True, exist_ok=True)
-            layouts = {f"{k}:{n}": (s, torch.float32) for k in kinds for n, s in body_shapes(base).items()}
+            layouts = {f"{k}:{n}": (s, torch.float32) for k in self.kinds for n, s in shapes.items()}
             self.after = Shards(inner.after, layouts)
 
-    def get(self, kind: str, name: str, part: Part) -> Tensor:
-        """Rows as they were left; zeros at first."""
-        if self.before is None:
-            return torch.zeros_like(part.base)
-        rows = self.before.borrowed(f"{kind}:{name}", part.start, part.stop)  # the file's own memory: not to be written
-        return torch.empty_like(part.base).copy_(rows)
-
-    def put(self, kind: str, name: str, part: Part, rows: Tensor) -> None:
-        """Rows for the next inner round."""
+    def __call__(self, name: str, part: Part, change: Tensor) -> Tensor:
+        """What some rows change by."""
+        kept = {kind: self._read(f"{kind}:{name}", part) for kind in self.kinds}
+        made = self.rule(name, kept, change)
         if self.after:
-            self.after.put(f"{kind}:{name}", part.start, rows)
+            for kind, rows in kept.items():
+                self.after.put(f"{kind}:{name}", part.start, rows)
+        return made
+
+    def _read(self, name: str, part: Part) -> Tensor:
+        if self.before is None or name not in self.before:
+            return torch.zeros_like(part.base)
+        rows = self.before.borrowed(name, part.start, part.stop)  # the file's own memory: not to be written
+        return torch.empty_like(part.base).copy_(rows)
 
     def close(self) -> None:
         """Once all rows are there."""

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.updates._local import LOCAL, update
+from fanbu.feedback.updates._local import LOCAL, Layers, Learns, Rivals, update
 from fanbu.feedback.updates._server import How, taken
 from fanbu.merging.robust import Aggregate
 from fanbu.merging.store import Store
@@ -23,8 +23,9 @@ SENSITIVITY = None
 
 
 def contribute(
-    specialist: Specialist, base: Model, context: Context, *, train: Train = LOCAL, store: Store = "exact"
-) -> Contribution:
+    specialist: Specialist, base: Model, context: Context, *, train: Train = LOCAL, layers: Layers = "all",
+    rank: Annotated[int, Ge(1)] = 8, store: Store = "exact", rivals: Rivals = "industry",
+) -> Contribution:  # fmt: skip
     """delta = theta - theta_base after training the large model on the domain's training rows; its own label rows.
 
     The specialist itself is not asked: what crosses is what its owner's rows make of the large model. Take it many
@@ -32,10 +33,18 @@ def contribute(
     store it in float32 first.
 
     Args:
-        train: how an owner trains in one inner round.
+        train: how an owner trains in one inner round. ``lora`` wants about ten times the learning rate of ``all``.
+        layers: ``all``; ``lora``: low-rank factors of the linear layers, which are all that crosses beside the label
+            rows, and whose products the centre adds up exactly; ``head``: the label rows alone, on frozen features.
+        rank: of the factors.
         store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``).
+        rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
+            knows, so that it learns where a text is from, too. They are others', and do not move.
+
+    Raises:
+        UsageError: ``head`` of a causal model; packed factors.
     """
-    return update("fedavg", specialist, base, context, train, store)
+    return update("fedavg", specialist, base, context, train, Learns(layers, rank, store, rivals))
 
 
 def absorb(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.updates._local import LOCAL, Pull, update
+from fanbu.feedback.updates._local import LOCAL, Layers, Learns, Pull, Rivals, update
 from fanbu.feedback.updates._server import How, taken
 from fanbu.merging.store import Store
 from fanbu.model import Model, provenance
@@ -25,18 +25,24 @@ SENSITIVITY = None
 
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, mu: Annotated[float, Ge(0)] = 0.01, train: Train = LOCAL,
-    store: Store = "exact",
+    layers: Layers = "all", rank: Annotated[int, Ge(1)] = 8, store: Store = "exact", rivals: Rivals = "industry",
 ) -> Contribution:  # fmt: skip
-    """As ``fedavg``, trained by the task's loss + mu / 2 |theta - theta_base|^2.
+    """As ``fedavg``, trained by the task's loss + mu / 2 |theta - theta_base|^2, theta what learns.
 
     Args:
         mu: how strongly owners are held. 0: ``fedavg``.
         train: how an owner trains in one inner round.
+        layers: ``all``, ``lora`` or ``head``, as in ``fedavg``.
+        rank: of low-rank factors.
         store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``).
+        rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
+            knows, so that it learns where a text is from, too. They are others', and do not move.
 
     Reference: Li et al. 2020, "Federated optimization in heterogeneous networks".
     """
-    return update("fedprox", specialist, base, context, train, store, _held(mu) if mu else None)
+    return update(
+        "fedprox", specialist, base, context, train, Learns(layers, rank, store, rivals), _held(mu) if mu else None
+    )
 
 
 def absorb(
@@ -60,12 +66,16 @@ def absorb(
 
 def _held(mu: float) -> Callable[[nn.Module], Pull]:
     def pull(network: nn.Module) -> Pull:
-        start = [p.detach().clone() for p in network.parameters()]
+        start = [p.detach().clone() for p in _learning(network)]
 
         def away(moved: nn.Module) -> Tensor:
-            pairs = zip(moved.parameters(), start, strict=True)
+            pairs = zip(_learning(moved), start, strict=True)
             return mu / 2 * torch.stack([(p - s).square().sum() for p, s in pairs]).sum()
 
         return away
 
     return pull
+
+
+def _learning(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]

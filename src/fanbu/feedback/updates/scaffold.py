@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
-from fanbu.feedback.updates._local import Pull, update
-from fanbu.feedback.updates._server import How, Overlaid, taken
-from fanbu.merging.task_vector import body_shapes
+from fanbu.feedback.updates._local import Learns, Pull, Rivals, update
+from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, said_number, taken
+from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
 from fanbu.model import Model, provenance
 from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
@@ -34,14 +34,17 @@ def contribute(
         epochs=1, lr=0.02, head_lr=0.02, warmup=0.0, schedule="constant", patience=0, optimizer="SGD",
         weight_decay=0.0, clip=0.0,
     ),
+    layers: Literal["all", "head"] = "all", rivals: Rivals = "industry",
 ) -> Contribution:  # fmt: skip
-    """As ``fedavg``, by steps along g - c_i + c: c_i is the owner's control variate, c the centre's, both of the body.
+    """As ``fedavg``, by steps along g - c_i + c: c_i is the owner's control variate, c the centre's.
 
     Afterwards c_i becomes c_i - c + (theta_base - theta) / (sum of learning rates), the mean of the gradients that it
     saw; what that changed crosses with the update. c_i is kept from one inner round to the next, and never crosses.
 
     Args:
         train: how an owner trains in one inner round; by plain SGD, since the displacement must be a sum of gradients.
+        layers: ``all``, or ``head``: the label rows alone, on frozen features.
+        rivals: as in ``fedavg``.
 
     Raises:
         UsageError: another optimizer, or gradients that are clipped, or weights that decay.
@@ -53,15 +56,14 @@ def contribute(
             "bad-parameter", "scaffold: train", allowed="optimizer: SGD, clip: 0, weight_decay: 0",
             got=f"{train.optimizer}, {train.clip}, {train.weight_decay}", remedy="leave these out",
         )  # fmt: skip
-    inner = context.inner
+    inner, labels = context.inner, specialist.domain.full_labels
     own, common = (_controls(folder) for folder in ((inner.before, inner.said) if inner else (None, None)))
-    sent = update("scaffold", specialist, base, context, train, "exact", _along(own, common))
-    start, far = Tensors(base.path), _way(train, int(sent.meta["steps"]))
-    grown = {}
-    for name in body_shapes(base):
-        before = start[name].float()
-        gone = (before - sent.tensors[name].float()) / far
-        grown[name] = _or_zero(own, name, before) - _or_zero(common, name, before) + gone
+    along = _along(own, common, head_tensors(base), labels if base.labels else ())
+    sent = update("scaffold", specialist, base, context, train, Learns(layers, rivals=rivals), along)
+    way, grown = _way(train, int(sent.meta["steps"])), {}
+    for name, gone in _gone(base, sent, layers).items():
+        before = gone / ((train.head_lr if name.startswith(LABEL) else train.lr) * way)
+        grown[name] = before + _or_zero(own, name, gone) - _or_zero(common, name, gone)
     if inner and inner.after:
         inner.after.mkdir(parents=True, exist_ok=True)
         save_tensors(inner.after / _FILE, grown)
@@ -71,51 +73,64 @@ def contribute(
 
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    scale: Annotated[float, Gt(0)] = 1.0,
+    scale: Annotated[float, Gt(0)] = 1.0, by_rows: bool = True,
 ) -> Model:  # fmt: skip
     """theta = theta_base + scale mean of delta_i, c = c_before + mean of what the c_i changed; c is told to all owners.
 
+    For a label's row the means are over those who know the label.
+
     Args:
         scale: the learning rate of the centre.
+        by_rows: whether an owner counts by its rows, which it says itself, in both means; else all count alike.
 
     Raises:
         FitError: an update's tensors are not the base's.
         IntegrityError: an update comes without its control variate, or with one of other shapes.
     """
-    inner, shapes = context.inner, body_shapes(base)
+    inner = context.inner
+    body = body_shapes(base) if any(CONTROL + n in contributions[0].tensors for n in body_shapes(base)) else {}
+    row = (rows_of(base).weight_lh.shape[1] + 1,) if base.labels else ()
+    shapes: dict[str, tuple[int, ...]] = dict(body)
     for c in contributions:
-        names = [n for n in shapes if CONTROL + n not in c.tensors]
-        if names or any(layout(c.tensors, CONTROL + n)[0] != shape for n, shape in shapes.items()):
+        own = {**body, **dict.fromkeys([LABEL + str(label) for label in c.meta.get("labels", [])], row)}
+        sent = {n.removeprefix(CONTROL) for n in c.tensors if n.startswith(CONTROL)}
+        if sent != own.keys() or any(layout(c.tensors, CONTROL + n)[0] != shape for n, shape in own.items()):
             raise IntegrityError(
-                "contribution-broken", f"the control variate of {c.domain} is not one of the base's tensors",
-                allowed="one for each, of its shape", got=f"without {names[:3]}" if names else "other shapes",
+                "contribution-broken", f"the control variate of {c.domain} is not of what it trained",
+                allowed="one for each tensor and label row, of its shape", got=sorted(sent ^ own.keys())[:3],
                 remedy="ask its owner to send it again",
             )  # fmt: skip
+        shapes |= own
     if inner and inner.telling:
         inner.telling.mkdir(parents=True, exist_ok=True)
-        save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner.said))
+        save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner.said, by_rows))
     bare = [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
-    made = provenance("scaffold", [base], context, scale=scale, domains=[c.domain for c in contributions])
-    return taken(base, bare, out, context, How(scale, by_rows=False), made)
+    domains = [c.domain for c in contributions]
+    made = provenance("scaffold", [base], context, scale=scale, by_rows=by_rows, domains=domains)
+    return taken(base, bare, out, context, How(scale, by_rows), made)
 
 
 class _Told(Mapping[str, Tensor]):
     """c as it becomes, some rows at a time."""
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], contributions: Sequence[Contribution], said: Path | None
-    ) -> None:
-        self.shapes = shapes
-        self.sent = [c.tensors for c in contributions]
+        self, shapes: Mapping[str, tuple[int, ...]], contributions: Sequence[Contribution], said: Path | None,
+        by_rows: bool,
+    ) -> None:  # fmt: skip
         self.before = Tensors(said / _FILE) if said else None
+        known = {n: self.before.specs[n].shape for n in self.before} if self.before else {}
+        self.shapes = {**known, **shapes}
+        counted = [(said_number(c, "rows") if by_rows else 1, c.tensors) for c in contributions]
+        self.sent = {n: [(k, t) for k, t in counted if CONTROL + n in t] for n in self.shapes}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor."""
-        shape = self.shapes[name]
-        total = torch.zeros((stop - start, *shape[1:]))
-        for tensors in self.sent:
-            total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=1 / len(self.sent))
-        return total if self.before is None else total.add_(self.before.borrowed(name, start, stop))
+        total = torch.zeros((stop - start, *self.shapes[name][1:]))
+        whole = sum(count for count, _ in self.sent[name])
+        for count, tensors in self.sent[name]:
+            total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=count / whole)
+        known = self.before is not None and name in self.before
+        return total.add_(self.before.borrowed(name, start, stop)) if self.before and known else total
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
@@ -140,25 +155,52 @@ def _or_zero(controls: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
     return controls[name].float() if name in controls else torch.zeros(like.shape)
 
 
-def _along(own: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> Callable[[nn.Module], Pull] | None:
+def _along(
+    own: Mapping[str, Tensor], common: Mapping[str, Tensor], heads: Sequence[str], labels: Sequence[str]
+) -> Callable[[nn.Module], Pull] | None:
     """<c - c_i, theta>, whose gradient is c - c_i."""
     if not own and not common:
         return None
 
-    def pull(network: nn.Module) -> Pull:
-        named: dict[str, Any] = dict(network.named_parameters())
-        known = [n for n in named if n in own or n in common]
-        pushes = {n: (_or_zero(common, n, named[n]) - _or_zero(own, n, named[n])).to(named[n].device) for n in known}
+    def pull(learning: nn.Module) -> Pull:
+        named: dict[str, Any] = dict(learning.named_parameters())
+        pushes = {n: _apart(common, own, n, named[n]) for n in sorted({*own, *common}) if n in named}
+        there = [n if n in named else n.rpartition(".")[2] for n in heads]  # the layer may learn alone
+        if there:  # weight, and bias where there is one
+            row = torch.zeros(named[there[0]].shape[1] + 1)
+            push = torch.stack([_apart(common, own, LABEL + label, row) for label in labels])
+            pushes |= dict(zip(there, (push[:, :-1], push[:, -1]), strict=False))
+        pushes = {n: push.to(named[n].device) for n, push in pushes.items()}
 
         def along(moved: nn.Module) -> Tensor:
             parameters = dict(moved.named_parameters())
-            return torch.stack([(parameters[n] * push).sum() for n, push in pushes.items()]).sum()
+            return torch.stack([(parameters[n][: len(push)] * push).sum() for n, push in pushes.items()]).sum()
 
         return along
 
     return pull
 
 
+def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    return _or_zero(one, name, like) - _or_zero(other, name, like)
+
+
+def _gone(base: Model, sent: Contribution, layers: str) -> dict[str, Tensor]:
+    """theta_base - theta of all that learned: by tensor, and by label."""
+    start, found = Tensors(base.path), {}
+    for name in body_shapes(base) if layers == "all" else ():
+        found[name] = start[name].float() - sent.tensors[name].float()
+    labels, names = sent.meta.get("labels") or (), head_tensors(base)
+    if labels:
+        before = rows_of(base).take(labels)
+        weight = sent.tensors[HEAD + names[0]].float()
+        bias = sent.tensors[HEAD + names[1]].float() if len(names) > 1 else before.bias_l
+        found |= dict(
+            zip([LABEL + n for n in labels], joined(before) - torch.cat([weight, bias[:, None]], 1), strict=True)
+        )
+    return found
+
+
 def _way(train: Train, steps: int) -> float:
-    """The sum of the learning rates over all batches, each of which gives its share of a step's gradient."""
-    return train.lr * sum(schedule(train, k / steps) for k in range(steps)) / train.accumulate
+    """The sum of the learning rate's factors over all batches, each of which gives its share of a step's gradient."""
+    return sum(schedule(train, k / steps) for k in range(steps)) / train.accumulate
