@@ -108,6 +108,9 @@ def lied_models(d: Domain, opened: Model, folder: Path, context: Context) -> dic
     base = made(folder / "blank", lambda out: blank(opened, d, out, context))
     honest = cut(d, context.seed, None)
     found = {}
+    alone = [_at(base, o) for o in honest[:-LIARS]]
+    way: tuple[str, dict[str, Any]] = ("fedavg", {"train": ADAPTIVE, "layers": "head"})
+    found["none", "the honest alone"] = inner_rounds(way, TIMES, alone, base, context, folder / "honest-alone")
     for lie in ("none", *LIES):
         false = [o.name for o in honest[-LIARS:]] if lie != "none" else []
         owners = [_at(base, _flipped(o) if o.name in false and lie == "label flip" else o) for o in honest]

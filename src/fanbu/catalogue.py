@@ -36,6 +36,10 @@ class Method:
     family: str
     module: str
 
+    def __getstate__(self) -> dict[str, str]:
+        """Without its module, which another process imports for itself."""
+        return {"name": self.name, "family": self.family, "module": self.module}
+
     @cached_property
     def code(self) -> ModuleType:
         """The method's module, imported now."""

@@ -27,11 +27,21 @@ class FanbuError(Exception):
         parts.append(f"remedy: {remedy}")
         super().__init__("; ".join(parts) + f" [{code}]")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """An error of a process is raised again in the one that started it."""
+        said = {"allowed": self.allowed, "got": self.got, "remedy": self.remedy}
+        said = {key: None if value is None else _short(value) for key, value in said.items()}
+        return _again, (type(self), self.code, self.what, said)
+
     def as_dict(self) -> dict[str, str | None]:
         """The error for machines (``--json``)."""
         allowed = None if self.allowed is None else _short(self.allowed)
         got = None if self.got is None else _short(self.got)
         return {"code": self.code, "what": self.what, "allowed": allowed, "got": got, "remedy": self.remedy}
+
+
+def _again(kind: type[FanbuError], code: str, what: str, said: dict[str, str]) -> FanbuError:
+    return kind(code, what, allowed=said["allowed"], got=said["got"], remedy=said["remedy"])
 
 
 class UsageError(FanbuError):

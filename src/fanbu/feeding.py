@@ -29,7 +29,9 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     way, name = method(step.method, "feedback"), name or step.called
     if step.times > 1:
         return _repeated(turn, step, specialists, base, name)
-    sent = [contribute(turn, way, step.arguments, s, base)[0] for s in specialists]
+    calls = [(way, step.arguments, s, base) for s in specialists]
+    turn.at_owners(contribute, calls)
+    sent = [contribute(turn, *call)[0] for call in calls]
     return absorb(turn, way, step.arguments, sent, base, name)
 
 
@@ -102,7 +104,13 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
     def produce(out: Path, context: Context) -> None:
         assert context.scratch is not None
         apart = replace(
-            turn, workspace=Workspace(context.scratch / "inner"), costs=[], crossed={}, log=_quiet, live=None
+            turn,
+            workspace=Workspace(context.scratch / "inner"),
+            costs=[],
+            crossed={},
+            log=_quiet,
+            live=None,
+            fresh=set(),
         )
         stand = _read(apart.workspace.root / _DONE)
         model = open_model(apart.workspace.root / stand.centre / "model", verify=False) if stand.centre else base
@@ -128,13 +136,16 @@ def _inner_round(
     """One inner round; ``stand`` is brought up to it, and what only the one before needed is removed."""
     root, number = apart.workspace.root, stand.number
     said = _if_there(root / stand.centre / SAID) if stand.centre else None
-    sent, owners = [], {}
+    sent, owners, calls = [], {}, []
     for s in specialists:
-        d = s.domain.name
-        before = _if_there(root / stand.owners[d] / STATE) if d in stand.owners else None
-        c, folder = contribute(apart, way, step.arguments, s, base, Inner(number, before, said=said))
+        known = stand.owners.get(s.domain.name)
+        before = _if_there(root / known / STATE) if known else None
+        calls.append((way, step.arguments, s, base, Inner(number, before, said=said)))
+    apart.at_owners(contribute, calls)
+    for s, call in zip(specialists, calls, strict=True):
+        c, folder = contribute(apart, *call)
         sent.append(c)
-        owners[d] = str(folder.relative_to(root))
+        owners[s.domain.name] = str(folder.relative_to(root))
     before = _if_there(root / stand.centre / STATE) if stand.centre else None
     made = absorb(apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said))
     stand.number, stand.centre, stand.owners = number + 1, str(made.path.parent.relative_to(root)), owners

@@ -29,7 +29,7 @@ from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
 from fanbu.recipe_text import apply_change, read_yaml
-from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, silent
+from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, Transport, silent
 
 SPLITS = ("train", "valid", "test", "unlabelled")
 
@@ -191,6 +191,25 @@ class ProbeSpec(_Part):
         return "synthetic" if self.synthetic and (share.texts or share.synthetic) else None
 
 
+class TransportSpec(_Part):
+    """Where owners work: one after the other (the default), side by side in ``processes`` of this machine, or on a Ray
+    cluster, that of ``address`` or one of this machine."""
+
+    kind: Literal["local", "ray"] = "local"
+    processes: int = Field(default=1, ge=1, le=1024)
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _an_address_of_ray(self) -> TransportSpec:
+        if self.address is not None and self.kind != "ray":
+            raise ValueError("address is that of a Ray cluster: give kind: ray")
+        return self
+
+    def transport(self) -> Transport:
+        """The value that the round takes."""
+        return Transport(self.kind, self.processes, self.address)
+
+
 class GateSpec(_Part):
     """See ``fanbu.judge.gate.Gate``."""
 
@@ -232,6 +251,7 @@ class Recipe(_Part):
     feedback: Annotated[list[Step], BeforeValidator(_listed)] = Field(min_length=1)
     references: list[Literal["tfidf"] | Step] = Field(default_factory=list)
     gate: GateSpec = GateSpec()
+    transport: TransportSpec = TransportSpec()
 
     @field_serializer("feedback")
     def _as_written(self, steps: list[Step], info: FieldSerializationInfo) -> Any:

@@ -173,21 +173,19 @@ _OWN = "answers.safetensors"
 def outcomes(turn: Turn, name: str, model: Model, domains: Sequence[Domain]) -> tuple[Outcomes, dict[str, Path]]:
     """One model's test outcomes on some domains, each computed at its owner; and the owners' folders, where the
     model's answers lie (they do not cross)."""
+    turn.at_owners(_evaluated, [(name, model, d) for d in domains])
+    found = {d.name: _evaluated(turn, name, model, d) for d in domains}
+    return {d: c for d, (c, _) in found.items()}, {d: folder for d, (_, folder) in found.items()}
 
-    def make(d: Domain, out: Path, context: Context) -> Contribution:
+
+def _evaluated(turn: Turn, name: str, model: Model, d: Domain) -> tuple[Contribution, Path]:
+    def make(out: Path, context: Context) -> Contribution:
         scores, answers = examine(model, d, context)
         save_tensors(out / _OWN, answers)
         return scores
 
-    found = {
-        d.name: turn.contribution(
-            f"evaluate {d.name}", "fanbu.judge.evaluate",
-            {"model": model.digest, "domain": d.digest, **turn.settings()}, d, partial(make, d),
-            f"evaluate {name} {d.name}",
-        )
-        for d in domains
-    }  # fmt: skip
-    return {d: c for d, (c, _) in found.items()}, {d: folder for d, (_, folder) in found.items()}
+    inputs = {"model": model.digest, "domain": d.digest, **turn.settings()}
+    return turn.contribution(f"evaluate {d.name}", "fanbu.judge.evaluate", inputs, d, make, f"evaluate {name} {d.name}")
 
 
 def shown(turn: Turn, d: Domain, old: Path, new: Path) -> dict[str, Any]:
@@ -233,6 +231,7 @@ def turn_once(turn: Turn) -> Result:
     """All stages of one round; nothing is promoted yet."""
     recipe, everything = turn.recipe, list(turn.domains.values())
     incumbent = raise_incumbent(turn)
+    turn.at_owners(bear, [(incumbent, d) for d in turn.feeding])
     births = {d.name: bear(turn, incumbent, d) for d in turn.feeding}
     specialists = [birth.specialist for birth in births.values()]
     fed = [incumbent]
@@ -241,6 +240,7 @@ def turn_once(turn: Turn) -> Result:
     candidate = fed[-1]
     old, old_answers = outcomes(turn, "incumbent", incumbent, everything)
     new, new_answers = outcomes(turn, "candidate", candidate, everything)
+    turn.at_owners(_evaluated, [("specialist", s.model, s.domain) for s in specialists])
     own = {s.domain.name: _outcome(turn, "specialist", s.model, s.domain) for s in specialists}
     judged: dict[str, Outcomes] = {"incumbent": old, "candidate": new, "specialists": own}
     before = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from fanbu.plan import check_plan
 from fanbu.predict import written
 from fanbu.recipe import PublicTexts, Recipe, load_domains, open_domain
 from fanbu.record import read_records
+from fanbu.transport import side_by_side
 from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, industry_of, silent
 
 Log = Callable[[str], None]
@@ -55,6 +56,7 @@ class Turn:
     costs: list[dict[str, Any]] = field(default_factory=list)
     crossed: dict[str, dict[Path, dict[str, Any]]] = field(default_factory=dict)  # by domain, then by stage
     warnings: list[str] = field(default_factory=list)
+    fresh: set[Path] = field(default_factory=set)  # stages that were made now
 
     @property
     def number(self) -> int:
@@ -85,10 +87,32 @@ class Turn:
         done = self.workspace.stage(
             name, module, inputs, lambda out, scratch: produce(out, replace(self.context, scratch=scratch)), self.log
         )
-        self.costs.append({"stage": shown, **done.cost, "reused": done.reused})
+        if not done.reused:
+            self.fresh.add(done.path)
+        reused = done.path not in self.fresh
+        self.costs.append({"stage": shown, **done.cost, "reused": reused})
         if self.live:
-            self.live.stage_done(shown, float(done.cost.get("seconds", 0.0)), done.reused)
+            self.live.stage_done(shown, float(done.cost.get("seconds", 0.0)), reused)
         return done
+
+    def at_owners(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> None:
+        """Has the stages that ``function(turn, *call)`` asks for made side by side, as the recipe's transport says.
+
+        Afterwards the same calls here find them done. Where owners work one after the other there is nothing to do.
+        """
+        transport = self.recipe.transport.transport()
+        if not transport.apart or len(calls) < 2:
+            return
+        context = replace(self.context, progress=silent)
+        bare = replace(
+            self, context=context, domains={}, log=_quiet, live=None, costs=[], crossed={}, warnings=[], fresh=set()
+        )
+        title = f"{len(calls)} owners side by side"
+        self.log(title)
+        jobs = [(bare, function, call) for call in calls]
+        for number, made in enumerate(side_by_side(transport, _stages_of, jobs, self.context.threads), 1):
+            self.fresh |= made
+            self.context.progress(title, number, len(calls))
 
     def model(self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model]) -> Model:
         """A stage that makes a model."""
@@ -116,6 +140,16 @@ class Turn:
         return found, done.path
 
 
+def _stages_of(turn: Turn, function: Callable[..., Any], call: tuple[Any, ...]) -> set[Path]:
+    """At an owner, in a process of its own: the stages that were made."""
+    function(turn, *call)
+    return turn.fresh
+
+
+def _quiet(text: str) -> None:
+    """What is told in a process of its own is heard by nobody."""
+
+
 def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     """The digest of everything that a person can change between rounds: the base, the rows, what may cross, the ways.
     Where it is the same, a round brings nothing new.
@@ -132,7 +166,7 @@ def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
 
 _NOT_MADE_OF = {
     "rounds", "workspace", "name", "model", "domains", "guards", "probe", "checkpoint_seconds", "device", "precision",
-    "threads",
+    "threads", "transport",
 }  # fmt: skip
 
 

@@ -182,6 +182,21 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Transport:
+    """``local``: so many ``processes`` of this machine; ``ray``: a Ray cluster, that of ``address``, or one of this
+    machine with so many processors."""
+
+    kind: Literal["local", "ray"] = "local"
+    processes: int = 1
+    address: str | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether owners work in processes of their own."""
+        return self.kind != "local" or self.processes > 1
+
+
+@dataclass(frozen=True)
 class Share:
     """What may leave its owner. ``texts`` and ``labels`` are permissions of their own; ``synthetic`` lets texts out
     that are none of the owner's (``data.synthetic``) where texts may not leave.
