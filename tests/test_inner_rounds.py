@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,26 @@ def test_ways_down_are_taken_once(tmp_path: Path) -> None:
             load_recipe(tiny_recipe(tmp_path) | {"feedback": {"method": "fedavg", "times": wrong}})
     assert json.loads(Step(method="probe").model_dump_json()) == {"method": "probe"}
     assert fanbu.feeding.STATE != fanbu.feeding.SAID
+
+
+def test_a_share_of_the_owners_takes_part_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[list[str]] = []
+    absorb = Method.absorb
+
+    def listening(self: Method, base: Any, contributions: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "scaffold":
+            heard.append([c.domain for c in contributions])
+        return absorb(self, base, contributions, *args, **kwargs)
+
+    monkeypatch.setattr(Method, "absorb", listening)
+    step = {"method": "scaffold", "times": 6, "participation": 0.5, "train": SGD}
+    record = ended(recipe_in(tmp_path, step))
+    everyone = {d for part in heard for d in part}
+    assert len(heard) == 6
+    assert all(len(part) == math.ceil(len(record["domains"]) / 2) for part in heard)
+    assert len({tuple(part) for part in heard}) > 1
+    assert len(everyone) > len(heard[0])
+    again = ended(recipe_in(tmp_path, step, "again"))
+    assert again["candidate"]["digest"] == record["candidate"]["digest"]
+    with pytest.raises(UsageError, match="inner rounds"):
+        load_recipe(recipe_in(tmp_path, {"method": "fedavg", "participation": 0.5}, "once"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -96,7 +97,8 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
     """
     way = method(step.method, "feedback")
     inputs = {
-        "base": base.digest, "times": step.times, "arguments": plain(way.check(step.arguments)),
+        "base": base.digest, "times": step.times, "participation": step.participation,
+        "arguments": plain(way.check(step.arguments)),
         "owners": [[s.model.digest, s.domain.name, s.domain.digest, s.domain.share.as_dict()] for s in specialists],
         "boundary": code_digest("fanbu.boundary"), **turn.settings(probe=True),
     }  # fmt: skip
@@ -136,18 +138,20 @@ def _inner_round(
     """One inner round; ``stand`` is brought up to it, and what only the one before needed is removed."""
     root, number = apart.workspace.root, stand.number
     said = _if_there(root / stand.centre / SAID) if stand.centre else None
-    sent, owners, calls = [], {}, []
-    for s in specialists:
+    taking = _taking_part(apart.context, step, specialists, number)
+    share = len(taking) / len(specialists)
+    sent, owners, calls = [], dict(stand.owners), []
+    for s in taking:
         known = stand.owners.get(s.domain.name)
         before = _if_there(root / known / STATE) if known else None
-        calls.append((way, step.arguments, s, base, Inner(number, before, said=said)))
+        calls.append((way, step.arguments, s, base, Inner(number, before, said=said, share=share)))
     apart.at_owners(contribute, calls)
-    for s, call in zip(specialists, calls, strict=True):
+    for s, call in zip(taking, calls, strict=True):
         c, folder = contribute(apart, *call)
         sent.append(c)
         owners[s.domain.name] = str(folder.relative_to(root))
     before = _if_there(root / stand.centre / STATE) if stand.centre else None
-    made = absorb(apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said))
+    made = absorb(apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said, share=share))
     stand.number, stand.centre, stand.owners = number + 1, str(made.path.parent.relative_to(root)), owners
     for d, crossed in apart.crossed.items():
         stand.crossed.setdefault(d, []).extend(crossed.values())
@@ -158,6 +162,14 @@ def _inner_round(
         shutil.rmtree(folder, ignore_errors=True)
         (root / "locks" / f"{folder.name}.lock").unlink(missing_ok=True)
     return made
+
+
+def _taking_part(context: Context, step: Step, specialists: Sequence[Specialist], number: int) -> list[Specialist]:
+    """A share of the owners, at least one, drawn anew in each inner round, whatever their order."""
+    count = math.ceil(step.participation * len(specialists))
+    drawn = sorted(specialists, key=lambda s: context.seeded("participation", number, s.domain.name))
+    names = {s.domain.name for s in drawn[:count]}
+    return [s for s in specialists if s.domain.name in names]
 
 
 def _if_there(folder: Path) -> Path | None:

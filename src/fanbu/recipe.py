@@ -137,15 +137,23 @@ def _joined(first: Any, more: list[str | None]) -> Any:
 
 class Step(BaseModel):
     """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
-    taken so often, each time on what it made of the large model before (inner rounds)."""
+    taken so often, each time on what it made of the large model before (inner rounds), by a share of the owners
+    (``participation``), drawn anew each time."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
     times: Annotated[int, Field(ge=1, le=10_000)] = 1
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _some_of_many(self) -> Step:
+        if self.participation < 1 and self.times == 1:
+            raise ValueError("participation is of inner rounds: say how many times, too")
+        return self
 
     @model_serializer(mode="wrap")
     def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if k != "times" or v != 1}
+        return {k: v for k, v in handler(self).items() if k not in {"times", "participation"} or v != 1}
 
     @property
     def arguments(self) -> dict[str, Any]:

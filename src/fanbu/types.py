@@ -141,6 +141,7 @@ class Inner:
     ``before`` is the folder that the same owner (or the centre) left in the inner round before and ``after`` the one to
     leave what is to be known in the next; an owner's never crosses. ``said`` is the folder of what the centre told all
     owners in the inner round before, and ``telling``, at the centre, of what it tells them now. None: there is none.
+    ``share`` is that of the owners who take part.
     """
 
     number: int
@@ -148,6 +149,7 @@ class Inner:
     after: Path | None = None
     said: Path | None = None
     telling: Path | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fanbu.errors import FitError
 from fanbu.merging.factors import FORM, Factored, Shapes
 from fanbu.merging.least_squares import FORM as MOMENTS
 from fanbu.merging.least_squares import Beside
+from fanbu.merging.sparse import SPARSE, Scattered
 from fanbu.merging.store import PACKED, Unpacked
 from fanbu.merging.task_vector import FORM as WEIGHTS
 from fanbu.merging.task_vector import HEAD
@@ -42,6 +43,8 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
         return Beside(contribution.tensors)
     if contribution.meta.get("form") == PACKED:
         return Unpacked(contribution, body)
+    if contribution.meta.get("form") == SPARSE:
+        return Scattered(contribution, body)
     plain = (Own if contribution.meta.get("form") == WEIGHTS else Plain)(contribution.tensors)
     wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
     if wrong:

@@ -1,4 +1,4 @@
-"""Task vectors kept small: eight bits or one bit a number, with a scale for each row; vectors stay exact."""
+"""Task vectors kept small: eight bits or one bit a number, with a scale for each row, or sparse; vectors stay exact."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
+from fanbu.merging.sparse import SPARSE, Sparse
 from fanbu.merging.task_vector import FORM, HEAD, TaskVector, Weights
 from fanbu.tensors import layout, read_rows
 
 PACKED = "packed"  # meta["form"] of a contribution whose tensors have the names below
 CODES, SCALES = "codes:", "scales:"
-Store = Literal["exact", "int8", "1bit"]
+Store = Literal["exact", "int8", "1bit", "topk"]
 
 
 def task_vector(vector: TaskVector, domain: str, labels: Sequence[str], store: Store = "exact") -> Contribution:
     """What a specialist sends of its weights: as they are, or its differences to the base with packed matrices.
 
     int8: round(delta / s), s = max |delta| / 127 of the row. 1bit: the sign, s = mean |delta| of the row (which is the
-    best scale for signs, in squares).
+    best scale for signs, in squares). topk: the largest hundredth of a matrix, exactly, and nothing of the rest
+    (``merging.sparse``).
 
     Reference: Liu et al. 2024, "BitDelta: your fine-tune may only be worth one bit".
     """
@@ -30,8 +32,16 @@ def task_vector(vector: TaskVector, domain: str, labels: Sequence[str], store: S
         return Contribution(
             "weights", domain, "task_vector", Weights(vector), meta={"labels": list(labels), "form": FORM}
         )
+    return stored(vector, domain, labels, store)
+
+
+def stored(delta: Mapping[str, Tensor], domain: str, labels: Sequence[str], store: Store) -> Contribution:
+    """Differences that are packed, or kept sparse; vectors and label rows are exact."""
+    if store == "topk":
+        meta: dict[str, object] = {"labels": list(labels), "form": SPARSE}
+        return Contribution("weights", domain, "task_vector", Sparse(delta), meta=meta)
     meta = {"labels": list(labels), "form": PACKED, "store": store}
-    return Contribution("weights", domain, "task_vector", Packed(vector, store), meta=meta)
+    return Contribution("weights", domain, "task_vector", Packed(delta, store), meta=meta)
 
 
 def packs(tensors: Mapping[str, Tensor], name: str) -> bool:

@@ -20,6 +20,7 @@ from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import UsageError
+from fanbu.feedback.updates._feedback import with_feedback
 from fanbu.heads import check_labels_known, domains_of, final_layer, get_head, set_head
 from fanbu.merging.adapter import adapter_contribution
 from fanbu.merging.factors import FORM as FACTORS
@@ -110,7 +111,10 @@ class _Fit:
         network, tokenizer = self._opened()
         self._on_rows(network, tokenizer)
         model = save_network(network, tokenizer, out, provenance(self.name, [self.base], self.context))
-        return task_vector(TaskVector(model, self.base), self.domain.name, model.labels, self.learns.store)
+        vector = TaskVector(model, self.base)
+        if self.learns.store == "exact" or not self.context.inner:
+            return task_vector(vector, self.domain.name, model.labels, self.learns.store)
+        return with_feedback(vector, self.base, self.domain.name, model.labels, self.learns.store, self.context.inner)
 
     def adapter(self, out: Path) -> Contribution:
         """Low-rank factors learn, and label rows."""

@@ -37,7 +37,8 @@ def contribute(
         layers: ``all``; ``lora``: low-rank factors of the linear layers, which are all that crosses beside the label
             rows, and whose products the centre adds up exactly; ``head``: the label rows alone, on frozen features.
         rank: of the factors.
-        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``).
+        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``), or the largest
+            hundredth of them (``topk``). What that leaves out is added to the owner's next update.
         rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
             knows, so that it learns where a text is from, too. They are others', and do not move.
 

@@ -34,7 +34,8 @@ def contribute(
         train: how an owner trains in one inner round.
         layers: ``all``, ``lora`` or ``head``, as in ``fedavg``.
         rank: of low-rank factors.
-        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``).
+        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``), or the largest
+            hundredth of them (``topk``). What that leaves out is added to the owner's next update.
         rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
             knows, so that it learns where a text is from, too. They are others', and do not move.
 

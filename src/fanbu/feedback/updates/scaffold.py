@@ -20,7 +20,7 @@ from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
 from fanbu.model import Model, provenance
 from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
-from fanbu.types import Context, Needs, Train
+from fanbu.types import Context, Inner, Needs, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True
@@ -75,9 +75,9 @@ def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
     scale: Annotated[float, Gt(0)] = 1.0, by_rows: bool = True,
 ) -> Model:  # fmt: skip
-    """theta = theta_base + scale mean of delta_i, c = c_before + mean of what the c_i changed; c is told to all owners.
+    """theta = theta_base + scale mean of delta_i, c = c_before + s mean of what the c_i changed; all owners are told c.
 
-    For a label's row the means are over those who know the label.
+    s is the share of the owners who take part. For a label's row the means are over those who know the label.
 
     Args:
         scale: the learning rate of the centre.
@@ -103,7 +103,7 @@ def absorb(
         shapes |= own
     if inner and inner.telling:
         inner.telling.mkdir(parents=True, exist_ok=True)
-        save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner.said, by_rows))
+        save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner, by_rows))
     bare = [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
     domains = [c.domain for c in contributions]
     made = provenance("scaffold", [base], context, scale=scale, by_rows=by_rows, domains=domains)
@@ -114,10 +114,9 @@ class _Told(Mapping[str, Tensor]):
     """c as it becomes, some rows at a time."""
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], contributions: Sequence[Contribution], said: Path | None,
-        by_rows: bool,
+        self, shapes: Mapping[str, tuple[int, ...]], contributions: Sequence[Contribution], inner: Inner, by_rows: bool,
     ) -> None:  # fmt: skip
-        self.before = Tensors(said / _FILE) if said else None
+        self.before, self.share = Tensors(inner.said / _FILE) if inner.said else None, inner.share
         known = {n: self.before.specs[n].shape for n in self.before} if self.before else {}
         self.shapes = {**known, **shapes}
         counted = [(said_number(c, "rows") if by_rows else 1, c.tensors) for c in contributions]
@@ -128,7 +127,7 @@ class _Told(Mapping[str, Tensor]):
         total = torch.zeros((stop - start, *self.shapes[name][1:]))
         whole = sum(count for count, _ in self.sent[name])
         for count, tensors in self.sent[name]:
-            total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=count / whole)
+            total.add_(read_rows(tensors, CONTROL + name, start, stop), alpha=self.share * count / whole)
         known = self.before is not None and name in self.before
         return total.add_(self.before.borrowed(name, start, stop)) if self.before and known else total
 

@@ -15,7 +15,8 @@ def contribute(specialist: Specialist, base: Model, context: Context, *, store: 
 
     Args:
         store: ``exact`` (the specialist's weights as they are stored, which say the same), or delta's matrices in eight
-            bits or one bit a number with a scale for each row (``int8``, ``1bit``).
+            bits or one bit a number with a scale for each row (``int8``, ``1bit``), or the largest hundredth of them
+            (``topk``).
 
     Raises:
         FitError: the two architectures differ.
