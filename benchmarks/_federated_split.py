@@ -28,6 +28,7 @@ SGD = {
     "epochs": 5, "batch_size": 16, "lr": 5.0, "head_lr": 5.0, "warmup": 0.0, "schedule": "constant", "patience": 0,
     "optimizer": "SGD", "weight_decay": 0.0, "clip": 0.0,
 }  # fmt: skip
+PRIVATE = {"epochs": 2, "batch_size": 128, "head_lr": 3e-2, "warmup": 0.0, "schedule": "constant", "patience": 0}
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg": ("fedavg", {"train": ADAPTIVE}),
     "fedprox": ("fedprox", {"train": ADAPTIVE, "mu": 0.01}),
@@ -42,11 +43,11 @@ AGGREGATES = ("mean", "median", "trimmed", "krum", "multi_krum", "geometric")
 LIES = ("sign flip", "scaled noise", "label flip")
 
 
-def blank(opened: Model, d: Domain, out: Path, context: Context) -> Model:
+def blank(opened: Model, labels: Sequence[str], out: Path, context: Context) -> Model:
     """The opened base with label rows of zeros."""
     network = load_network(opened)
     width = rows_of(opened).weight_lh.shape[1]
-    set_head(network, Head(d.full_labels, torch.zeros(len(d.labels), width), torch.zeros(len(d.labels))))
+    set_head(network, Head(tuple(labels), torch.zeros(len(labels), width), torch.zeros(len(labels))))
     return save_network(network, load_tokenizer(opened), out, provenance("open", [opened], context))
 
 
@@ -92,7 +93,7 @@ def _at(base: Model, d: Domain) -> Specialist:
 
 def split_models(d: Domain, opened: Model, folder: Path, context: Context, names: Sequence[str]) -> dict[str, Model]:
     """By strategy, the model made of ten owners' label rows, Dirichlet(0.1); and of all rows in one place."""
-    base = made(folder / "blank", lambda out: blank(opened, d, out, context))
+    base = made(folder / "blank", lambda out: blank(opened, d.full_labels, out, context))
     owners = [_at(base, o) for o in cut(d, context.seed, 0.1)]
     found = {POOLED: pooled(d, base, context, folder / "pooled", ADAPTIVE)}
     for name in names:
@@ -105,7 +106,7 @@ def split_models(d: Domain, opened: Model, folder: Path, context: Context, names
 
 def lied_models(d: Domain, opened: Model, folder: Path, context: Context) -> dict[tuple[str, str], Model]:
     """By lie and aggregate, the model made of ten owners' label rows, three of them false; all honest first."""
-    base = made(folder / "blank", lambda out: blank(opened, d, out, context))
+    base = made(folder / "blank", lambda out: blank(opened, d.full_labels, out, context))
     honest = cut(d, context.seed, None)
     found = {}
     alone = [_at(base, o) for o in honest[:-LIARS]]
@@ -145,3 +146,20 @@ def _twist(lie: str, context: Context) -> Twist:
         return replace(sent, tensors=tensors)
 
     return twist
+
+
+def private_models(
+    domains: Mapping[str, Domain], opened: Model, folder: Path, context: Context, epsilons: Sequence[float]
+) -> dict[str, Model]:
+    """By epsilon (0: no privacy), the model made of the label rows of all domains, each an owner, from nothing."""
+    labels = [label for d in domains.values() for label in d.full_labels]
+    base = made(folder / "blank", lambda out: blank(opened, labels, out, context))
+    owners = [_at(base, d) for d in domains.values()]
+    found = {}
+    for epsilon in epsilons:
+        arguments = {"train": PRIVATE, "layers": "head", "privacy": {"epsilon": epsilon}}
+        name = f"epsilon {epsilon:g}" if epsilon else "no privacy"
+        log(f"== {name}")
+        place = folder / name.replace(" ", "-")
+        found[name] = inner_rounds(("fedavg", arguments), TIMES, owners, base, context, place)
+    return found

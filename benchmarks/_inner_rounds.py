@@ -33,19 +33,19 @@ def inner_rounds(
         for s in owners:
             place, twist = folder / s.domain.name, (twists or {}).get(s.domain.name)
             if not (place / "sent" / "contribution.json").exists():
-                own = replace(context, inner=_inner(number, before / s.domain.name, place, before))
+                own = replace(context, inner=_inner(number, times, before / s.domain.name, place, before))
                 update = method(name).contribute(s, model, own, **arguments)
                 cross(twist(number, update, model) if twist else update, s.domain.share, place / "sent")
             sent.append(open_contribution(place / "sent"))
-        centre = replace(context, inner=_inner(number, before, folder, before))
+        centre = replace(context, inner=_inner(number, times, before, folder, before))
         place = out if number == times - 1 else folder / "model"
         model = made(place, partial(_absorb, name, model, sent, centre, arguments))
     return model
 
 
-def _inner(number: int, before: Path, after: Path, centre: Path) -> Inner:
+def _inner(number: int, times: int, before: Path, after: Path, centre: Path) -> Inner:
     states = [p if p.is_dir() else None for p in (before / "state", centre / "said")]
-    return Inner(number, states[0], after / "state", states[1], after / "said")
+    return Inner(number, states[0], after / "state", states[1], after / "said", of=times)
 
 
 def _absorb(name: str, model: Model, sent: Any, context: Context, arguments: Mapping[str, Any], out: Path) -> Model:

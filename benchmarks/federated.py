@@ -6,7 +6,8 @@ rows learn. All ways start from the probed base, see six epochs of the training 
 with all label rows on its few labels, and Flower's FedAvg averages everything. ``split``: the domain with the most
 labels is cut into ten owners by Dirichlet(0.1) over its labels; label rows learn from nothing on frozen
 features; every strategy beside all rows in one place, over five seeds. ``lies``: the domain with the most rows a label
-is cut evenly, three of ten owners are false, in three ways, under every aggregate, beside the honest seven alone.
+is cut evenly, three of ten owners are false, in three ways, under every aggregate, beside the honest seven alone. ``private``: the label rows of all
+domains learn from nothing on frozen features, with differential privacy of a row at epsilon 2, 4 and 8 and delta 1e-5.
 
 Run: python benchmarks/federated.py [--quick] [--data DIR] [--work DIR] [--only PART ...] [--seeds N]. A second run
 resumes. At most 1,000 rows a domain; --quick: 600.
@@ -25,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from _common import HERE, bar, finish, parser, table, text_domains
-from _federated_split import LIES, STRATEGIES, lied_models, split_models
+from _federated_split import LIES, STRATEGIES, lied_models, private_models, split_models
 from _inner_rounds import inner_rounds
 from _outcomes import Outcomes, mean_over_seeds, score, usable
 from _peers import peer_python
@@ -49,7 +50,8 @@ LOCAL = {"epochs": 1, "lr": 1e-3, "warmup": 0.0, "schedule": "constant", "patien
 WHOLE = {**LOCAL, "lr": 2e-4}
 POOLED_TRAIN = {"epochs": TIMES, "lr": 1e-3}
 ROWS = {True: {"train": 600, "valid": 100, "test": 1000}, False: {"train": 1000, "valid": 300, "test": 1000}}
-PARTS = ("disjoint", "split", "lies")
+EPSILONS = (0.0, 8.0, 4.0, 2.0)
+PARTS = ("disjoint", "split", "lies", "private")
 
 
 def multitask(bench: Bench, out: Path) -> Model:
@@ -167,6 +169,17 @@ def lies(bench: Bench) -> tuple[dict[str, Outcomes], list[dict[str, Any]]]:
     return found, bars
 
 
+def private(bench: Bench) -> tuple[dict[str, Outcomes], list[dict[str, Any]]]:
+    """What privacy costs; no bar, but that more privacy is no free gain."""
+    opened, folder = open_model(bench.folder / "opened"), bench.folder / "private"
+    models = private_models(bench.domains, opened, folder, bench.context, EPSILONS)
+    apart = replace(bench, folder=folder)
+    found = {name: judged(apart, name, dict.fromkeys(bench.domains, model)) for name, model in models.items()}
+    first, *others = (mean(o, "told") for o in found.values())
+    got = ", ".join(f"{100 * value:.1f}" for value in others)
+    return found, [bar("told at epsilon 8, 4, 2", got, f"at most {100 * first:.1f}, without", max(others) <= first)]
+
+
 ROBUST = ("multi_krum",)  # what the documentation recommends; the others are in the table
 
 
@@ -191,7 +204,7 @@ def main() -> int:
         for part in args.only or PARTS:
             found, more = {
                 "disjoint": partial(disjoint, bench, args.ways), "split": partial(split, bench, args.seeds),
-                "lies": partial(lies, bench),
+                "lies": partial(lies, bench), "private": partial(private, bench),
             }[part]()  # fmt: skip
             bars += more
             values[part] = {n: {m: mean(o, m) for m in ("told", "untold")} for n, o in found.items()}

@@ -13,7 +13,7 @@ LAYERS = [
     {"domain", "contribution", "boundary"},
     {"fingerprint", "ledger"},
     {"heads", "losses", "metrics", "batches"},
-    {"train", "objectives", "predict", "probing"},
+    {"train", "objectives", "predict", "probing", "private"},
     {"deploy"},
     {"merging", "tables"},
     {"shrink"},

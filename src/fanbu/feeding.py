@@ -144,14 +144,16 @@ def _inner_round(
     for s in taking:
         known = stand.owners.get(s.domain.name)
         before = _if_there(root / known / STATE) if known else None
-        calls.append((way, step.arguments, s, base, Inner(number, before, said=said, share=share)))
+        calls.append((way, step.arguments, s, base, Inner(number, before, said=said, share=share, of=step.times)))
     apart.at_owners(contribute, calls)
     for s, call in zip(taking, calls, strict=True):
         c, folder = contribute(apart, *call)
         sent.append(c)
         owners[s.domain.name] = str(folder.relative_to(root))
     before = _if_there(root / stand.centre / STATE) if stand.centre else None
-    made = absorb(apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said, share=share))
+    made = absorb(
+        apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said, share=share, of=step.times)
+    )
     stand.number, stand.centre, stand.owners = number + 1, str(made.path.parent.relative_to(root)), owners
     for d, crossed in apart.crossed.items():
         stand.crossed.setdefault(d, []).extend(crossed.values())

@@ -123,7 +123,7 @@ class _Run:
         self.settled = True  # no gradients wait for the next step: a checkpoint holds none
         self.batches = shuffled_batches(lengths, plan.batch_size, self.seed, 0)
         self.wrapped = accelerator.prepare_model(network)
-        optimizer = _optimizer(network, head, plan)
+        optimizer = optimizer_of(network, head, plan)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.bases = [group["lr"] for group in optimizer.param_groups]
         network.train()
@@ -241,7 +241,7 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _optimizer(network: nn.Module, head: nn.Module | None, plan: Train) -> torch.optim.Optimizer:
+def optimizer_of(network: nn.Module, head: nn.Module | None, plan: Train) -> torch.optim.Optimizer:
     """Four groups: head or body, decayed or not (biases and norms are not)."""
     allowed = {n: k for n, k in vars(torch.optim).items() if isinstance(k, type) and n not in _UNFIT}
     kind: Any = allowed.get(plan.optimizer)

@@ -81,6 +81,30 @@ class Train:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What training at an owner may tell of any one of its rows: (epsilon, delta)-differential privacy, over all inner
+    rounds of the step. ``epsilon`` of 0: no noise, and no promise. A row's gradient counts with ``norm`` at most."""
+
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "epsilon": (0 <= self.epsilon < float("inf"), "a number from 0"),
+            "delta": (0 < self.delta < 1, "between 0 and 1, well below one over the rows"),
+            "norm": (0 < self.norm < float("inf"), "a number above 0"),
+        }
+        for name, (fits, allowed) in wanted.items():
+            if not fits:
+                raise UsageError(
+                    "bad-parameter", f"privacy: {name}", allowed=allowed, got=getattr(self, name), remedy="change it"
+                )
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
+
+
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?")
 
 
@@ -141,7 +165,7 @@ class Inner:
     ``before`` is the folder that the same owner (or the centre) left in the inner round before and ``after`` the one to
     leave what is to be known in the next; an owner's never crosses. ``said`` is the folder of what the centre told all
     owners in the inner round before, and ``telling``, at the centre, of what it tells them now. None: there is none.
-    ``share`` is that of the owners who take part.
+    ``share`` is that of the owners who take part, ``of`` how many inner rounds there are.
     """
 
     number: int
@@ -150,6 +174,7 @@ class Inner:
     said: Path | None = None
     telling: Path | None = None
     share: float = 1.0
+    of: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -30,10 +30,11 @@ from fanbu.merging.task_vector import HEAD, TaskVector, body_shapes, head_tensor
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
 from fanbu.objectives import labelled, language
 from fanbu.predict import features, limit
+from fanbu.private import Mechanism, cost, train_privately
 from fanbu.tensors import Tensors, load_tensors, raw_bytes, save_tensors
 from fanbu.train import BatchLoss, set_up
 from fanbu.train import train as train_network
-from fanbu.types import CLASSIFYING, Context, Train, digest
+from fanbu.types import CLASSIFYING, Context, Privacy, Train, digest
 
 LOCAL = Train(epochs=1, lr=1e-4, warmup=0.0, schedule="constant", patience=0)
 Pull = Callable[[nn.Module], Tensor]  # what is added to the loss of a network
@@ -54,6 +55,7 @@ class Learns:
     rank: int = 8
     store: Store = "exact"
     rivals: Rivals = "industry"
+    privacy: Privacy = field(default_factory=Privacy)
 
     def labels(self, domain: Domain, base: Model) -> tuple[str, ...]:
         """The domain's own labels, then those that they compete with."""
@@ -71,13 +73,18 @@ def update(
     The labels of others compete with the domain's own, and do not move: an owner has no rows of them, and would only
     unlearn them. ``pull`` is given what learns before it does.
 
-    meta: ``rows`` it was trained on, ``steps`` that were made.
+    meta: ``rows`` it was trained on, ``steps`` that were made, and what noise was added in them, if any.
     """
     domain = specialist.domain
     if learns.layers != "all" and learns.store != "exact":
         raise UsageError(
             "bad-parameter", f"{name}: store", allowed="exact, where factors or label rows alone cross",
             got=learns.store, remedy="leave it out",
+        )  # fmt: skip
+    if learns.privacy.epsilon and (learns.layers == "all" or pull):
+        raise UsageError(
+            "bad-parameter", f"{name}: privacy", allowed="layers: lora or head, and fedavg or its kin with momentum",
+            got=f"layers: {learns.layers}", remedy="choose one of these, or leave privacy out",
         )  # fmt: skip
     if domain.task in CLASSIFYING:
         check_labels_known(base, domain.full_labels)
@@ -90,7 +97,13 @@ def update(
         if context.scratch is None:  # it goes when nobody reads from it any more
             weakref.finalize(sent.tensors, shutil.rmtree, folder.parent, ignore_errors=True)
     meta = {**sent.meta, "rows": len(domain.train), "steps": fit.steps}
-    return Contribution("updates", domain.name, name, sent.tensors, meta=meta)
+    if fit.mechanism is None:
+        return Contribution("updates", domain.name, name, sent.tensors, meta=meta)
+    each, inner = fit.mechanism, context.inner
+    so_far = replace(each, steps=each.steps * (inner.number + 1 if inner else 1))
+    meta["privacy"] = {**each.as_dict(), "delta": learns.privacy.delta, "norm": learns.privacy.norm}
+    epsilon = cost([so_far], learns.privacy.delta)
+    return Contribution("updates", domain.name, name, sent.tensors, meta=meta, epsilon=epsilon)
 
 
 @dataclass
@@ -105,6 +118,7 @@ class _Fit:
     pull: Callable[[nn.Module], Pull] | None
     learns: Learns
     steps: int = 0
+    mechanism: Mechanism | None = None
 
     def whole(self, out: Path) -> Contribution:
         """All of it learns."""
@@ -170,11 +184,18 @@ class _Fit:
             set_head(network, get_head(network).take(self.domain.full_labels))
 
     def _fit(self, learning: nn.Module, lengths: Sequence[int], loss: BatchLoss, head: nn.Module | None) -> None:
+        title, own = f"{self.name} {self.domain.name}", len(self.domain.full_labels)
+        if self.learns.privacy.epsilon:
+            known = None if head is None else (head, own)
+            self.mechanism = train_privately(
+                learning, len(lengths), loss, self.plan, self.context, title, self.learns.privacy, known
+            )
+            self.steps = self.mechanism.steps
+            return
         for rows in head.parameters() if head is not None else ():
-            rows.register_hook(partial(_first, len(self.domain.full_labels)))
+            rows.register_hook(partial(_first, own))
         if self.pull:
             loss = _pulled(loss, self.pull(learning))
-        title = f"{self.name} {self.domain.name}"
         self.steps = train_network(learning, lengths, loss, self.plan, self.context, title, head=head).steps
 
     def _features(self) -> Tensor:

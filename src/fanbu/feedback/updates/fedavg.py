@@ -15,7 +15,7 @@ from fanbu.feedback.updates._server import How, taken
 from fanbu.merging.robust import Aggregate
 from fanbu.merging.store import Store
 from fanbu.model import Model, provenance
-from fanbu.types import Context, Needs, Train
+from fanbu.types import Context, Needs, Privacy, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True  # with ``aggregate: mean`` and nothing clipped
@@ -25,6 +25,7 @@ SENSITIVITY = None
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, train: Train = LOCAL, layers: Layers = "all",
     rank: Annotated[int, Ge(1)] = 8, store: Store = "exact", rivals: Rivals = "industry",
+    privacy: Privacy = Privacy(),
 ) -> Contribution:  # fmt: skip
     """delta = theta - theta_base after training the large model on the domain's training rows; its own label rows.
 
@@ -41,11 +42,12 @@ def contribute(
             hundredth of them (``topk``). What that leaves out is added to the owner's next update.
         rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
             knows, so that it learns where a text is from, too. They are others', and do not move.
+        privacy: what may be told of any one row (``private.train_privately``); for ``lora`` and ``head``.
 
     Raises:
         UsageError: ``head`` of a causal model; packed factors.
     """
-    return update("fedavg", specialist, base, context, train, Learns(layers, rank, store, rivals))
+    return update("fedavg", specialist, base, context, train, Learns(layers, rank, store, rivals, privacy))
 
 
 def absorb(
