@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Specialist
-from fanbu.model import Model
+from fanbu.model import Model, open_model
 from fanbu.progress import log
 from fanbu.types import Context, Inner
 
@@ -25,9 +26,14 @@ def inner_rounds(
     out: Path, twists: Mapping[str, Twist] | None = None,
 ) -> Model:  # fmt: skip
     """The model after so many inner rounds of a way with these arguments; ``twists`` are of false owners, by name."""
-    (name, arguments), model = way, base
-    for number in range(times):
-        folder = out.with_name(f"{out.name}-rounds") / str(number)
+    if (out / "fanbu.json").exists():
+        return open_model(out, verify=False)
+    (name, arguments), model, rounds = way, base, out.with_name(f"{out.name}-rounds")
+    done = [n for n in range(times) if (rounds / str(n) / "model" / "fanbu.json").exists()]
+    if done:
+        model = open_model(rounds / str(done[-1]) / "model", verify=False)
+    for number in range(done[-1] + 1 if done else 0, times):
+        folder = rounds / str(number)
         before, sent = folder.with_name(str(number - 1)), []
         log(f"{out.name}: inner round {number + 1} of {times}")
         for s in owners:
@@ -40,6 +46,9 @@ def inner_rounds(
         centre = replace(context, inner=_inner(number, times, before, folder, before))
         place = out if number == times - 1 else folder / "model"
         model = made(place, partial(_absorb, name, model, sent, centre, arguments))
+        if number:  # of the one before nothing is needed any more
+            shutil.rmtree(before)
+    shutil.rmtree(rounds)
     return model
 
 

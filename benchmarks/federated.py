@@ -6,8 +6,7 @@ rows learn. All ways start from the probed base, see six epochs of the training 
 with all label rows on its few labels, and Flower's FedAvg averages everything. ``split``: the domain with the most
 labels is cut into ten owners by Dirichlet(0.1) over its labels; label rows learn from nothing on frozen
 features; every strategy beside all rows in one place, over five seeds. ``lies``: the domain with the most rows a label
-is cut evenly, three of ten owners are false, in three ways, under every aggregate, beside the honest seven alone. ``private``: the label rows of all
-domains learn from nothing on frozen features, with differential privacy of a row at epsilon 2, 4 and 8 and delta 1e-5.
+is cut evenly, three of ten owners are false, in three ways, under every aggregate, beside the honest seven alone.
 
 Run: python benchmarks/federated.py [--quick] [--data DIR] [--work DIR] [--only PART ...] [--seeds N]. A second run
 resumes. At most 1,000 rows a domain; --quick: 600.
