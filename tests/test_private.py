@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
+from conftest import tiny_recipe
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import UsageError
+from fanbu.errors import BoundaryError, UsageError
+from fanbu.generations import run
 from fanbu.heads import domains_of
 from fanbu.merging.task_vector import HEAD, head_tensors, rows_of
 from fanbu.model import Model
-from fanbu.private import Mechanism, cost, noise_for, train_privately
+from fanbu.private import Mechanism, cost, noise_for, spend, train_privately
+from fanbu.recipe import load_recipe
 from fanbu.types import Context, Inner, Privacy, Train
 
 PLAN = Train(
@@ -139,3 +144,41 @@ def test_privacy_is_refused_where_it_cannot_be_kept(
             replace(food, domain=replace(domains["food"], train=one)), incumbent, context, layers="head",
             privacy={"epsilon": 1.0},
         )  # fmt: skip
+
+
+def test_a_budget_is_kept_over_all_that_was_spent(tmp_path: Path) -> None:
+    ledger, each = tmp_path / "privacy" / "food.json", Mechanism(4.0, 0.1, 100)
+    sent = Contribution("updates", "food", "fedavg", meta={"privacy": {**each.as_dict(), "delta": 1e-5, "norm": 1.0}})
+    one, two = cost([each], 1e-5), cost([each, each], 1e-5)
+    budget = (two + 1e-3, 1e-5)
+    spend(ledger, "first", sent, budget)
+    spend(ledger, "first", sent, budget)  # cut off before it crossed, and made again
+    spend(ledger, "second", sent, budget)
+    before = ledger.read_text()
+    assert one < two
+    with pytest.raises(BoundaryError, match="spent"):
+        spend(ledger, "third", sent, budget)
+    assert ledger.read_text() == before
+    spend(ledger, "third", sent, None)
+    spend(ledger, "plain", Contribution("updates", "food", "fedavg"), budget)
+    assert len(json.loads(ledger.read_text())) == 3
+
+
+def test_a_round_beyond_the_budget_ends_before_anything_crosses(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path)
+    name = next(iter(value["domains"]))
+    value["domains"][name]["share"] = {"budget": {"epsilon": 3.0}}
+    value["feedback"] = {
+        "method": "fedavg", "times": 2, "layers": "head", "privacy": {"epsilon": 2.0},
+        "train": {"epochs": 1, "batch_size": 32, "head_lr": 1e-2},
+    }  # fmt: skip
+    value["references"] = []
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(value))
+    record = run(load_recipe(tmp_path / "recipe.yaml"))
+    costs = [c["epsilon"] for c in record["domains"][name]["crossed"] if "epsilon" in c]
+    assert len(costs) == 2
+    assert costs[0] < costs[1] <= 2.0
+    with pytest.raises(BoundaryError, match="over all rounds"):
+        run(load_recipe(tmp_path / "recipe.yaml", ["rounds=2", "seed=1", "feedback.privacy.epsilon=2.5"]))
+    ledger = json.loads((tmp_path / "ws" / "privacy" / f"{name}.json").read_text())
+    assert cost([Mechanism(**m) for m in ledger.values()], 1e-5) <= 3.0

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fanbu.errors import UsageError, needs_extra
+from fanbu.contribution import Contribution
+from fanbu.errors import BoundaryError, UsageError, needs_extra
+from fanbu.files import write_text
 from fanbu.train import BatchLoss, optimizer_of, schedule
 from fanbu.types import Context, Privacy, Train
 
@@ -44,6 +48,31 @@ def cost(mechanisms: Sequence[Mechanism], delta: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the best order is the largest: then epsilon is tiny
         return float(accountant.get_epsilon(delta)) if accountant.history else 0.0
+
+
+def spend(ledger: Path, key: str, sent: Contribution, budget: tuple[float, float] | None) -> None:
+    """Writes down what a contribution costs its owner, beside all that it spent before, in the file ``ledger``.
+
+    What has the same ``key`` counts once: it was cut off before it crossed. Raises BoundaryError where all together
+    would cost more than ``budget`` (epsilon, delta).
+    """
+    told = sent.meta.get("privacy")
+    if told is None:
+        return
+    known: dict[str, Any] = json.loads(ledger.read_text()) if ledger.exists() else {}
+    known[key] = {name: told[name] for name in ("noise", "rate", "steps")}
+    if budget:
+        epsilon, delta = budget
+        total = cost([Mechanism(**m) for m in known.values()], delta)
+        if total > epsilon:
+            raise BoundaryError(
+                "budget-spent", f"{sent.domain} would have spent epsilon {total:.3g} with this, at delta {delta:g}",
+                allowed=f"{epsilon:g} over all rounds", got=f"{len(known)} noised contributions",
+                remedy="train with a smaller privacy.epsilon or fewer times, or raise `share.budget` with the owner's "
+                "consent",
+            )  # fmt: skip
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    write_text(ledger, json.dumps(known, indent=1, sort_keys=True))
 
 
 def noise_for(privacy: Privacy, rate: float, steps: int) -> float:

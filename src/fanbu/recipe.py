@@ -38,6 +38,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class BudgetSpec(_Part):
+    """What all noised contributions of an owner may cost together: (epsilon, delta)-differential privacy."""
+
+    epsilon: float = Field(gt=0, allow_inf_nan=False)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+
+
 class ShareSpec(_Part):
     """What may leave the owner: a preset, and changes to it."""
 
@@ -48,6 +55,7 @@ class ShareSpec(_Part):
     texts: bool | None = None
     labels: bool | None = None
     synthetic: bool | None = None
+    budget: BudgetSpec | None = None
 
     def share(self) -> Share:
         """The value that the boundary checks."""
@@ -58,6 +66,7 @@ class ShareSpec(_Part):
             base.labels if self.labels is None else self.labels,
             base.private,
             base.synthetic if self.synthetic is None else self.synthetic,
+            None if self.budget is None else (self.budget.epsilon, self.budget.delta),
         )
 
 

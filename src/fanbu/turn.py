@@ -28,6 +28,7 @@ from fanbu.live import Live
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.plan import check_plan
 from fanbu.predict import written
+from fanbu.private import spend
 from fanbu.recipe import PublicTexts, Recipe, load_domains, open_domain
 from fanbu.record import read_records
 from fanbu.transport import side_by_side
@@ -57,6 +58,7 @@ class Turn:
     crossed: dict[str, dict[Path, dict[str, Any]]] = field(default_factory=dict)  # by domain, then by stage
     warnings: list[str] = field(default_factory=list)
     fresh: set[Path] = field(default_factory=set)  # stages that were made now
+    spent: Path | None = None  # where each owner's privacy costs are written down
 
     @property
     def number(self) -> int:
@@ -130,13 +132,17 @@ class Turn:
         """
 
         def produce(out: Path, context: Context) -> None:
-            cross(make(out, context), domain.share, out / "contribution", domain.every_text)
+            sent = make(out, context)
+            if self.spent:
+                spend(self.spent / f"{domain.name}.json", digest([name, inputs]), sent, domain.share.budget)
+            cross(sent, domain.share, out / "contribution", domain.every_text)
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
         found = open_contribution(done.path / "contribution")
-        sent = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
-        self.crossed.setdefault(domain.name, {}).setdefault(done.path, sent)
+        told = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
+        cost = {} if found.epsilon is None else {"epsilon": found.epsilon}
+        self.crossed.setdefault(domain.name, {}).setdefault(done.path, {**told, **cost})
         return found, done.path
 
 
@@ -205,7 +211,9 @@ def open_turn(
             live.progress(what, done, total)
 
     context = recipe.context(show)
-    turn = Turn(workspace, recipe, context, domains, base, parent, records, log, live)
+    turn = Turn(
+        workspace, recipe, context, domains, base, parent, records, log, live, spent=workspace.root / "privacy"
+    )  # fmt: skip
     turn.warnings += _unnamed(turn)
     asking = any(method(step.method, "feedback").needs.probe for step in recipe.ways)
     if asking or any(d.task in CLASSIFYING for d in domains.values()):

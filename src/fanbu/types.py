@@ -230,6 +230,7 @@ class Share:
 
     ``kinds`` names the kinds of contribution that may cross. ``private`` adds that predictions and probe heads need
     a privacy cost (epsilon), that predictions are made on public texts only, and that scores are paired counts.
+    ``budget`` is the epsilon and delta that all noised contributions together may cost, over all rounds.
     """
 
     kinds: frozenset[str] = frozenset(KINDS)
@@ -237,13 +238,15 @@ class Share:
     labels: bool = True
     private: bool = False
     synthetic: bool = True
+    budget: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, sorted, for hashing and for the report."""
-        return {
+        plain = {
             "kinds": sorted(self.kinds), "texts": self.texts, "labels": self.labels, "private": self.private,
             "synthetic": self.synthetic,
         }  # fmt: skip
+        return plain if self.budget is None else {**plain, "budget": list(self.budget)}
 
 
 PRESETS: Mapping[str, Share] = {
