@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 for command in (
     start.init, start.doctor, rounds.run, rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed,
-    steps.judge, align.align, extract.extract, models.history, models.promote, models.rollback, models.leave,
-    models.export, models.predict,
+    steps.judge, steps.audit, align.align, extract.extract, models.history, models.promote, models.rollback,
+    models.leave, models.export, models.predict,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ways.app, name="methods")

@@ -1,4 +1,4 @@
-"""Two steps of a round by themselves: ``fanbu shrink`` and ``fanbu judge``."""
+"""Single steps by themselves: ``fanbu shrink``, ``fanbu judge``, ``fanbu audit``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,30 @@ def judge(
         verdict = api.judge(open_model(candidate), open_model(incumbent), chosen, context, gate)
     typer.echo(json.dumps(verdict) if as_json else verdict_table(verdict, shared.words()))
     raise typer.Exit(0 if verdict["accepted"] else 3)
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="The model that is to be released.")],
+    domains: Domains, seed: Seed = None, device: Device = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Say what an attacker gains from a model: how well its losses tell training rows from test rows."""
+    from fanbu.judge.audit import audit as examine
+    from fanbu.model import open_model
+    from fanbu.report.text import aligned
+
+    opened, chosen = open_model(model), shared.domains_of(domains, None)
+    with shared.context_of(seed, device) as context:
+        found = {name: examine(opened, d, context) for name, d in chosen.items()}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    t = shared.words()
+    rows = [[t("domain"), t("training rows"), t("test rows"), "AUC", t("advantage"), t("caught at 1% false alarms")]]
+    for name, f in found.items():
+        auc = f"{f['auc']:.3f} ({f['low']:.3f} - {f['high']:.3f})"
+        counts = [f"{f[k]:.0f}" for k in ("members", "strangers")]
+        rows.append([name, *counts, auc, f"{f['advantage']:.3f}", f"{100 * f['caught']:.1f}%"])
+    typer.echo("\n".join(aligned(rows)))
 
 
 def _opened(source: str, domain: Domain, out: Path, context: Context) -> Any:
