@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from conftest import tiny_recipe
@@ -17,6 +20,7 @@ from fanbu.errors import DataError, RetryError, UsageError
 from fanbu.generations import run
 from fanbu.recipe import load_recipe
 from fanbu.transport import side_by_side
+from fanbu.transport.local import _pool
 from fanbu.types import Transport
 
 TWO = Transport(processes=2)
@@ -28,6 +32,10 @@ def square(x: int) -> int:
 
 def refuse(x: int) -> int:
     raise DataError("bad-row", f"row {x} is bad", allowed=["a", "b"], got=x, remedy="mend it")
+
+
+def pid(x: int) -> int:
+    return os.getpid()
 
 
 def summary(way: Method) -> str:
@@ -61,6 +69,34 @@ def test_a_process_that_is_killed_is_told_of() -> None:
     with pytest.raises(RetryError, match="killed"):
         list(side_by_side(TWO, die, [(1,), (2,)], 1))
     assert list(side_by_side(TWO, square, [(3,)], 1)) == [9]  # others begin in its place
+
+
+def test_a_process_that_dies_idle_is_replaced() -> None:
+    assert list(side_by_side(TWO, square, [(3,)], 1)) == [9]
+    for process in list(_pool(2)._processes.values()):
+        process.kill()
+        process.join()
+    assert sorted(side_by_side(TWO, square, [(2,), (3,)], 1)) == [4, 9]
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_transport import TWO, pid\n"
+        "from fanbu.transport import side_by_side\n"
+        "if __name__ == '__main__':\n"
+        "    print(*side_by_side(TWO, pid, [(1,), (2,)], 1), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    workers = {int(word) for word in said.stdout.split()}
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(w) for w in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(w) and psutil.Process(w).status() != "zombie" for w in workers)
 
 
 def test_methods_travel() -> None:
@@ -109,6 +145,8 @@ def test_a_ray_cluster_asks_for_a_token_and_gives_errors_as_they_were(cluster: T
         list(side_by_side(cluster, refuse, [(3,)], 1))
     with pytest.raises(RetryError):
         list(side_by_side(cluster, die, [(3,)], 1))
+    with pytest.raises(UsageError, match="so many processors"):
+        list(side_by_side(cluster, square, [(3,)], 1000))
 
 
 @pytest.mark.slow

@@ -57,7 +57,8 @@ class Turn:
     costs: list[dict[str, Any]] = field(default_factory=list)
     crossed: dict[str, dict[Path, dict[str, Any]]] = field(default_factory=dict)  # by domain, then by stage
     warnings: list[str] = field(default_factory=list)
-    fresh: set[Path] = field(default_factory=set)  # stages that were made now
+    fresh: set[Path] = field(default_factory=set)  # stages that were made here and now
+    elsewhere: set[Path] = field(default_factory=set)  # and by owners side by side, not asked for yet
     spent: Path | None = None  # where each owner's privacy costs are written down
 
     @property
@@ -91,7 +92,8 @@ class Turn:
         )
         if not done.reused:
             self.fresh.add(done.path)
-        reused = done.path not in self.fresh
+        reused = done.reused and done.path not in self.elsewhere
+        self.elsewhere.discard(done.path)  # it counts once
         self.costs.append({"stage": shown, **done.cost, "reused": reused})
         if self.live:
             self.live.stage_done(shown, float(done.cost.get("seconds", 0.0)), reused)
@@ -113,7 +115,7 @@ class Turn:
         self.log(title)
         jobs = [(bare, function, call) for call in calls]
         for number, made in enumerate(side_by_side(transport, _stages_of, jobs, self.context.threads), 1):
-            self.fresh |= made
+            self.elsewhere |= made
             self.context.progress(title, number, len(calls))
 
     def model(self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model]) -> Model:
@@ -148,6 +150,10 @@ class Turn:
 
 def _stages_of(turn: Turn, function: Callable[..., Any], call: tuple[Any, ...]) -> set[Path]:
     """At an owner, in a process of its own: the stages that were made."""
+    import torch
+
+    if turn.context.threads:
+        torch.set_num_threads(turn.context.threads)
     function(turn, *call)
     return turn.fresh
 

@@ -24,7 +24,7 @@ def side_by_side(
     """``function(*call)`` for all calls, each in a process of its own; results come as they end.
 
     The function is one of a module, and all that it is given and returns can be pickled. What it raises is raised
-    here, once the others that have begun are done.
+    here, once the others that have begun are done (on Ray these are cut off).
     """
     workers = cast(Workers, importlib.import_module(f"fanbu.transport.{transport.kind}"))
     yield from workers.results(transport, function, calls, threads)

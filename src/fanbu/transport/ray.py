@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fanbu.errors import RetryError, needs_extra
+from fanbu.errors import RetryError, UsageError, needs_extra
 from fanbu.types import Transport
 
 _SECONDS = 10.0
@@ -22,14 +22,21 @@ def results(
 ) -> Iterator[Any]:
     """See ``transport.side_by_side``. A call asks for as many processors as it has threads.
 
-    Raises RetryError where the cluster is out of reach, or a worker died.
+    Raises RetryError where the cluster is out of reach, or a worker died; UsageError where no machine of it has so many
+    processors.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported: a cluster takes orders from anybody
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with needs_extra("ray"):
         import ray
     if not ray.is_initialized():
-        _connect(ray, transport)
+        _connect(ray, transport, threads)
+    most = max((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
+    if threads > most:
+        raise UsageError(
+            "too-many-threads", "no machine of the Ray cluster has so many processors", allowed=f"threads: {most:g}",
+            got=threads, remedy="set threads in the recipe, or start the cluster with more",
+        )  # fmt: skip
     remote = ray.remote(num_cpus=max(1, threads), max_retries=0)(function)
     waiting = [remote.remote(*call) for call in calls]
     try:
@@ -48,11 +55,11 @@ def results(
             ray.cancel(reference)
 
 
-def _connect(ray: Any, transport: Transport) -> None:
+def _connect(ray: Any, transport: Transport, threads: int) -> None:
     settings: dict[str, Any] = {"address": transport.address, "log_to_driver": False, "logging_level": "ERROR"}
     if transport.address is None:  # its workers find what is found here
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        settings |= {"num_cpus": transport.processes, "include_dashboard": False}
+        settings |= {"num_cpus": transport.processes * max(1, threads), "include_dashboard": False}
     try:
         _reach(transport.address or "auto")
         ray.init(**settings)

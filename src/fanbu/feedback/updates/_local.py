@@ -185,6 +185,8 @@ class _Fit:
 
     def _fit(self, learning: nn.Module, lengths: Sequence[int], loss: BatchLoss, head: nn.Module | None) -> None:
         title, own = f"{self.name} {self.domain.name}", len(self.domain.full_labels)
+        if head is not None:
+            loss = _held(loss, head, own)
         if self.learns.privacy.epsilon:
             known = None if head is None else (head, own)
             self.mechanism = train_privately(
@@ -210,6 +212,19 @@ class _Fit:
             inner.after.mkdir(parents=True, exist_ok=True)
             save_tensors(inner.after / _FEATURES, {made_of: x})
         return x
+
+
+def _held(loss: BatchLoss, head: nn.Module, count: int) -> BatchLoss:
+    """The same, with all label rows but the first as they were: optimizers move rows whose gradient is zero, too."""
+    start = [rows.detach()[count:].clone() for rows in head.parameters()]
+
+    def held(network: nn.Module, rows: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            for part, before in zip(head.parameters(), start, strict=True):
+                part[count:] = before.to(part.device)
+        return loss(network, rows)
+
+    return held
 
 
 def _first(count: int, gradient: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def taken(
     A label row changes by what those who know the label say. ``each`` gives a factor of an owner's whole change.
     """
     ordered = sorted(contributions, key=lambda c: c.domain)
-    heads = [h for h in (_head(c, base) for c in ordered) if h]
+    heads = [h for h in (label_rows(c, base) for c in ordered) if h]
     weights, factors = _weights(base, ordered, heads, context, how)
     if each:
         factors = [f * each(c) for f, c in zip(factors, ordered, strict=True)]
@@ -110,11 +110,11 @@ def _weights(
     return weights.tolist(), factors.tolist()
 
 
-def _head(c: Contribution, base: Model) -> Head | None:
+def label_rows(c: Contribution, base: Model) -> Head | None:
     """An owner's label rows; None for a base without labels. Raises IntegrityError for rows that are not the base's."""
     names, labels = head_tensors(base), c.meta.get("labels")
     sent = {n for n in c.tensors if n.startswith(HEAD)}
-    known = isinstance(labels, list) and set(map(str, labels)) <= set(base.labels)
+    known = isinstance(labels, list) and bool(labels) and set(map(str, labels)) <= set(base.labels)
     width = Tensors(base.path).specs[names[0]].shape[1] if names else 0
     rows = layout(c.tensors, HEAD + names[0])[0] if names and HEAD + names[0] in sent else ()
     if sent != {HEAD + n for n in names} or (names and not (known and rows == (len(labels or ()), width))):
@@ -232,6 +232,7 @@ class Memory:
         self.kinds, self.rule = kinds, rule
         self.before: Tensors | None = None
         self.after: Shards | None = None
+        self.resting: list[str] = []  # what nobody changes in this inner round
 
     def open(self, shapes: Mapping[str, tuple[int, ...]], context: Context) -> None:
         """Before the first change; ``shapes`` are of all that may change."""
@@ -240,7 +241,9 @@ class Memory:
         if inner and inner.after:
             inner.after.mkdir(parents=True, exist_ok=True)
             layouts = {f"{k}:{n}": (s, torch.float32) for k in self.kinds for n, s in shapes.items()}
-            self.after = Shards(inner.after, layouts)
+            known = self.before.specs if self.before else {}
+            self.resting = [n for n in known if n not in layouts]
+            self.after = Shards(inner.after, {**layouts, **{n: (known[n].shape, torch.float32) for n in self.resting}})
 
     def __call__(self, name: str, part: Part, change: Tensor) -> Tensor:
         """What some rows change by."""
@@ -259,5 +262,8 @@ class Memory:
 
     def close(self) -> None:
         """Once all rows are there."""
+        if self.after and self.before:
+            for name in self.resting:
+                self.after.put(name, 0, self.before[name])
         if self.after:
             self.after.close()

@@ -15,7 +15,8 @@ from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.feedback.updates._local import Learns, Pull, Rivals, update
-from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, said_number, taken
+from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, label_rows, said_number, taken
+from fanbu.merging.factors import FORM as FACTORS
 from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
 from fanbu.model import Model, provenance
 from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
@@ -62,7 +63,8 @@ def contribute(
     sent = update("scaffold", specialist, base, context, train, Learns(layers, rivals=rivals), along)
     way, grown = _way(train, int(sent.meta["steps"])), {}
     for name, gone in _gone(base, sent, layers).items():
-        before = gone / ((train.head_lr if name.startswith(LABEL) else train.lr) * way)
+        rate = train.head_lr if name.startswith(LABEL) else train.lr
+        before = gone / (rate * way) if rate else gone  # which is zero: it stands still
         grown[name] = before + _or_zero(own, name, gone) - _or_zero(common, name, gone)
     if inner and inner.after:
         inner.after.mkdir(parents=True, exist_ok=True)
@@ -87,27 +89,32 @@ def absorb(
         FitError: an update's tensors are not the base's.
         IntegrityError: an update comes without its control variate, or with one of other shapes.
     """
-    inner = context.inner
-    body = body_shapes(base) if any(CONTROL + n in contributions[0].tensors for n in body_shapes(base)) else {}
-    row = (rows_of(base).weight_lh.shape[1] + 1,) if base.labels else ()
-    shapes: dict[str, tuple[int, ...]] = dict(body)
-    for c in contributions:
-        own = {**body, **dict.fromkeys([LABEL + str(label) for label in c.meta.get("labels", [])], row)}
+    inner, bare = context.inner, [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for c, update_alone in zip(contributions, bare, strict=True):
+        head = label_rows(update_alone, base)
+        own = {} if c.meta.get("form") == FACTORS else body_shapes(base)
+        if head:
+            own |= dict.fromkeys([LABEL + label for label in head.labels], (head.weight_lh.shape[1] + 1,))
         sent = {n.removeprefix(CONTROL) for n in c.tensors if n.startswith(CONTROL)}
-        if sent != own.keys() or any(layout(c.tensors, CONTROL + n)[0] != shape for n, shape in own.items()):
+        wrong = sent ^ own.keys() or [n for n in own if not _is_control(layout(c.tensors, CONTROL + n), own[n])]
+        if wrong:
             raise IntegrityError(
                 "contribution-broken", f"the control variate of {c.domain} is not of what it trained",
-                allowed="one for each tensor and label row, of its shape", got=sorted(sent ^ own.keys())[:3],
+                allowed="one for each tensor and label row, of its shape, in float32", got=sorted(wrong)[:3],
                 remedy="ask its owner to send it again",
             )  # fmt: skip
         shapes |= own
     if inner and inner.telling:
         inner.telling.mkdir(parents=True, exist_ok=True)
         save_tensors(inner.telling / _FILE, _Told(shapes, contributions, inner, by_rows))
-    bare = [replace(c, tensors=Overlaid(c.tensors, CONTROL, {})) for c in contributions]
     domains = [c.domain for c in contributions]
     made = provenance("scaffold", [base], context, scale=scale, by_rows=by_rows, domains=domains)
     return taken(base, bare, out, context, How(scale, by_rows), made)
+
+
+def _is_control(found: tuple[tuple[int, ...], torch.dtype], shape: tuple[int, ...]) -> bool:
+    return found == (shape, torch.float32)
 
 
 class _Told(Mapping[str, Tensor]):
