@@ -138,6 +138,7 @@ def cluster() -> Iterator[Transport]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_asks_for_a_token_and_gives_errors_as_they_were(cluster: Transport) -> None:
     assert sorted(side_by_side(cluster, square, [(i,) for i in range(5)], 1)) == [0, 1, 4, 9, 16]
     assert os.environ["RAY_AUTH_MODE"] == "token"
