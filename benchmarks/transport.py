@@ -51,7 +51,10 @@ def timed(base: Model, folders: dict[str, Path], rows: int, workspace: Path, tra
     """Seconds to start, seconds to shrink and contribute, and the digests of all that was made."""
     shutil.rmtree(workspace, ignore_errors=True)
     domains = {
-        name: {**{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")}, "limit": rows}
+        name: {
+            **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
+            "limit": dict.fromkeys(("train", "valid", "test"), rows),
+        }
         for name, folder in folders.items()
     }
     train = {"epochs": 1, "lr": 2e-4}
