@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +294,33 @@ def check_finite(name: str, tensor: Tensor, where: object) -> None:
 
 Layouts = Mapping[str, tuple[tuple[int, ...], "torch.dtype"]]
 Put = Callable[[str, int, "Tensor"], object]
+
+
+class ByRows(Mapping[str, "torch.Tensor"]):
+    """Tensors whose rows are computed when they are asked for. Who inherits this gives ``names``, ``layout(name)``
+    (shape and dtype) and ``rows(name, start, stop)``."""
+
+    names: Collection[str]
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        raise NotImplementedError
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        shape, _ = self.layout(name)
+        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Shards:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
 from fanbu.merging.task_vector import HEAD
-from fanbu.tensors import layout, read_rows
+from fanbu.tensors import ByRows, layout, read_rows
 
 SPARSE = "sparse"  # meta["form"] of a contribution whose tensors have the names below
 PLACES, VALUES = "places:", "values:"
@@ -24,7 +24,7 @@ def sparse(tensors: Mapping[str, Tensor], name: str) -> bool:
     return not name.startswith(HEAD) and len(layout(tensors, name)[0]) > 1
 
 
-class Sparse(Mapping[str, Tensor]):
+class Sparse(ByRows):
     """``places:NAME`` [k] (in the matrix as one row, ascending) and ``values:NAME`` float32 [k]; else as it is."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -54,18 +54,6 @@ class Sparse(Mapping[str, Tensor]):
         if own == name:
             return read_rows(self.tensors, own, start, stop)
         return self._largest(own)[not name.startswith(PLACES)][start:stop]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        shape, _ = self.layout(name)
-        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class Scattered:

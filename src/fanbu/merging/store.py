@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from fanbu.contribution import Contribution
 from fanbu.errors import FitError
 from fanbu.merging.sparse import SPARSE, Sparse
 from fanbu.merging.task_vector import FORM, HEAD, TaskVector, Weights
-from fanbu.tensors import layout, read_rows
+from fanbu.tensors import ByRows, layout, read_rows
 
 PACKED = "packed"  # meta["form"] of a contribution whose tensors have the names below
 CODES, SCALES = "codes:", "scales:"
@@ -49,7 +49,7 @@ def packs(tensors: Mapping[str, Tensor], name: str) -> bool:
     return not name.startswith(HEAD) and len(layout(tensors, name)[0]) > 1
 
 
-class Packed(Mapping[str, Tensor]):
+class Packed(ByRows):
     """``codes:NAME`` (int8, or uint8 with eight signs each) and ``scales:NAME`` float32 [rows]; else as it is."""
 
     def __init__(self, tensors: Mapping[str, Tensor], store: Store) -> None:
@@ -75,18 +75,6 @@ class Packed(Mapping[str, Tensor]):
             return rows
         scales = row_scales(rows, self.store)
         return scales if name.startswith(SCALES) else pack(rows, scales, self.store)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        shape, _ = self.layout(name)
-        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class Unpacked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fanbu.merging.sources import source_of
 from fanbu.merging.store import Store, packs, stored
 from fanbu.merging.task_vector import TaskVector, body_shapes
 from fanbu.model import Model
-from fanbu.tensors import Tensors, layout, read_rows, save_tensors
+from fanbu.tensors import ByRows, Tensors, layout, read_rows, save_tensors
 from fanbu.types import Inner
 
 _FILE = "left.safetensors"
@@ -33,11 +33,11 @@ def with_feedback(
     return sent
 
 
-class _Sum(Mapping[str, Tensor]):
+class _Sum(ByRows):
     """delta + e, row by row."""
 
     def __init__(self, vector: TaskVector, left: Tensors | None) -> None:
-        self.vector, self.left = vector, left
+        self.vector, self.left, self.names = vector, left, vector.names
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
@@ -49,18 +49,8 @@ class _Sum(Mapping[str, Tensor]):
         known = self.left is not None and name in self.left
         return rows + self.left.rows(name, start, stop) if self.left and known else rows
 
-    def __getitem__(self, name: str) -> Tensor:
-        shape, _ = self.layout(name)
-        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.vector)
-
-    def __len__(self) -> int:
-        return len(self.vector)
-
-
-class _Left(Mapping[str, Tensor]):
+class _Left(ByRows):
     """e of each matrix, row by row."""
 
     def __init__(self, whole: _Sum, sent: Contribution, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -77,12 +67,3 @@ class _Left(Mapping[str, Tensor]):
         sent = torch.empty_like(exact)
         self.source.rows(name, start, stop, exact, sent)
         return exact - sent
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows(name, 0, self.layout(name)[0][0])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, label_r
 from fanbu.merging.factors import FORM as FACTORS
 from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
 from fanbu.model import Model, provenance
-from fanbu.tensors import Tensors, layout, load_tensors, read_rows, save_tensors
+from fanbu.tensors import ByRows, Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
 from fanbu.types import Context, Inner, Needs, Train
 
@@ -117,7 +117,7 @@ def _is_control(found: tuple[tuple[int, ...], torch.dtype], shape: tuple[int, ..
     return found == (shape, torch.float32)
 
 
-class _Told(Mapping[str, Tensor]):
+class _Told(ByRows):
     """c as it becomes, some rows at a time."""
 
     def __init__(
@@ -126,6 +126,7 @@ class _Told(Mapping[str, Tensor]):
         self.before, self.share = Tensors(inner.said / _FILE) if inner.said else None, inner.share
         known = {n: self.before.specs[n].shape for n in self.before} if self.before else {}
         self.shapes = {**known, **shapes}
+        self.names = list(self.shapes)
         counted = [(said_number(c, "rows") if by_rows else 1, c.tensors) for c in contributions]
         self.sent = {n: [(k, t) for k, t in counted if CONTROL + n in t] for n in self.shapes}
 
@@ -141,16 +142,6 @@ class _Told(Mapping[str, Tensor]):
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
         return self.shapes[name], torch.float32
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        return self.rows(name, 0, shape[0] if shape else 1).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def _controls(folder: Path | None) -> Mapping[str, Tensor]:
