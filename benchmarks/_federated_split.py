@@ -21,6 +21,7 @@ from fanbu.model import Model, load_network, load_tokenizer, provenance, save_ne
 from fanbu.progress import log
 from fanbu.types import Context, derived_seed
 
+ROWS_ALONE = {"layers": "head"}
 OWNERS, LIARS, TIMES = 10, 3, 10
 POOLED = "all rows in one place"
 ADAPTIVE = {"epochs": 5, "batch_size": 16, "head_lr": 1e-2, "warmup": 0.0, "schedule": "constant", "patience": 0}
@@ -84,7 +85,9 @@ def _owned(d: Domain, number: int, rows: Any) -> Domain:
 def pooled(d: Domain, base: Model, context: Context, out: Path, train: Mapping[str, Any]) -> Model:
     """All rows at one owner."""
     whole = replace(d, name=f"{d.name}@all", valid=Rows(labels=()), test=Rows(labels=()))
-    return inner_rounds(("fedavg", {"train": train, "layers": "head"}), TIMES, [_at(base, whole)], base, context, out)
+    return inner_rounds(
+        ("fedavg", {"train": train, "learns": ROWS_ALONE}), TIMES, [_at(base, whole)], base, context, out
+    )
 
 
 def _at(base: Model, d: Domain) -> Specialist:
@@ -100,7 +103,7 @@ def split_models(d: Domain, opened: Model, folder: Path, context: Context, names
         way, arguments = STRATEGIES[name]
         log(f"== {name}, seed {context.seed}")
         place = folder / name.replace(", ", "-")
-        found[name] = inner_rounds((way, {**arguments, "layers": "head"}), TIMES, owners, base, context, place)
+        found[name] = inner_rounds((way, {**arguments, "learns": ROWS_ALONE}), TIMES, owners, base, context, place)
     return found
 
 
@@ -110,7 +113,7 @@ def lied_models(d: Domain, opened: Model, folder: Path, context: Context) -> dic
     honest = cut(d, context.seed, None)
     found = {}
     alone = [_at(base, o) for o in honest[:-LIARS]]
-    way: tuple[str, dict[str, Any]] = ("fedavg", {"train": ADAPTIVE, "layers": "head"})
+    way: tuple[str, dict[str, Any]] = ("fedavg", {"train": ADAPTIVE, "learns": ROWS_ALONE})
     found["none", "the honest alone"] = inner_rounds(way, TIMES, alone, base, context, folder / "honest-alone")
     for lie in ("none", *LIES):
         false = [o.name for o in honest[-LIARS:]] if lie != "none" else []
@@ -118,7 +121,7 @@ def lied_models(d: Domain, opened: Model, folder: Path, context: Context) -> dic
         twists = {name: _twist(lie, context) for name in false}
         for aggregate in AGGREGATES:
             log(f"== {lie}, {aggregate}")
-            way = ("fedavg", {"train": ADAPTIVE, "layers": "head", "aggregate": aggregate})
+            way = ("fedavg", {"train": ADAPTIVE, "learns": ROWS_ALONE, "aggregate": aggregate})
             place = folder / f"{lie}-{aggregate}".replace(" ", "-")
             found[lie, aggregate] = inner_rounds(way, TIMES, owners, base, context, place, twists)
     return found
@@ -157,7 +160,7 @@ def private_models(
     owners = [_at(base, d) for d in domains.values()]
     found = {}
     for epsilon in epsilons:
-        arguments = {"train": PRIVATE, "layers": "head", "privacy": {"epsilon": epsilon}}
+        arguments = {"train": PRIVATE, "learns": {"layers": "head", "privacy": {"epsilon": epsilon}}}
         name = f"epsilon {epsilon:g}" if epsilon else "no privacy"
         log(f"== {name}")
         place = folder / name.replace(" ", "-")

@@ -62,7 +62,8 @@ def multitask(bench: Bench, out: Path) -> Model:
 
 def federated(name: str, arguments: Mapping[str, Any], bench: Bench, out: Path) -> Model:
     """A federated way, ``TIMES`` times over."""
-    way = (name, {"train": LOCAL, **LOW, **arguments})
+    learns = {**LOW, **arguments.get("learns", {})}
+    way = (name, {"train": LOCAL, **arguments, "learns": learns})
     return inner_rounds(way, TIMES, bench.specialists, bench.incumbent, bench.context, out)
 
 
@@ -104,7 +105,7 @@ def _at_home(network: Any, tokenizer: Any, d: Domain, start: Model, context: Con
 WAYS: dict[str, Callable[[Bench, Path], Model]] = {
     "multitask": multitask,
     "fedavg": partial(federated, "fedavg", {}),
-    "fedavg, all rivals": partial(federated, "fedavg", {"rivals": "all"}),
+    "fedavg, all rivals": partial(federated, "fedavg", {"learns": {"rivals": "all"}}),
     "as is": as_is,
     "fedprox": partial(federated, "fedprox", {}),
     "fedavgm": partial(federated, "fedavgm", {"momentum": 0.5}),

@@ -83,7 +83,7 @@ def test_what_is_left_out_is_sent_later(
     total, exact, before = {}, {}, None
     for number in range(3):
         inner = Inner(0, before, tmp_path / str(number))  # the same inner round again: the same training
-        sent = way.contribute(food, incumbent, replace(context, inner=inner), train=train, store=store)
+        sent = way.contribute(food, incumbent, replace(context, inner=inner), train=train, learns={"store": store})
         plain = way.contribute(food, incumbent, context, train=train)
         for name, change in changes(sent, incumbent).items():
             total[name] = total.get(name, 0) + change
@@ -95,7 +95,7 @@ def test_what_is_left_out_is_sent_later(
     for name, change in total.items():
         torch.testing.assert_close(change + left[name], exact[name], rtol=1e-4, atol=1e-6)
     assert any(float(left[name].norm()) > 0 for name in left)
-    once = changes(way.contribute(food, incumbent, context, train=train, store=store), incumbent)
+    once = changes(way.contribute(food, incumbent, context, train=train, learns={"store": store}), incumbent)
 
     def off(found: dict[str, Tensor], count: int) -> float:
         return sum(float((exact[n] / 3 * count - found[n]).norm()) ** 2 for n in found) ** 0.5 / count

@@ -104,7 +104,9 @@ def test_an_update_says_what_it_cost_so_far(
     train, privacy = {"epochs": 1, "batch_size": 16, "lr": 1e-3, "head_lr": 1e-2}, {"epsilon": 4.0}
     for number in range(3):
         inner = replace(context, inner=Inner(number, of=3))
-        sent = way.contribute(food, incumbent, inner, train=train, layers=layers, privacy=privacy, rank=2)
+        sent = way.contribute(
+            food, incumbent, inner, train=train, learns={"layers": layers, "privacy": privacy, "rank": 2}
+        )
         said.append(sent.epsilon)
     assert said == sorted(said)
     assert said[0] < said[2] <= 4.0
@@ -113,7 +115,7 @@ def test_an_update_says_what_it_cost_so_far(
     new = way.absorb(incumbent, [sent], tmp_path / "new", context)
     assert set(new.labels) == set(incumbent.labels)
     assert moved(sent, incumbent) > 0
-    plain = way.contribute(food, incumbent, context, train=train, layers=layers, rank=2)
+    plain = way.contribute(food, incumbent, context, train=train, learns={"layers": layers, "rank": 2})
     assert plain.epsilon is None
     assert "privacy" not in plain.meta
 
@@ -129,7 +131,7 @@ def test_privacy_is_refused_where_it_cannot_be_kept(
     food = Specialist(incumbent, domains["food"], incumbent)
     assert domains_of(incumbent.labels)["food"]
     with pytest.raises(UsageError, match="lora or head"):
-        method("fedavg").contribute(food, incumbent, context, privacy={"epsilon": 1.0})
+        method("fedavg").contribute(food, incumbent, context, learns={"privacy": {"epsilon": 1.0}})
     for wrong in (
         {"epsilon": -1.0},
         {"epsilon": math.inf},
@@ -137,12 +139,12 @@ def test_privacy_is_refused_where_it_cannot_be_kept(
         {"epsilon": 1.0, "norm": 0.0},
     ):
         with pytest.raises(UsageError, match="privacy"):
-            method("fedavg").contribute(food, incumbent, context, layers="head", privacy=wrong)
+            method("fedavg").contribute(food, incumbent, context, learns={"layers": "head", "privacy": wrong})
     one = replace(domains["food"].train, ids=("1",), texts=("soup",), labels=(0,))
     with pytest.raises(UsageError, match="hidden among others"):
         method("fedavg").contribute(
-            replace(food, domain=replace(domains["food"], train=one)), incumbent, context, layers="head",
-            privacy={"epsilon": 1.0},
+            replace(food, domain=replace(domains["food"], train=one)), incumbent, context,
+            learns={"layers": "head", "privacy": {"epsilon": 1.0}},
         )  # fmt: skip
 
 
@@ -169,7 +171,7 @@ def test_a_round_beyond_the_budget_ends_before_anything_crosses(tmp_path: Path) 
     name = next(iter(value["domains"]))
     value["domains"][name]["share"] = {"budget": {"epsilon": 3.0}}
     value["feedback"] = {
-        "method": "fedavg", "times": 2, "layers": "head", "privacy": {"epsilon": 2.0},
+        "method": "fedavg", "times": 2, "learns": {"layers": "head", "privacy": {"epsilon": 2.0}},
         "train": {"epochs": 1, "batch_size": 32, "head_lr": 1e-2},
     }  # fmt: skip
     value["references"] = []
@@ -179,6 +181,6 @@ def test_a_round_beyond_the_budget_ends_before_anything_crosses(tmp_path: Path) 
     assert len(costs) == 2
     assert costs[0] < costs[1] <= 2.0
     with pytest.raises(BoundaryError, match="over all rounds"):
-        run(load_recipe(tmp_path / "recipe.yaml", ["rounds=2", "seed=1", "feedback.privacy.epsilon=2.5"]))
+        run(load_recipe(tmp_path / "recipe.yaml", ["rounds=2", "seed=1", "feedback.learns.privacy.epsilon=2.5"]))
     ledger = json.loads((tmp_path / "ws" / "privacy" / f"{name}.json").read_text())
     assert cost([Mechanism(**m) for m in ledger.values()], 1e-5) <= 3.0

@@ -23,6 +23,7 @@ from fanbu.predict import class_logits, token_losses
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Inner
 
+ROWS_ALONE = {"layers": "head"}
 FAST = {"epochs": 2, "lr": 3e-3, "head_lr": 1e-2, "batch_size": 8}
 
 
@@ -267,10 +268,12 @@ def test_less_than_all_crosses_where_less_learns(
     for number in range(2):
         states = [p / str(number - 1) if number else None for p in (own, centre)]
         inner = Inner(number, states[0], own / str(number))
-        sent = method(way).contribute(food, model, replace(context, inner=inner), train=train, layers=layers, rank=2)
+        sent = method(way).contribute(
+            food, model, replace(context, inner=inner), train=train, learns={"layers": layers, "rank": 2}
+        )
         assert sum(t.numel() for t in sent.tensors.values()) < sum(t.numel() for t in before.values()) / 4
         at_centre = Inner(number, states[1], centre / str(number))
-        model = method(way).absorb(model, [sent], base / str(number), replace(context, inner=at_centre), rank=2)
+        model = method(way).absorb(model, [sent], base / str(number), replace(context, inner=at_centre))
     after = body_of(model)
     changed = [n for n in before if not torch.equal(before[n], after[n])]
     assert bool(changed) == (layers == "lora")
@@ -293,7 +296,7 @@ def test_features_that_stand_still_are_computed_once(
 ) -> None:
     food, way = Specialist(incumbent, domains["food"], incumbent), method("fedavg")
     first = replace(context, inner=Inner(0, after=tmp_path / "own"))
-    sent = way.contribute(food, incumbent, first, train=FAST, layers="head")
+    sent = way.contribute(food, incumbent, first, train=FAST, learns=ROWS_ALONE)
     again = replace(context, inner=Inner(0, tmp_path / "own", tmp_path / "own2"))
     moved_head = way.absorb(incumbent, [sent], tmp_path / "new", context)
 
@@ -301,11 +304,11 @@ def test_features_that_stand_still_are_computed_once(
         raise AssertionError("features were computed again")
 
     monkeypatch.setattr("fanbu.feedback.updates._local.features", asked)
-    assert way.contribute(food, incumbent, again, train=FAST, layers="head").digest == sent.digest
-    way.contribute(food, moved_head, again, train=FAST, layers="head")  # the body is the same
+    assert way.contribute(food, incumbent, again, train=FAST, learns=ROWS_ALONE).digest == sent.digest
+    way.contribute(food, moved_head, again, train=FAST, learns=ROWS_ALONE)  # the body is the same
     other = way.absorb(incumbent, [update(incumbent, "food", 0.1)], tmp_path / "other", context)
     with pytest.raises(AssertionError, match="again"):
-        way.contribute(food, other, again, train=FAST, layers="head")
+        way.contribute(food, other, again, train=FAST, learns=ROWS_ALONE)
 
 
 def test_label_rows_alone_have_control_variates(
@@ -315,7 +318,11 @@ def test_label_rows_alone_have_control_variates(
     food, rail = (Specialist(incumbent, domains[n], incumbent) for n in ("food", "rail"))
     sent = [
         way.contribute(
-            s, incumbent, replace(context, inner=Inner(0, after=tmp_path / s.domain.name)), train=train, layers="head"
+            s,
+            incumbent,
+            replace(context, inner=Inner(0, after=tmp_path / s.domain.name)),
+            train=train,
+            learns=ROWS_ALONE,
         )
         for s in (food, rail)
     ]
@@ -332,15 +339,17 @@ def test_label_rows_alone_have_control_variates(
     row = Tensors(incumbent.path)[name][place] - Tensors(new.path)[name][new.labels.index(label)]
     torch.testing.assert_close(mean[:-1], row / (0.5 * sent[0].meta["steps"]), rtol=1e-3, atol=1e-5)
     inner = Inner(1, tmp_path / "food", tmp_path / "food2", tmp_path / "said")
-    alike = way.contribute(food, new, replace(context, inner=inner), train=train, layers="head")
-    alone = way.contribute(food, new, replace(context, inner=Inner(1)), train=train, layers="head")
+    alike = way.contribute(food, new, replace(context, inner=inner), train=train, learns=ROWS_ALONE)
+    alone = way.contribute(food, new, replace(context, inner=Inner(1)), train=train, learns=ROWS_ALONE)
     head = HEAD + name
     torch.testing.assert_close(alike.tensors[head], alone.tensors[head])  # c_i = c: nothing is added
-    pushed = way.contribute(food, new, replace(context, inner=replace(inner, said=None)), train=train, layers="head")
+    pushed = way.contribute(
+        food, new, replace(context, inner=replace(inner, said=None)), train=train, learns=ROWS_ALONE
+    )
     push = 0.5 * sent[0].meta["steps"] * Tensors(tmp_path / "food" / "control.safetensors")[f"label:{label}"][:-1]
     apart = pushed.tensors[head][0] - alone.tensors[head][0]
     assert float((apart - push).norm()) < 0.3 * float(push.norm())  # g - c_i: held back by what it did before
-    still = way.contribute(food, new, replace(context, inner=inner), train={**train, "head_lr": 0.0}, layers="head")
+    still = way.contribute(food, new, replace(context, inner=inner), train={**train, "head_lr": 0.0}, learns=ROWS_ALONE)
     assert torch.equal(still.tensors[head][0], Tensors(new.path)[name][new.labels.index(label)])
     bare = replace(sent[0], tensors={n: t for n, t in sent[0].tensors.items() if not n.startswith("control:")})
     with pytest.raises(IntegrityError, match="control variate"):
@@ -372,10 +381,9 @@ def test_labels_of_others_compete_and_do_not_move(
         return look
 
     monkeypatch.setattr("fanbu.feedback.updates._local._held", watched)
-    arguments = {"train": {**FAST, "optimizer": optimizer, "weight_decay": 0.1}, "layers": layers, "rank": 2}
-    sent = method("fedavg").contribute(
-        Specialist(incumbent, part, incumbent), incumbent, context, **arguments, privacy={"epsilon": privacy}
-    )
+    arguments = {"train": {**FAST, "optimizer": optimizer, "weight_decay": 0.1}}
+    arguments["learns"] = {"layers": layers, "rank": 2, "privacy": {"epsilon": privacy}}
+    sent = method("fedavg").contribute(Specialist(incumbent, part, incumbent), incumbent, context, **arguments)
     assert len(kept) > 4
     assert all(kept)
     assert sent.meta["labels"] == [f"food/{label}" for label in food.labels[:2]]
@@ -387,7 +395,8 @@ def test_all_labels_compete_where_that_is_asked_for(
 ) -> None:
     food, way = Specialist(incumbent, domains["food"], incumbent), method("fedavg")
     own, everyone = (
-        way.contribute(food, incumbent, context, train=FAST, layers="head", rivals=r) for r in ("industry", "all")
+        way.contribute(food, incumbent, context, train=FAST, learns={"layers": "head", "rivals": r})
+        for r in ("industry", "all")
     )
     assert own.meta["labels"] == everyone.meta["labels"]
     name = HEAD + head_tensors(incumbent)[0]
@@ -409,7 +418,7 @@ def test_controls_of_no_labels_are_refused(
 ) -> None:
     way, train = method("scaffold"), {"batch_size": 8, "lr": 1e-4, "head_lr": 1e-3}
     sent = way.contribute(
-        Specialist(incumbent, domains["food"], incumbent), incumbent, context, train=train, layers="head"
+        Specialist(incumbent, domains["food"], incumbent), incumbent, context, train=train, learns=ROWS_ALONE
     )
     with pytest.raises(IntegrityError):
         way.absorb(incumbent, [replace(sent, meta={**sent.meta, "labels": labels})], tmp_path / "x", context)

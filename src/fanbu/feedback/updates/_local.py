@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,17 +46,25 @@ _FEATURES = "features.safetensors"
 
 @dataclass(frozen=True)
 class Learns:
-    """What of the large model an owner trains, how what that changed is stored, and which labels its own compete with.
+    """What of the large model an owner trains, and what of that crosses.
 
-    ``layers``: ``all``; ``lora``: factors of its linear layers, W + 2 B A with B from zeros, A drawn anew in each inner
-    round, and the label rows; ``head``: the label rows alone, on features that are computed once.
+    ``layers``: ``all``; ``lora``: low-rank factors of the linear layers (W + 2 B A with B from zeros, A drawn anew in
+    each inner round), of which only these cross, and whose products the centre adds up exactly, and the label rows;
+    ``head``: the label rows alone, on features that are computed once. ``rank`` is of the factors, which want about ten
+    times the learning rate of ``all``. ``store``: ``exact``, or delta's matrices in eight bits or one bit a number
+    (``int8``, ``1bit``), or the largest hundredth of them (``topk``); what that leaves out is added to the owner's next
+    update. ``rivals`` are the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the
+    large model knows, so that it learns where a text is from, too; they are others', and do not move. ``privacy`` is
+    what may be told of any one row (``private.train_privately``); for ``lora`` and ``head``.
     """
 
     layers: Layers = "all"
-    rank: int = 8
+    rank: Annotated[int, Ge(1)] = 8
     store: Store = "exact"
     rivals: Rivals = "industry"
     privacy: Privacy = field(default_factory=Privacy)
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
 
     def labels(self, domain: Domain, base: Model) -> tuple[str, ...]:
         """The domain's own labels, then those that they compete with."""
@@ -78,13 +87,14 @@ def update(
     domain = specialist.domain
     if learns.layers != "all" and learns.store != "exact":
         raise UsageError(
-            "bad-parameter", f"{name}: store", allowed="exact, where factors or label rows alone cross",
+            "bad-parameter", f"{name}: learns: store", allowed="exact, where factors or label rows alone cross",
             got=learns.store, remedy="leave it out",
         )  # fmt: skip
     if learns.privacy.epsilon and (learns.layers == "all" or pull):
         raise UsageError(
-            "bad-parameter", f"{name}: privacy", allowed="layers: lora or head, and fedavg or its kin with momentum",
-            got=f"layers: {learns.layers}", remedy="choose one of these, or leave privacy out",
+            "bad-parameter", f"{name}: learns: privacy",
+            allowed="layers: lora or head, and fedavg or its kin with momentum", got=f"layers: {learns.layers}",
+            remedy="choose one of these, or leave privacy out",
         )  # fmt: skip
     if domain.task in CLASSIFYING:
         check_labels_known(base, domain.full_labels)
@@ -144,7 +154,7 @@ class _Fit:
         """Label rows learn, on frozen features. UsageError where there are none."""
         if self.domain.task not in CLASSIFYING:
             raise UsageError(
-                "bad-parameter", f"{self.name}: layers", allowed="all or lora, for causal models", got="head",
+                "bad-parameter", f"{self.name}: learns: layers", allowed="all or lora, for causal models", got="head",
                 remedy="choose one of these",
             )  # fmt: skip
         device, names = self.context.device, head_tensors(self.base)

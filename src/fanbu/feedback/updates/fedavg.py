@@ -10,12 +10,11 @@ from annotated_types import Ge, Gt, Lt
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.updates._local import LOCAL, Layers, Learns, Rivals, update
+from fanbu.feedback.updates._local import LOCAL, Learns, update
 from fanbu.feedback.updates._server import How, taken
 from fanbu.merging.robust import Aggregate
-from fanbu.merging.store import Store
 from fanbu.model import Model, provenance
-from fanbu.types import Context, Needs, Privacy, Train
+from fanbu.types import Context, Needs, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True  # with ``aggregate: mean`` and nothing clipped
@@ -23,10 +22,8 @@ SENSITIVITY = None
 
 
 def contribute(
-    specialist: Specialist, base: Model, context: Context, *, train: Train = LOCAL, layers: Layers = "all",
-    rank: Annotated[int, Ge(1)] = 8, store: Store = "exact", rivals: Rivals = "industry",
-    privacy: Privacy = Privacy(),
-) -> Contribution:  # fmt: skip
+    specialist: Specialist, base: Model, context: Context, *, train: Train = LOCAL, learns: Learns = Learns()
+) -> Contribution:
     """delta = theta - theta_base after training the large model on the domain's training rows; its own label rows.
 
     The specialist itself is not asked: what crosses is what its owner's rows make of the large model. Take it many
@@ -34,20 +31,14 @@ def contribute(
     store it in float32 first.
 
     Args:
-        train: how an owner trains in one inner round. ``lora`` wants about ten times the learning rate of ``all``.
-        layers: ``all``; ``lora``: low-rank factors of the linear layers, which are all that crosses beside the label
-            rows, and whose products the centre adds up exactly; ``head``: the label rows alone, on frozen features.
-        rank: of the factors.
-        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``), or the largest
-            hundredth of them (``topk``). What that leaves out is added to the owner's next update.
-        rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
-            knows, so that it learns where a text is from, too. They are others', and do not move.
-        privacy: what may be told of any one row (``private.train_privately``); for ``lora`` and ``head``.
+        train: how an owner trains in one inner round.
+        learns: what of the model, and what of that crosses (``Learns``): ``layers``, ``rank``, ``store``, ``rivals``,
+            ``privacy``.
 
     Raises:
-        UsageError: ``head`` of a causal model; packed factors.
+        UsageError: ``layers: head`` of a causal model; packed factors; privacy where all layers learn.
     """
-    return update("fedavg", specialist, base, context, train, Learns(layers, rank, store, rivals, privacy))
+    return update("fedavg", specialist, base, context, train, learns)
 
 
 def absorb(

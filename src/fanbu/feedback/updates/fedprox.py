@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.updates._local import LOCAL, Layers, Learns, Pull, Rivals, update
+from fanbu.feedback.updates._local import LOCAL, Learns, Pull, update
 from fanbu.feedback.updates._server import How, taken
-from fanbu.merging.store import Store
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs, Train
 
@@ -25,25 +24,21 @@ SENSITIVITY = None
 
 def contribute(
     specialist: Specialist, base: Model, context: Context, *, mu: Annotated[float, Ge(0)] = 0.01, train: Train = LOCAL,
-    layers: Layers = "all", rank: Annotated[int, Ge(1)] = 8, store: Store = "exact", rivals: Rivals = "industry",
+    learns: Learns = Learns(),
 ) -> Contribution:  # fmt: skip
     """As ``fedavg``, trained by the task's loss + mu / 2 |theta - theta_base|^2, theta what learns.
 
     Args:
         mu: how strongly owners are held. 0: ``fedavg``.
         train: how an owner trains in one inner round.
-        layers: ``all``, ``lora`` or ``head``, as in ``fedavg``.
-        rank: of low-rank factors.
-        store: ``exact``, or delta's matrices in eight bits or one bit a number (``int8``, ``1bit``), or the largest
-            hundredth of them (``topk``). What that leaves out is added to the owner's next update.
-        rivals: the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the large model
-            knows, so that it learns where a text is from, too. They are others', and do not move.
+        learns: as in ``fedavg``; without privacy.
+
+    Raises:
+        UsageError: as ``fedavg``, and for privacy, unless mu is 0.
 
     Reference: Li et al. 2020, "Federated optimization in heterogeneous networks".
     """
-    return update(
-        "fedprox", specialist, base, context, train, Learns(layers, rank, store, rivals), _held(mu) if mu else None
-    )
+    return update("fedprox", specialist, base, context, train, learns, _held(mu) if mu else None)
 
 
 def absorb(

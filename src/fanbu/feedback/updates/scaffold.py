@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
-from fanbu.feedback.updates._local import Learns, Pull, Rivals, update
+from fanbu.feedback.updates._local import Learns, Pull, update
 from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, label_rows, said_number, taken
 from fanbu.merging.factors import FORM as FACTORS
 from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
@@ -35,7 +35,7 @@ def contribute(
         epochs=1, lr=0.02, head_lr=0.02, warmup=0.0, schedule="constant", patience=0, optimizer="SGD",
         weight_decay=0.0, clip=0.0,
     ),
-    layers: Literal["all", "head"] = "all", rivals: Rivals = "industry",
+    learns: Learns = Learns(),
 ) -> Contribution:  # fmt: skip
     """As ``fedavg``, by steps along g - c_i + c: c_i is the owner's control variate, c the centre's.
 
@@ -44,8 +44,7 @@ def contribute(
 
     Args:
         train: how an owner trains in one inner round; by plain SGD, since the displacement must be a sum of gradients.
-        layers: ``all``, or ``head``: the label rows alone, on frozen features.
-        rivals: as in ``fedavg``.
+        learns: as in ``fedavg``; all layers or label rows alone, stored exactly.
 
     Raises:
         UsageError: another optimizer, or gradients that are clipped, or weights that decay.
@@ -57,12 +56,17 @@ def contribute(
             "bad-parameter", "scaffold: train", allowed="optimizer: SGD, clip: 0, weight_decay: 0",
             got=f"{train.optimizer}, {train.clip}, {train.weight_decay}", remedy="leave these out",
         )  # fmt: skip
+    if learns.layers == "lora" or learns.store != "exact":
+        raise UsageError(
+            "bad-parameter", "scaffold: learns", allowed="layers: all or head, store: exact",
+            got=f"{learns.layers}, {learns.store}", remedy="leave these out",
+        )  # fmt: skip
     inner, labels = context.inner, specialist.domain.full_labels
     own, common = (_controls(folder) for folder in ((inner.before, inner.said) if inner else (None, None)))
     along = _along(own, common, head_tensors(base), labels if base.labels else ())
-    sent = update("scaffold", specialist, base, context, train, Learns(layers, rivals=rivals), along)
+    sent = update("scaffold", specialist, base, context, train, learns, along)
     way, grown = _way(train, int(sent.meta["steps"])), {}
-    for name, gone in _gone(base, sent, layers).items():
+    for name, gone in _gone(base, sent, learns.layers).items():
         rate = train.head_lr if name.startswith(LABEL) else train.lr
         before = gone / (rate * way) if rate else gone  # which is zero: it stands still
         grown[name] = before + _or_zero(own, name, gone) - _or_zero(common, name, gone)
