@@ -105,15 +105,8 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
 
     def produce(out: Path, context: Context) -> None:
         assert context.scratch is not None
-        apart = replace(
-            turn,
-            workspace=Workspace(context.scratch / "inner"),
-            costs=[],
-            crossed={},
-            log=_quiet,
-            live=None,
-            fresh=set(),
-        )
+        inside = Workspace(context.scratch / "inner")
+        apart = replace(turn, workspace=inside, costs=[], crossed={}, log=_quiet, live=None)
         stand = _read(apart.workspace.root / _DONE)
         model = open_model(apart.workspace.root / stand.centre / "model", verify=False) if stand.centre else base
         while stand.number < step.times:

@@ -131,7 +131,9 @@ def train_privately(
         chosen = (torch.rand(rows, generator=draw) < rate).nonzero().flatten().tolist()
         optimizer.zero_grad()
         if chosen:
-            loss(wrapped, chosen).backward()
+            with warnings.catch_warnings():  # features and tokens want no gradient
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                loss(wrapped, chosen).backward()
         for p in learning.parameters():
             if p.requires_grad:
                 _only_first(p, head, bool(chosen))

@@ -18,7 +18,7 @@ Low = Literal["lora", "dora", "rslora"]
 
 
 def with_adapters(
-    network: Any, task: Task, endings: Sequence[str] = (), *, kind: Low = "lora", rank: int = 8, alpha: int = 16,
+    network: Any, task: Task | None, endings: Sequence[str] = (), *, kind: Low = "lora", rank: int = 8, alpha: int = 16,
     dropout: float = 0.0,
 ) -> Any:  # fmt: skip
     """The network within PEFT: A and B of its linear layers learn, a label head learns whole, all else stands still.
@@ -59,7 +59,7 @@ def save_adapter(wrapped: Any, parent: Model, out: Path) -> None:
     config.save_pretrained(str(out))
 
 
-def _targets(network: Any, task: Task, endings: Sequence[str], *, directed: bool) -> list[str]:
+def _targets(network: Any, task: Task | None, endings: Sequence[str], *, directed: bool) -> list[str]:
     output = network.get_output_embeddings()
     last = final_layer(network) if task in CLASSIFYING else None
     known = [

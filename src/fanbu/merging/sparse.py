@@ -11,17 +11,12 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
-from fanbu.merging.task_vector import HEAD
+from fanbu.merging.task_vector import packs
 from fanbu.tensors import ByRows, layout, read_rows
 
 SPARSE = "sparse"  # meta["form"] of a contribution whose tensors have the names below
 PLACES, VALUES = "places:", "values:"
 _SHARE = 100
-
-
-def sparse(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a tensor is kept sparse: matrices are, vectors and label rows are not."""
-    return not name.startswith(HEAD) and len(layout(tensors, name)[0]) > 1
 
 
 class Sparse(ByRows):
@@ -30,7 +25,7 @@ class Sparse(ByRows):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.names = sorted(
-            part + n if part else n for n in tensors for part in ((PLACES, VALUES) if sparse(tensors, n) else ("",))
+            part + n if part else n for n in tensors for part in ((PLACES, VALUES) if packs(tensors, n) else ("",))
         )
         self._largest = lru_cache(1)(self._find)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fanbu.contribution import Contribution
 from fanbu.errors import FitError
 from fanbu.merging.sparse import SPARSE, Sparse
-from fanbu.merging.task_vector import FORM, HEAD, TaskVector, Weights
+from fanbu.merging.task_vector import FORM, TaskVector, Weights, packs
 from fanbu.tensors import ByRows, layout, read_rows
 
 PACKED = "packed"  # meta["form"] of a contribution whose tensors have the names below
@@ -42,11 +42,6 @@ def stored(delta: Mapping[str, Tensor], domain: str, labels: Sequence[str], stor
         return Contribution("weights", domain, "task_vector", Sparse(delta), meta=meta)
     meta = {"labels": list(labels), "form": PACKED, "store": store}
     return Contribution("weights", domain, "task_vector", Packed(delta, store), meta=meta)
-
-
-def packs(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a tensor is packed: matrices are, vectors and label rows are not."""
-    return not name.startswith(HEAD) and len(layout(tensors, name)[0]) > 1
 
 
 class Packed(ByRows):

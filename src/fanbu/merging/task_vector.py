@@ -10,7 +10,7 @@ from torch import Tensor
 from fanbu.errors import FitError
 from fanbu.heads import Head
 from fanbu.model import Model
-from fanbu.tensors import Tensors
+from fanbu.tensors import Tensors, layout
 from fanbu.types import CLASSIFYING
 
 HEADS = ("classifier.out_proj.", "classifier.", "score.")
@@ -129,6 +129,11 @@ def rows_of(base: Model) -> Head:
     names, tensors = head_tensors(base), Tensors(base.path)
     bias = tensors[names[1]] if len(names) > 1 else torch.zeros(len(base.labels))
     return Head(tuple(base.labels), tensors[names[0]].float(), bias.float())
+
+
+def packs(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a tensor is one that is packed where a task vector is: a matrix, no vector and no label rows."""
+    return not name.startswith(HEAD) and len(layout(tensors, name)[0]) > 1
 
 
 def body_shapes(base: Model) -> dict[str, tuple[int, ...]]:

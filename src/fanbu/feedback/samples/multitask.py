@@ -67,7 +67,7 @@ def absorb(
         head = final_layer(network)
     else:
         loss = language(sequences, pad, context.device)
-    if layers == "lora" and base.task:
+    if layers == "lora":
         set_up(context, "adapter", "multitask")
         wrapped = with_adapters(network, base.task, rank=rank, alpha=2 * rank)
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "multitask", head=head)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.merging.sources import source_of
-from fanbu.merging.store import Store, packs, stored
-from fanbu.merging.task_vector import TaskVector, body_shapes
+from fanbu.merging.store import Store, stored
+from fanbu.merging.task_vector import TaskVector, body_shapes, packs
 from fanbu.model import Model
 from fanbu.tensors import ByRows, Tensors, layout, read_rows, save_tensors
 from fanbu.types import Inner
