@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,3 +58,18 @@ def fit_logistic(x: Any, y: Any, x_valid: Any, y_valid: Any, seed: int) -> tuple
     if len(weight) == 1:  # two classes: one row stands for the difference
         weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
     return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32), strength
+
+
+def prototypes(x_nh: Tensor, labels: Sequence[int], count: int) -> Tensor:
+    """[count, hidden]: the mean of the rows of each label; zeros where there are none."""
+    index = torch.as_tensor(labels)
+    sums = torch.zeros(count, x_nh.shape[1]).index_add_(0, index, x_nh.float())
+    return sums / torch.bincount(index, minlength=count).clamp(min=1)[:, None]
+
+
+def prototype_rows(labels: Sequence[str], means_lh: Tensor, sharpness: float) -> Head:
+    """Label rows whose logits are, up to what all labels share, -s/2 |x - mean|^2: w = s mean, b = -s/2 |mean|^2.
+
+    Reference: Snell, Swersky and Zemel 2017, "Prototypical networks for few-shot learning".
+    """
+    return Head(tuple(labels), sharpness * means_lh, -sharpness / 2 * means_lh.square().sum(1))

@@ -102,10 +102,7 @@ def update(
     if learns.layers == "head":
         sent = fit.label_rows()
     else:
-        folder = context.scratch / "local" if context.scratch else Path(mkdtemp()) / "local"
-        sent = fit.adapter(folder) if learns.layers == "lora" else fit.whole(folder)
-        if context.scratch is None:  # it goes when nobody reads from it any more
-            weakref.finalize(sent.tensors, shutil.rmtree, folder.parent, ignore_errors=True)
+        sent = in_folder(context, fit.adapter if learns.layers == "lora" else fit.whole)
     meta = {**sent.meta, "rows": len(domain.train), "steps": fit.steps}
     if fit.mechanism is None:
         return Contribution("updates", domain.name, name, sent.tensors, meta=meta)
@@ -114,6 +111,15 @@ def update(
     meta["privacy"] = {**each.as_dict(), "delta": learns.privacy.delta, "norm": learns.privacy.norm}
     epsilon = cost([so_far], learns.privacy.delta)
     return Contribution("updates", domain.name, name, sent.tensors, meta=meta, epsilon=epsilon)
+
+
+def in_folder(context: Context, make: Callable[[Path], Contribution]) -> Contribution:
+    """What ``make`` makes, and may read from the folder that it is given for as long as anybody does."""
+    folder = context.scratch / "local" if context.scratch else Path(mkdtemp()) / "local"
+    sent = make(folder)
+    if context.scratch is None:  # it goes when nobody reads from it any more
+        weakref.finalize(sent.tensors, shutil.rmtree, folder.parent, ignore_errors=True)
+    return sent
 
 
 @dataclass
