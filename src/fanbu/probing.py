@@ -49,6 +49,7 @@ def fit_logistic(x: Any, y: Any, x_valid: Any, y_valid: Any, seed: int) -> tuple
         model.set_params(C=strength)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", message="The number of unique classes")  # few rows a label are no mistake
             model.fit(x, y)
         score = float((model.predict(x_valid) == y_valid).mean()) if len(y_valid) else -strength
         if best is None or score > best[0]:
