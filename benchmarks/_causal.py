@@ -11,11 +11,12 @@ from _common import bar, finish, table
 from fanbu.batches import encode, pad_id
 from fanbu.domain import load_domain
 from fanbu.ledger import Workspace
+from fanbu.machine import resolve_machine
 from fanbu.model import Model, open_model, provenance, save_network
 from fanbu.objectives import language
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import load_recipe, resolve_machine
+from fanbu.recipe import load_recipe
 from fanbu.round import Result, turn_once
 from fanbu.train import train
 from fanbu.turn import Turn, start

@@ -21,10 +21,10 @@ from _outcomes import Outcomes, mean_over_seeds
 from _specialists import Bench, asking, contributions, difference, judged, made, mean, points
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
+from fanbu.machine import resolve_machine
 from fanbu.model import Model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.types import Context
 from media import TEACH, TUNE, domains_of, opened
 

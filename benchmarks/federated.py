@@ -36,12 +36,12 @@ from fanbu.batches import encode, pad_id
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
 from fanbu.heads import final_layer
+from fanbu.machine import resolve_machine
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.objectives import labelled
 from fanbu.predict import limit
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.train import train as train_network
 from fanbu.types import Context, Inner, Train
 

@@ -27,10 +27,10 @@ from fanbu.catalogue import method
 from fanbu.contribution import open_contribution, write_contribution
 from fanbu.domain import Domain, Rows, Specialist
 from fanbu.judge.evaluate import evaluate
+from fanbu.machine import resolve_machine
 from fanbu.model import Model, open_model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.types import Context, digest
 
 SHOTS = (1, 5, 10, 20)

@@ -32,10 +32,10 @@ from fanbu.data.media import data_url
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.heads import open_classifier
 from fanbu.judge.compare import gain_kept
+from fanbu.machine import resolve_machine
 from fanbu.model import Model, load_tokenizer, provenance, save_network
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.types import Context
 
 TASKS = {"image": "image-classification", "audio": "audio-classification"}

@@ -32,10 +32,10 @@ from fanbu.feedback.predictions._doubts import believed
 from fanbu.feedback.predictions._panel import answered, columns_of, heard, said
 from fanbu.feedback.predictions._pool import Combine, Voice, pool, reliable
 from fanbu.heads import domains_of
+from fanbu.machine import resolve_machine
 from fanbu.model import load_network, load_tokenizer
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.types import Context, derived_seed
 
 OWNERS, LIARS = 10, 3

@@ -51,11 +51,11 @@ from fanbu.domain import Specialist
 from fanbu.heads import final_layer
 from fanbu.judge.compare import compare, gain_kept, holm
 from fanbu.losses import divergence
+from fanbu.machine import resolve_machine
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
 from fanbu.predict import class_logits, limit
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.train import BatchLoss
 from fanbu.train import train as train_network
 from fanbu.types import Context, ProbeRow, ProbeSet, Train

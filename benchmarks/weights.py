@@ -30,11 +30,11 @@ from _specialists import Bench, difference, judged, mean, prepare
 from fanbu.catalogue import method
 from fanbu.judge.compare import gain_kept
 from fanbu.judge.evaluate import evaluate
+from fanbu.machine import resolve_machine
 from fanbu.merging.masks import only
 from fanbu.model import Model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import resolve_machine
 from fanbu.types import Context, ProbeSet
 
 TUNE = {"epochs": 3, "lr": 3e-4}

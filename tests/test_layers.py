@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
 LAYERS = [
-    {"errors", "types", "lang"},
-    {"files", "tensors", "readers", "model"},
+    {"errors", "types", "lang", "machine"},
+    {"files", "tensors", "readers", "model_card", "model"},
     {"data"},
     {"domain", "contribution", "boundary"},
     {"fingerprint", "ledger"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"catalogue"},
     {"recipe", "recipe_text", "plan"},
     {"transport"},
-    {"live", "record", "turn", "feeding", "round", "generations"},
+    {"live", "record", "turn", "probe_set", "feeding", "round", "generations", "owner"},
     {"search"},
     {"serve", "report", "track", "progress"},
     {"api", "committee", "from_mergekit", "init", "doctor", "export", "cli", "__main__"},

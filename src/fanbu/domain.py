@@ -39,7 +39,8 @@ class Rows:
 @dataclass(frozen=True)
 class Domain:
     """One industry's task. ``role`` is ``guard`` for a domain that feeds nothing and only must not get worse;
-    ``waiting`` are texts of held-out rows that are not tested yet, and must not train anything meanwhile."""
+    ``waiting`` are texts of held-out rows that are not tested yet, and must not train anything meanwhile. Of a domain
+    whose rows lie with an owner elsewhere, ``away`` says the digest and the number of rows by split."""
 
     name: str
     task: Task
@@ -53,16 +54,21 @@ class Domain:
     role: Role = "feeds"
     warnings: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    away: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
         """sha256 over everything that can change a result; what is shared is the boundary's affair."""
+        if self.away:
+            return str(self.away["digest"])
         splits = [r.digest for r in (self.train, self.valid, self.test, self.unlabelled)]
         return digest([self.name, self.task, self.labels, splits, self.metric, self.role])
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows by split."""
+        if self.away:
+            return dict(self.away["counts"])
         return {split: len(getattr(self, split)) for split in ("train", "valid", "test", "unlabelled")}
 
     @property
@@ -109,7 +115,9 @@ class Arrived:
 
 def is_target(domain: Domain, feeding: Iterable[Domain]) -> bool:
     """Whether a guard has texts that others of its industry, who feed, can answer for it."""
-    return domain.role == "guard" and len(domain.unlabelled) > 0 and domain.industry in {d.industry for d in feeding}
+    return (
+        domain.role == "guard" and domain.counts["unlabelled"] > 0 and domain.industry in {d.industry for d in feeding}
+    )
 
 
 def target_rows(way: str, context: Context, sources: Sequence[str]) -> dict[str, list[int]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.files import file_sha256, write_text
 from fanbu.ledger import Workspace
-from fanbu.model import CARD, Model, copy_model, model_card, open_model
+from fanbu.model import CARD, Model, copy_model, open_model
+from fanbu.model_card import model_card
 from fanbu.record import read_records
 from fanbu.types import FORMS, Context, Form
 

@@ -28,11 +28,11 @@ _CROSSED, _DONE = "crossed.json", "done.json"
 def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
     """Contribute at each owner, absorb at the centre, as often as the step says."""
     way, name = method(step.method, "feedback"), name or step.called
+    specialists = [s for s in specialists if s.domain.name not in turn.missed]
     if step.times > 1:
         return _repeated(turn, step, specialists, base, name)
     calls = [(way, step.arguments, s, base) for s in specialists]
-    turn.at_owners(contribute, calls)
-    sent = [contribute(turn, *call)[0] for call in calls]
+    sent = [c for _, (c, _) in turn.at_owners(contribute, calls)]
     return absorb(turn, way, step.arguments, sent, base, name)
 
 
@@ -46,7 +46,7 @@ def contribute(
     }  # fmt: skip
 
     def make(out: Path, context: Context) -> Contribution:
-        own = None if inner is None else replace(inner, after=out / STATE)
+        own = None if inner is None else replace(inner, before=_if_there(inner.before), after=out / STATE)
         return way.contribute(s, base, replace(context, inner=own), **arguments)
 
     name = f"{way.name} contribution {s.domain.name}"
@@ -130,20 +130,19 @@ def _inner_round(
 ) -> Model:
     """One inner round; ``stand`` is brought up to it, and what only the one before needed is removed."""
     root, number = apart.workspace.root, stand.number
-    said = _if_there(root / stand.centre / SAID) if stand.centre else None
-    taking = _taking_part(apart.context, step, specialists, number)
+    said = _if_there(root / stand.centre / SAID if stand.centre else None)
+    heard = [s for s in specialists if s.domain.name not in apart.missed]
+    taking = _taking_part(apart.context, step, heard, number)
     share = len(taking) / len(specialists)
     sent, owners, calls = [], dict(stand.owners), []
     for s in taking:
         known = stand.owners.get(s.domain.name)
-        before = _if_there(root / known / STATE) if known else None
+        before = root / known / STATE if known else None
         calls.append((way, step.arguments, s, base, Inner(number, before, said=said, share=share, of=step.times)))
-    apart.at_owners(contribute, calls)
-    for s, call in zip(taking, calls, strict=True):
-        c, folder = contribute(apart, *call)
+    for _, (c, folder) in apart.at_owners(contribute, calls):
         sent.append(c)
-        owners[s.domain.name] = str(folder.relative_to(root))
-    before = _if_there(root / stand.centre / STATE) if stand.centre else None
+        owners[c.domain] = str(folder.relative_to(root))
+    before = _if_there(root / stand.centre / STATE if stand.centre else None)
     made = absorb(
         apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said, share=share, of=step.times)
     )
@@ -167,8 +166,8 @@ def _taking_part(context: Context, step: Step, specialists: Sequence[Specialist]
     return [s for s in specialists if s.domain.name in names]
 
 
-def _if_there(folder: Path) -> Path | None:
-    return folder if folder.is_dir() else None
+def _if_there(folder: Path | None) -> Path | None:
+    return folder if folder and folder.is_dir() else None
 
 
 def _read(path: Path) -> _Stand:

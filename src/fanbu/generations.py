@@ -10,19 +10,22 @@ from fanbu.heads import domains_of
 from fanbu.ledger import Workspace
 from fanbu.live import Live
 from fanbu.model import Model, open_model
-from fanbu.recipe import Recipe, load_domains
+from fanbu.recipe import Recipe
 from fanbu.record import make_record, read_record, read_records, record_folder, write_record
 from fanbu.round import Result, turn_once, without_domain
-from fanbu.turn import Log, Turn, made_of, start
+from fanbu.transport.centre import Line
+from fanbu.turn import Log, Turn, centre_of, domains_now, made_of, start
 from fanbu.types import Progress, digest, silent
 
 
-def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
+def run(
+    recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None, line: Line | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Goes on until the workspace has the recipe's number of finished rounds. Returns the record of the last one.
 
     Everything that is finished already is skipped, so running again after a kill goes on where it stopped. Where all
     rounds are finished, a recipe or rows that changed since make one more round, whose parent is the champion; where
-    nothing changed, the last record is only read.
+    nothing changed, the last record is only read. ``line`` connects owners who are elsewhere.
     """
     workspace = Workspace(Path(recipe.workspace))
     workspace.mend()
@@ -30,12 +33,12 @@ def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: Non
     try:
         while True:
             done = workspace.rounds()
-            if len(done) >= recipe.rounds and not _something_new(recipe, workspace, done):
+            if len(done) >= recipe.rounds and not _something_new(recipe, workspace, done, line):
                 record = read_records(workspace.root, done)[-1]
                 break
             _leave_by_recipe(recipe, workspace, len(done) + 1)
             live.round(len(done) + 1)
-            turn = start(recipe, progress, log, live)
+            turn = start(recipe, progress, log, live, line)
             record = settle(turn, turn_once(turn))
             log(f"round {turn.number}: {record['decision']}: {record['verdict']['reason']}")
             if len(done) + 1 >= recipe.rounds:
@@ -49,16 +52,16 @@ def run(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: Non
     return {**record, **where, "champion": workspace.champion()}
 
 
-def _something_new(recipe: Recipe, workspace: Workspace, done: list[dict[str, Any]]) -> bool:
+def _something_new(recipe: Recipe, workspace: Workspace, done: list[dict[str, Any]], line: Line | None) -> bool:
     """Whether recipe or rows are other than those of the last finished round."""
-    domains = load_domains(recipe, len(done), workspace.left())
+    domains, _ = domains_now(recipe, len(done), workspace.left(), centre_of(recipe, workspace, line))
     return made_of(recipe, domains, open_model(recipe.model)) != done[-1]["what"]
 
 
 def settle(turn: Turn, result: Result) -> dict[str, Any]:
     """Writes a round down and promotes its candidate or keeps the champion. Returns the record."""
     judged = {name: {d: c.digest for d, c in by_domain.items()} for name, by_domain in result.outcomes.items()}
-    what = made_of(turn.recipe, turn.domains, turn.base)
+    what = made_of(turn.recipe, turn.here, turn.base)
     made = [turn.number, what, result.candidate.digest, result.incumbent.digest, judged]
     key = digest(made)
     folder = record_folder(turn.workspace.root, key)
@@ -70,7 +73,7 @@ def settle(turn: Turn, result: Result) -> dict[str, Any]:
     probed = {d.name for d in feeding if d.industry in labelled} | (labelled - {d.industry for d in feeding}) | knowing
     # targets: guards whose texts were learned from, or aligned heads
     probed |= {row.domain for row in turn.context.probe.rows if row.domain and turn.domains[row.domain].role == "guard"}
-    candidate = _entry(turn, result.candidate, probed | {d.name for d in feeding})
+    candidate = _entry(turn, result.candidate, probed | {d.name for d in feeding} | turn.fed)
     turn.workspace.decide(
         {**candidate, "round": key, "number": turn.number},
         {**_entry(turn, result.incumbent, probed), "base": turn.base.digest},

@@ -22,6 +22,7 @@ import psutil
 
 from fanbu.errors import DataError, IntegrityError, UsageError, needs_extra
 from fanbu.files import disk_error, file_sha256, sync, write_text
+from fanbu.model_card import model_card
 from fanbu.readers import HEARING, PROCESSOR, auto_class, for_media, load_processor, write_processor
 from fanbu.tensors import TensorSpec, index_tensors, write_tensors
 from fanbu.types import CLASSIFYING, MEDIA, Context, Task, digest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "fanbu.json"
 CARD = "README.md"
+AWAY = "away.json"  # where weights stay with their owner: how many there are
 MAX_JSON = 200 * 2**20
 # What belongs to a model: weights, configuration, tokenizer. Everything else in a folder is left alone.
 _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -38,11 +40,13 @@ _SUFFIXES = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 @dataclass(frozen=True)
 class Model:
-    """One checkpoint directory. ``manifest`` is empty where fanbu did not make it."""
+    """One checkpoint directory. ``manifest`` is empty where fanbu did not make it. Of a model whose weights stay with
+    their owner, ``away`` says how many ``parameters`` and ``bytes`` they have."""
 
     path: Path
     config: Mapping[str, Any]
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    away: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -58,7 +62,12 @@ class Model:
 
     @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
-        """Where each tensor lies; only headers are read."""
+        """Where each tensor lies; only headers are read. UsageError where they are away."""
+        if self.away:
+            raise UsageError(
+                "weights-away", f"the weights of {self.path} stay with their owner", got=self.path,
+                remedy="ask the owner for them, or choose a way that does without",
+            )  # fmt: skip
         return index_tensors(self.path)
 
     @property
@@ -66,6 +75,8 @@ class Model:
         """How many numbers it holds."""
         import math
 
+        if self.away:
+            return self.away["parameters"]
         return sum(self._numbers(name, math.prod(spec.shape)) for name, spec in self.tensors.items())
 
     def _numbers(self, name: str, stored: int) -> int:
@@ -88,6 +99,8 @@ class Model:
     @property
     def bytes(self) -> int:
         """Size of its weights on disk."""
+        if self.away:
+            return self.away["bytes"]
         return sum(spec.bytes for spec in self.tensors.values())
 
     @property
@@ -141,6 +154,11 @@ def open_model(source: str | Path, *, verify: bool = True) -> Model:
         manifest = read_json(folder / MANIFEST, "manifest-broken")
         if not isinstance(manifest.get("files"), dict):
             raise IntegrityError("manifest-broken", f"{folder / MANIFEST} lists no files", remedy=_RESTORE)
+    if manifest and (folder / AWAY).exists():
+        sizes = read_json(folder / AWAY, "manifest-broken")
+        model = Model(folder, config, manifest, {key: int(sizes[key]) for key in ("parameters", "bytes")})
+        verify_files(folder, {"config.json": manifest["files"].get("config.json")})
+        return model
     model = Model(folder, config, manifest)
     _ = model.tensors
     if verify and manifest:
@@ -271,6 +289,7 @@ def load_strictly(auto: Any, model: Model, allowed_missing: Sequence[str] = (), 
 
     from fanbu.tensors import check_finite
 
+    _ = model.tensors  # raises where they are away
     _quieten()
     try:
         network, info = auto.from_pretrained(
@@ -411,31 +430,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     for name in tokenizer.save_pretrained(folder):
         sync(Path(name))
     tokenizer.name_or_path = before
-
-
-def model_card(manifest: Mapping[str, Any]) -> str:
-    """README.md with the hub's metadata, from the manifest alone (so that it is the same for the same model)."""
-    import yaml
-
-    merge = len(manifest["parents"]) > 1
-    front = {
-        "library_name": "transformers",
-        "base_model_relation": "merge" if merge else "finetune",
-        "base_model": list(manifest["parents"]),
-        "license": manifest.get("license") or "unknown",
-        "datasets": sorted(manifest["data"]),
-        "tags": ["fanbu", str(manifest["method"])],
-        "metrics": sorted(manifest["metrics"]) or ["accuracy"],
-    }
-    lines = [f"- parents (sha256): {', '.join(manifest['parents']) or 'none'}", f"- seed: {manifest['seed']}"]
-    lines += [f"- {key}: {value}" for key, value in sorted(manifest["parameters"].items())]
-    lines += [f"- data {name} (sha256): {value}" for name, value in sorted(manifest["data"].items())]
-    text = yaml.safe_dump(front, sort_keys=True, allow_unicode=True)
-    loader = manifest["loader"]
-    return (
-        f"---\n{text}---\n\n# Made by fanbu: {manifest['method']}\n\n"
-        f"A plain transformers checkpoint ({loader}); fanbu is not needed to use it.\n\n" + "\n".join(lines) + "\n"
-    )
 
 
 @contextmanager

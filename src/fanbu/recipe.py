@@ -28,6 +28,7 @@ from fanbu.catalogue import method, suggestion
 from fanbu.domain import Arrived, Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
+from fanbu.machine import resolve_machine
 from fanbu.recipe_text import apply_change, read_yaml
 from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, Transport, silent
 
@@ -210,11 +211,16 @@ class ProbeSpec(_Part):
 
 class TransportSpec(_Part):
     """Where owners work: one after the other (the default), side by side in ``processes`` of this machine, or on a Ray
-    cluster, that of ``address`` or one of this machine."""
+    cluster, that of ``address`` or one of this machine; or on machines of their own, by Flower, which hold their rows:
+    those who have not answered ``arrive`` seconds after a round began, or ``seconds`` after they were asked, are left
+    out of it, and the round goes on while a ``quorum`` of those who feed is left."""
 
-    kind: Literal["local", "ray"] = "local"
+    kind: Literal["local", "ray", "flower"] = "local"
     processes: int = Field(default=1, ge=1, le=1024)
     address: str | None = None
+    arrive: float = Field(default=60.0, gt=0, le=86400)
+    seconds: float = Field(default=3600.0, gt=0, le=30 * 86400)
+    quorum: float = Field(default=0.5, gt=0, le=1)
 
     @model_validator(mode="after")
     def _an_address_of_ray(self) -> TransportSpec:
@@ -224,7 +230,7 @@ class TransportSpec(_Part):
 
     def transport(self) -> Transport:
         """The value that the round takes."""
-        return Transport(self.kind, self.processes, self.address)
+        return Transport(self.kind, self.processes, self.address, self.arrive, self.seconds)
 
 
 class GateSpec(_Part):
@@ -418,8 +424,9 @@ def _located(spec: DomainSpec, folder: Path) -> DomainSpec:
     return spec.model_copy(update={**here(spec), "arrivals": arrivals})
 
 
-def read_domains(path: Path) -> dict[str, Callable[[], Domain]]:
-    """The domains and guards of a YAML file (a recipe, or its ``domains:`` alone), each loaded when called."""
+def read_domains(path: Path) -> dict[str, Callable[..., Domain]]:
+    """The domains and guards of a YAML file (a recipe, or its ``domains:`` alone), each loaded when called, as they are
+    in round ``number`` where that is given."""
 
     class Section(BaseModel):
         domains: dict[str, DomainSpec] = Field(min_length=1)
@@ -445,47 +452,26 @@ def read_gate(values: Mapping[str, Any]) -> Gate:
         raise _explain(error, ("gate",)) from None
 
 
-def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str, int]:
-    """What ``auto`` means here: CUDA, then MPS, then CPU; bf16 where the CPU or GPU computes in it; all cores."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            "device",
-            "device",
-            allowed="auto, cpu, cuda, mps",
-            got=f"{device} ({error})".partition("\n")[0],
-            remedy="use auto",
-        ) from None
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_bf16() if device == "cpu" else False
-        precision = "bf16" if fast else "fp32"
-    return device, precision, threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
-
-
-def _cpu_bf16() -> bool:
-    import torch
-
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
 def load_domains(recipe: Recipe, number: int = 1, left: Collection[str] = ()) -> dict[str, Domain]:
     """The domains and guards of a recipe that take part in round ``number``, loaded and checked.
 
     Those that have ``left`` are left out. Raises UsageError where nobody feeds.
     """
     known = {**recipe.domains, **recipe.guards}
-    here = {name: spec for name, spec in known.items() if spec.takes_part(number) and name not in left}
+    here = taking_part(recipe, number, left)
+    return {n: open_domain(n, known[n], "guard" if n in recipe.guards else "feeds", number) for n in here}
+
+
+def taking_part(recipe: Recipe, number: int, left: Collection[str] = ()) -> list[str]:
+    """Names of the domains and guards that take part in round ``number``. UsageError where nobody feeds."""
+    known = {**recipe.domains, **recipe.guards}
+    here = [name for name, spec in known.items() if spec.takes_part(number) and name not in left]
     if not set(here) & set(recipe.domains):
         raise UsageError(
             "no-domains", f"no domain takes part in round {number}", allowed=f"joins <= {number} < leaves",
             got={n: [s.joins, s.leaves] for n, s in recipe.domains.items()}, remedy="let one join, or run fewer rounds",
         )  # fmt: skip
-    return {n: open_domain(n, spec, "guard" if n in recipe.guards else "feeds", number) for n, spec in here.items()}
+    return here
 
 
 def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "feeds", number: int = 1) -> Domain:

@@ -49,8 +49,8 @@ def make_record(turn: Turn, result: Result, key: str) -> dict[str, Any]:
             "made": _by_way(turn, [said or {} for said in _said(result)]),
         },
         "verdict": dict(result.verdict),
-        "domains": {d: _domain(turn, result, d, score) for d in turn.domains},
-        "table": _table(turn, result), "costs": turn.costs,
+        "domains": {d: _domain(turn, result, d, score) for d in turn.here},
+        "missed": dict(turn.missed), "table": _table(turn, result), "costs": turn.costs,
         "warnings": _warnings(turn, result),
         "reproduce": [f"fanbu run {shlex.quote('recipe.yaml')}"],
         "versions": {
@@ -93,7 +93,8 @@ def _warnings(turn: Turn, result: Result) -> list[str]:
     for step, said in zip(turn.recipe.feedback, _said(result), strict=True):
         nothing = f"{step.method}: nobody who taught was trusted or believed, so it changed nothing"
         told += [nothing] if said is None else _untaught(said)
-    return [w for d in turn.domains.values() for w in d.warnings] + turn.warnings + list(dict.fromkeys(told))
+    missed = [f"{d} took no part to the end, and was not judged: {why}" for d, why in sorted(turn.missed.items())]
+    return [w for d in turn.here.values() for w in d.warnings] + missed + turn.warnings + list(dict.fromkeys(told))
 
 
 def _untaught(parameters: Mapping[str, Any]) -> list[str]:

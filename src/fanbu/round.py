@@ -19,7 +19,7 @@ from fanbu.judge.evaluate import examine, measure, tfidf
 from fanbu.judge.examples import examples
 from fanbu.judge.gate import judge
 from fanbu.ledger import Workspace
-from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, save_network
+from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, read_json, save_network
 from fanbu.predict import validation_value
 from fanbu.recipe import Step
 from fanbu.tensors import load_tensors, save_tensors
@@ -60,7 +60,7 @@ def raise_incumbent(turn: Turn) -> Model:
     staying = {*turn.domains, *known} - set(turn.workspace.left())
     for name in turn.workspace.left():
         parent = without_domain(turn.workspace, parent, name, staying)
-    for guard in (d for d in turn.domains.values() if d.role == "guard"):
+    for guard in (d for d in turn.here.values() if d.role == "guard"):
         check_labels_known(parent, guard.full_labels)
     return parent
 
@@ -95,13 +95,12 @@ class Birth:
     forerunner: Model | None = None
 
 
-def bear(turn: Turn, incumbent: Model, domain: Domain) -> Birth:
+def bear(turn: Turn, incumbent: Model, domain: Domain, before: Model | None) -> Birth:
     """The domain's specialist: born from the incumbent, unless its forerunner is at least as good on validation rows.
 
     Then its parent did not change it for the better, and the forerunner is carried on.
     """
     reborn = grow(turn, incumbent, domain)
-    before = forerunner(turn, domain)
     models = {"reborn": reborn} if before is None else {"reborn": reborn, "forerunner": before}
     valid = {name: validated(turn, model, domain) for name, model in models.items()}
     if before is None:
@@ -125,7 +124,7 @@ def grow(turn: Turn, parent: Model, domain: Domain) -> Model:
         chain.append(
             turn.model(
                 f"shrink {step.method} {domain.name}", way.module, inputs,
-                partial(_shrunk, way, chain[-1], domain, tuple(m.path for m in chain[:-1]), step.arguments),
+                partial(_shrunk, way, chain[-1], domain, tuple(m.path for m in chain[:-1]), step.arguments), domain,
             )
         )  # fmt: skip
     return chain[-1]
@@ -150,6 +149,8 @@ def forerunner(turn: Turn, domain: Domain) -> Model | None:
             if record["recipe"]["shrink"] != ways or not folder.is_dir():
                 return None
             model = open_model(folder)
+            if turn.centre and not turn.centre.knows(domain.name, model):
+                return None
             return model if model.task == "causal-lm" or set(model.labels) == set(domain.full_labels) else None
     return None
 
@@ -166,16 +167,31 @@ def validated(turn: Turn, model: Model, domain: Domain) -> float:
     return float(sent.meta["value"])
 
 
-Outcomes = dict[str, Contribution]
 _OWN = "answers.safetensors"
 
 
-def outcomes(turn: Turn, name: str, model: Model, domains: Sequence[Domain]) -> tuple[Outcomes, dict[str, Path]]:
-    """One model's test outcomes on some domains, each computed at its owner; and the owners' folders, where the
-    model's answers lie (they do not cross)."""
-    turn.at_owners(_evaluated, [(name, model, d) for d in domains])
-    found = {d.name: _evaluated(turn, name, model, d) for d in domains}
-    return {d: c for d, (c, _) in found.items()}, {d: folder for d, (_, folder) in found.items()}
+@dataclass(frozen=True)
+class Look:
+    """What one owner saw of a round on its test rows: outcomes by the name of what was judged, rows that were won and
+    lost, and how large and fast its specialist and that one's parent are."""
+
+    outcomes: Mapping[str, Contribution]
+    examples: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, float]]
+
+
+def look(turn: Turn, d: Domain, models: Mapping[str, Model], own: Mapping[str, Model]) -> Look:
+    """At an owner: all that is judged, by name; ``own`` are its ``specialist`` and, where there is one, forerunner.
+
+    Models' answers lie in the owner's folders, and do not cross.
+    """
+    found, answers = {}, {}
+    for name, model in {**models, **own}.items():
+        found[name], answers[name] = _evaluated(turn, name, model, d)
+    if own and "tfidf" in turn.recipe.references:
+        found["tfidf"] = _tfidf(turn, d)
+    sizes = _sizes(turn, d, own["specialist"], models["incumbent"]) if own else {}
+    return Look(found, shown(turn, d, answers["incumbent"], answers["candidate"]), sizes)
 
 
 def _evaluated(turn: Turn, name: str, model: Model, d: Domain) -> tuple[Contribution, Path]:
@@ -229,45 +245,43 @@ class Result:
 
 def turn_once(turn: Turn) -> Result:
     """All stages of one round; nothing is promoted yet."""
-    recipe, everything = turn.recipe, list(turn.domains.values())
+    recipe = turn.recipe
     incumbent = raise_incumbent(turn)
-    turn.at_owners(bear, [(incumbent, d) for d in turn.feeding])
-    births = {d.name: bear(turn, incumbent, d) for d in turn.feeding}
+    grown = [(incumbent, d, forerunner(turn, d)) for d in turn.feeding]
+    births = {call[1].name: birth for call, birth in turn.at_owners(bear, grown)}
     specialists = [birth.specialist for birth in births.values()]
     fed = [incumbent]
     for step in recipe.feedback:
         fed.append(feed(turn, step, specialists, fed[-1]))
-    candidate = fed[-1]
-    old, old_answers = outcomes(turn, "incumbent", incumbent, everything)
-    new, new_answers = outcomes(turn, "candidate", candidate, everything)
-    turn.at_owners(_evaluated, [("specialist", s.model, s.domain) for s in specialists])
-    own = {s.domain.name: _outcome(turn, "specialist", s.model, s.domain) for s in specialists}
-    judged: dict[str, Outcomes] = {"incumbent": old, "candidate": new, "specialists": own}
-    before = {
-        name: _outcome(turn, "forerunner", birth.forerunner, birth.specialist.domain)
-        for name, birth in births.items()
-        if birth.forerunner
-    }
+    models, order = {"incumbent": incumbent, "candidate": fed[-1]}, ["incumbent", "candidate", "specialist"]
     for reference in recipe.references:
+        name = _free_name(reference if isinstance(reference, str) else reference.method, order)
+        order.append(name)
         if isinstance(reference, Step):
-            name = _free_name(reference.method, judged)
-            model = feed(turn, reference, specialists, incumbent, f"reference {name}")
-            judged[name] = outcomes(turn, name, model, everything)[0]
-        else:
-            judged["tfidf"] = {d.name: _tfidf(turn, d) for d in turn.feeding}
+            models[name] = feed(turn, reference, specialists, incumbent, f"reference {name}")
+    calls = [(d, models, _own(births.get(name))) for name, d in turn.here.items()]
+    looks = {call[0].name: seen for call, seen in turn.at_owners(look, calls)}
+    births = {name: birth for name, birth in births.items() if name in looks}
+
+    def of(what: str) -> dict[str, Contribution]:
+        return {d: seen.outcomes[what] for d, seen in looks.items() if what in seen.outcomes}
+
+    judged = {"specialists" if name == "specialist" else name: of(name) for name in order}
     gate = recipe.gate.gate()
-    gate = replace(gate, margins={d: m for d, m in gate.margins.items() if d in turn.domains})
-    verdict = judge(new, old, own, turn.domains, gate, recipe.seed)
-    sizes = {s.domain.name: _sizes(turn, s, incumbent) for s in specialists}
-    rows = {d.name: shown(turn, d, old_answers[d.name], new_answers[d.name]) for d in everything}
-    return Result(turn.base, incumbent, candidate, fed[1:], births, judged, before, rows, verdict, sizes)
+    gate = replace(gate, margins={d: m for d, m in gate.margins.items() if d in looks})
+    verdict = judge(judged["candidate"], judged["incumbent"], judged["specialists"], turn.here, gate, recipe.seed)
+    sizes, rows = ({d: getattr(seen, part) for d, seen in looks.items()} for part in ("sizes", "examples"))
+    return Result(turn.base, incumbent, fed[-1], fed[1:], births, judged, of("forerunner"), rows, verdict, sizes)
 
 
-def _outcome(turn: Turn, name: str, model: Model, d: Domain) -> Contribution:
-    return outcomes(turn, name, model, [d])[0][d.name]
+def _own(birth: Birth | None) -> dict[str, Model]:
+    if birth is None:
+        return {}
+    found = {"specialist": birth.specialist.model}
+    return found if birth.forerunner is None else {**found, "forerunner": birth.forerunner}
 
 
-def _free_name(name: str, taken: Mapping[str, object]) -> str:
+def _free_name(name: str, taken: Sequence[str]) -> str:
     return next(n for n in (name, *(f"{name} {i}" for i in range(2, 1000))) if n not in taken)
 
 
@@ -277,16 +291,17 @@ def _tfidf(turn: Turn, d: Domain) -> Contribution:
     )[0]
 
 
-def _sizes(turn: Turn, s: Specialist, parent: Model) -> dict[str, dict[str, float]]:
+def _sizes(turn: Turn, d: Domain, model: Model, parent: Model) -> dict[str, dict[str, float]]:
     """Size and speed of a specialist and of its parent, measured side by side at the owner."""
 
     def produce(out: Path, context: Context) -> None:
+        if turn.taken(d, out):
+            return
         quiet = replace(context, progress=silent)
-        texts = s.domain.test.texts
-        found = {"specialist": measure(s.model, texts, quiet), "parent": measure(parent, texts, quiet)}
+        found = {name: measure(m, d.test.texts, quiet) for name, m in (("specialist", model), ("parent", parent))}
         write_text(out / "sizes.json", json.dumps(found))
 
-    inputs = {"model": s.model.digest, "parent": parent.digest, "domain": s.domain.digest, **turn.settings()}
-    done = turn.stage(f"measure {s.domain.name}", "fanbu.judge.evaluate", inputs, produce)
-    sizes: dict[str, dict[str, float]] = json.loads((done.path / "sizes.json").read_text())
-    return sizes
+    inputs = {"model": model.digest, "parent": parent.digest, "domain": d.digest, **turn.settings()}
+    done = turn.stage(f"measure {d.name}", "fanbu.judge.evaluate", inputs, produce)
+    sizes = read_json(done.path / "sizes.json", "contribution-broken")
+    return {who: {key: float(v) for key, v in said.items()} for who, said in sizes.items()}

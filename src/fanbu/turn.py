@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from fanbu.batches import evenly
 from fanbu.boundary import cross
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
-from fanbu.data.check import normalised
-from fanbu.data.load import RawRow, load_rows
-from fanbu.data.split import cap
-from fanbu.data.standard_library import function_bodies
-from fanbu.data.synthetic import Corpus, synthetic
-from fanbu.domain import Domain, is_target
-from fanbu.errors import DataError, UsageError
-from fanbu.files import write_text
+from fanbu.domain import Domain, Specialist
+from fanbu.errors import FanbuError, IntegrityError, RetryError, UsageError
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Stage, Workspace
 from fanbu.live import Live
-from fanbu.model import Model, load_network, load_tokenizer, open_model
+from fanbu.model import Model, open_model
 from fanbu.plan import check_plan
-from fanbu.predict import written
 from fanbu.private import spend
-from fanbu.recipe import PublicTexts, Recipe, load_domains, open_domain
+from fanbu.probe_set import gather_probe, public_texts, with_written
+from fanbu.recipe import Recipe, load_domains, taking_part
 from fanbu.record import read_records
 from fanbu.transport import side_by_side
-from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Progress, Task, digest, industry_of, silent
+from fanbu.transport.centre import COST, Centre, Line
+from fanbu.transport.parcel import Packing
+from fanbu.types import CLASSIFYING, Context, Progress, digest, industry_of, silent
 
 Log = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,6 +54,9 @@ class Turn:
     fresh: set[Path] = field(default_factory=set)  # stages that were made here and now
     elsewhere: set[Path] = field(default_factory=set)  # and by owners side by side, not asked for yet
     spent: Path | None = None  # where each owner's privacy costs are written down
+    centre: Centre | None = None  # what asks owners who are elsewhere
+    missed: dict[str, str] = field(default_factory=dict)  # whose owner was not heard, by domain: when, and why
+    used: list[Path] = field(default_factory=list)  # stages that were asked for
 
     @property
     def number(self) -> int:
@@ -67,9 +64,20 @@ class Turn:
         return len(self.records) + 1
 
     @property
+    def here(self) -> dict[str, Domain]:
+        """The domains whose owners were heard whenever they were asked."""
+        return {name: d for name, d in self.domains.items() if name not in self.missed}
+
+    @property
     def feeding(self) -> list[Domain]:
-        """The domains that send contributions, by name: the order of a recipe changes no bit."""
-        return [self.domains[name] for name in sorted(self.domains) if self.domains[name].role == "feeds"]
+        """Those of them that send contributions, by name: the order of a recipe changes no bit."""
+        return [d for _, d in sorted(self.here.items()) if d.role == "feeds"]
+
+    @property
+    def fed(self) -> set[str]:
+        """The domains that have contributed to a way back, also those whose owner was not heard afterwards."""
+        sent = {d: [c["what"] for c in crossed.values()] for d, crossed in self.crossed.items()}
+        return {d for d, what in sent.items() if any(name.endswith("contribution") for name in what)}
 
     def settings(self, *, probe: bool = False) -> dict[str, Any]:
         """What of the context can change a result."""
@@ -92,18 +100,35 @@ class Turn:
         )
         if not done.reused:
             self.fresh.add(done.path)
+        self.used.append(done.path)
         reused = done.reused and done.path not in self.elsewhere
         self.elsewhere.discard(done.path)  # it counts once
-        self.costs.append({"stage": shown, **done.cost, "reused": reused})
+        paid = done.path / COST  # by its owner
+        cost = json.loads(paid.read_text()) if paid.exists() else done.cost
+        self.costs.append({"stage": shown, **cost, "reused": reused})
         if self.live:
             self.live.stage_done(shown, float(done.cost.get("seconds", 0.0)), reused)
         return done
 
-    def at_owners(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> None:
-        """Has the stages that ``function(turn, *call)`` asks for made side by side, as the recipe's transport says.
+    def at_owners(self, function: Callable[..., T], calls: Sequence[Any]) -> list[tuple[Any, T]]:
+        """Each call with what ``function(turn, *call)`` gives; its stages are made by owners, as the recipe's transport
+        says: one after the other, side by side, or by owners who are elsewhere (one call each).
 
-        Afterwards the same calls here find them done. Where owners work one after the other there is nothing to do.
+        A call whose owner is elsewhere and is not heard, or sends what cannot be used, is left out (``miss``).
         """
+        if self.centre is None:
+            self._side_by_side(function, calls)
+            return [(call, function(self, *call)) for call in calls]
+        found = []
+        for call in self._asked(self.centre, function, calls):
+            try:
+                found.append((call, function(self, *call)))
+            except FanbuError as error:
+                self.miss(_owner(call).name, f"{_title(function)}: {error.what}")
+        return found
+
+    def _side_by_side(self, function: Callable[..., Any], calls: Sequence[Any]) -> None:
+        """Has the stages of all calls made, so that they are found done."""
         transport = self.recipe.transport.transport()
         if not transport.apart or len(calls) < 2:
             return
@@ -118,9 +143,42 @@ class Turn:
             self.elsewhere |= made
             self.context.progress(title, number, len(calls))
 
-    def model(self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model]) -> Model:
-        """A stage that makes a model."""
-        done = self.stage(name, module, inputs, lambda out, context: (make(out / "model", context), None)[1])
+    def _asked(self, centre: Centre, function: Callable[..., Any], calls: Sequence[Any]) -> list[Any]:
+        """Has the stages of all calls made by owners elsewhere; returns the calls of those who were heard."""
+        packing, by_owner = Packing(self.workspace.root), {_owner(call).name: call for call in calls}
+        title = f"{_title(function)}: {len(calls)} owners asked"
+        self.log(title)
+        told = {d: (function.__name__, packing.encoded(list(call))) for d, call in by_owner.items()}
+        answers = centre.ask(told, packing, self.context.probe, asked_of(self.recipe, self.number))
+        for number, (domain, why) in enumerate(answers, 1):
+            if why is not None:
+                self.miss(domain, f"{_title(function)}: {why}")
+            self.context.progress(title, number, len(calls))
+        return [call for d, call in by_owner.items() if d not in self.missed]
+
+    def miss(self, domain: str, why: str) -> None:
+        """Goes on without an owner who was not heard. RetryError where too few are left."""
+        self.missed[domain] = why
+        self.log(f"{domain} is missing: {why}")
+        feeding = [n for n, d in self.domains.items() if d.role == "feeds"]
+        if len(self.feeding) < max(1, self.recipe.transport.quorum * len(feeding)):
+            raise RetryError(
+                "too-few-owners", "too few owners were heard in this round",
+                allowed=f"{self.recipe.transport.quorum:g} of those who feed", got=self.missed,
+                remedy="run again when they are back: what was finished is kept; or lower transport.quorum",
+            )  # fmt: skip
+
+    def model(
+        self, name: str, module: str, inputs: Mapping[str, Any], make: Callable[[Path, Context], Model],
+        domain: Domain | None = None,
+    ) -> Model:  # fmt: skip
+        """A stage that makes a model; ``domain`` is its owner's, where it is made there."""
+
+        def produce(out: Path, context: Context) -> None:
+            if not self.taken(domain, out):
+                make(out / "model", context)
+
+        done = self.stage(name, module, inputs, produce)
         return open_model(done.path / "model", verify=False)  # the ledger has just verified every file
 
     def contribution(
@@ -134,6 +192,8 @@ class Turn:
         """
 
         def produce(out: Path, context: Context) -> None:
+            if self.taken(domain, out):
+                return
             sent = make(out, context)
             if self.spent:
                 spend(self.spent / f"{domain.name}.json", digest([name, inputs]), sent, domain.share.budget)
@@ -142,10 +202,47 @@ class Turn:
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
         found = open_contribution(done.path / "contribution")
+        if found.domain != domain.name:
+            raise IntegrityError(
+                "contribution-broken", f"the owner of {domain.name} sent a contribution in another's name",
+                allowed=domain.name, got=found.domain, remedy="ask who that is",
+            )  # fmt: skip
         told = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
         cost = {} if found.epsilon is None else {"epsilon": found.epsilon}
         self.crossed.setdefault(domain.name, {}).setdefault(done.path, {**told, **cost})
         return found, done.path
+
+    def taken(self, domain: Domain | None, out: Path) -> bool:
+        """Whether a stage is an owner's who is elsewhere; what came of it is then in ``out``."""
+        if domain is None or domain.away is None:
+            return False
+        if self.centre is None:
+            raise UsageError(
+                "owner-away", f"the rows of {domain.name} lie with an owner elsewhere", remedy="ask it to work there"
+            )
+        self.centre.take(domain.name, out)
+        return True
+
+
+def _title(function: Callable[..., Any]) -> str:
+    return function.__name__.replace("_", " ")
+
+
+def _owner(call: Sequence[Any]) -> Domain:
+    """The domain whose owner a call is for."""
+    found = next(v for v in call if isinstance(v, (Domain, Specialist)))
+    return found.domain if isinstance(found, Specialist) else found
+
+
+def asked_of(recipe: Recipe, number: int) -> dict[str, Any]:
+    """What owners elsewhere are told of a round: its number, and of the recipe what they have to do."""
+    return {"recipe": recipe.model_dump(mode="json", include=_TOLD), "round": number}
+
+
+_TOLD = {
+    "fanbu", "name", "seed", "device", "precision", "threads", "max_length", "checkpoint_seconds", "probe", "shrink",
+    "feedback", "references",
+}  # fmt: skip
 
 
 def _stages_of(turn: Turn, function: Callable[..., Any], call: tuple[Any, ...]) -> set[Path]:
@@ -183,7 +280,8 @@ _NOT_MADE_OF = {
 
 
 def start(
-    recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None, live: Live | None = None
+    recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None, live: Live | None = None,
+    line: Line | None = None,
 ) -> Turn:  # fmt: skip
     """The workspace's next round: what ``open_turn`` gives after its finished rounds, with its champion as parent."""
     workspace = Workspace(Path(recipe.workspace))
@@ -199,16 +297,17 @@ def start(
     parent = None
     if pointer:  # the base may lie outside a workspace that was moved
         parent = base if pointer["model"] == base.digest else open_model(workspace.root / pointer["path"])
-    return open_turn(recipe, base, parent, records, progress, log, live)
+    return open_turn(recipe, base, parent, records, progress, log, live, line)
 
 
 def open_turn(
     recipe: Recipe, base: Model, parent: Model | None, records: list[dict[str, Any]], progress: Progress = silent,
-    log: Log = lambda text: None, live: Live | None = None,
+    log: Log = lambda text: None, live: Live | None = None, line: Line | None = None,
 ) -> Turn:  # fmt: skip
     """Loads and checks everything that the round after ``records`` needs, before anything is trained."""
     workspace = Workspace(Path(recipe.workspace))
-    domains = load_domains(recipe, len(records) + 1, workspace.left())
+    centre = centre_of(recipe, workspace, line)
+    domains, absent = domains_now(recipe, len(records) + 1, workspace.left(), centre)
     check_plan(recipe, domains)
 
     def show(what: str, done: int, total: int) -> None:
@@ -218,8 +317,11 @@ def open_turn(
 
     context = recipe.context(show)
     turn = Turn(
-        workspace, recipe, context, domains, base, parent, records, log, live, spent=workspace.root / "privacy"
+        workspace, recipe, context, domains, base, parent, records, log, live, spent=workspace.root / "privacy",
+        centre=centre,
     )  # fmt: skip
+    for name, why in absent.items():
+        turn.miss(name, f"at the beginning: {why}")
     turn.warnings += _unnamed(turn)
     asking = any(method(step.method, "feedback").needs.probe for step in recipe.ways)
     if asking or any(d.task in CLASSIFYING for d in domains.values()):
@@ -227,6 +329,35 @@ def open_turn(
         if recipe.probe.written:
             turn.context = replace(context, probe=with_written(turn))
     return turn
+
+
+def centre_of(recipe: Recipe, workspace: Workspace, line: Line | None) -> Centre | None:
+    """What asks owners who are elsewhere; None where they are here. UsageError where nothing connects them."""
+    transport = recipe.transport.transport()
+    if (line is None) == transport.away:
+        raise UsageError(
+            "owners-elsewhere", "the recipe's transport and the way it is run do not fit",
+            allowed="fanbu serve-center for kind: flower, fanbu run for all others", got=transport.kind,
+            remedy="run it by the other command",
+        )  # fmt: skip
+    return None if line is None else Centre(line, workspace.root / "owners", transport)
+
+
+def domains_now(
+    recipe: Recipe, number: int, left: Collection[str], centre: Centre | None
+) -> tuple[dict[str, Domain], dict[str, str]]:
+    """The domains of round ``number``; and those whose owners are elsewhere and did not answer, with the reason."""
+    if centre is None:
+        return load_domains(recipe, number, left), {}
+    names = taking_part(recipe, number, left)
+    roles = {name: "guard" if name in recipe.guards else "feeds" for name in names}
+    found, absent = centre.domains(roles, asked_of(recipe, number))
+    if not any(d.role == "feeds" for d in found.values()):
+        raise RetryError(
+            "too-few-owners", "no owner who feeds has answered", allowed=sorted(recipe.domains), got=absent,
+            remedy="let them join (`fanbu join`), and run again",
+        )  # fmt: skip
+    return {name: found[name] for name in names if name in found}, absent
 
 
 def _unnamed(turn: Turn) -> list[str]:
@@ -239,109 +370,3 @@ def _unnamed(turn: Turn) -> list[str]:
         f"`fanbu leave` removes them"
         for d in sorted(known - {d.industry for d in turn.domains.values()} - {"general"})
     ]
-
-
-def gather_probe(turn: Turn) -> ProbeSet:
-    """The probe set: texts (never labels) of domains, their own or synthetic ones, and public ones. Their bytes count.
-
-    A guard gives its texts too where it names unlabelled ones and others of its industry feed: it is a target then,
-    that learns from them without labels of its own.
-
-    A text that is in the test rows of any domain is left out, also of one that has yet to join, and of rows that wait
-    for their label: test data never trains.
-    """
-    spec, rows = turn.recipe.probe, []
-    later = joining_later(turn.recipe, turn.number, turn.workspace.left())
-    for d in [*turn.feeding, *(d for d in turn.domains.values() if is_target(d, turn.feeding))]:
-        if (what := spec.from_domain(d.share)) is not None:
-            rows += domain_texts(turn, d, what)
-    for number, public in enumerate(spec.public):
-        rows += [ProbeRow(f"public{number}/{r.id}", r.text, None) for r in public_texts(public, turn.feeding[0].task)]
-    kept = without_test_texts(rows, [*turn.domains.values(), *later])
-    if len(kept) < len(rows):
-        turn.warnings.append(f"{len(rows) - len(kept)} probe texts that are also test rows of a domain were left out")
-    return ProbeSet(tuple(kept))
-
-
-def with_written(turn: Turn) -> ProbeSet:
-    """The probe set, and texts of each domain in it that the large model has written to the end: what its specialists
-    say of these is said of what the large model itself would write."""
-    probe, model = turn.context.probe, turn.parent or turn.base
-    chosen = [
-        row
-        for d in sorted({row.domain for row in probe.rows if row.domain})
-        for row in evenly([row for row in probe.rows if row.domain == d], turn.recipe.probe.written)
-    ]
-
-    def make(out: Path, context: Context) -> None:
-        network, tokenizer = load_network(model).to(context.device), load_tokenizer(model)
-        texts = written(network, tokenizer, [row.text for row in chosen], context)
-        write_text(out / "texts.json", json.dumps(texts))
-
-    inputs = {"model": model.digest, "rows": [row.id for row in chosen], **turn.settings(probe=True)}
-    done = turn.stage("written texts", "fanbu.predict", inputs, make)
-    texts = json.loads((done.path / "texts.json").read_text(encoding="utf-8"))
-    new = [ProbeRow(f"{row.id}/written", text, row.domain) for row, text in zip(chosen, texts, strict=True) if text]
-    return ProbeSet((*probe.rows, *new))
-
-
-def without_test_texts(rows: Iterable[ProbeRow], domains: Iterable[Domain]) -> list[ProbeRow]:
-    """The rows whose text no domain holds out for its test."""
-    held_out = {normalised(text) for d in domains for text in [*d.test.texts, *d.waiting]}
-    return [row for row in rows if normalised(row.text) not in held_out]
-
-
-def joining_later(recipe: Recipe, number: int, left: Collection[str]) -> list[Domain]:
-    """The domains that join after round ``number``, as they will be then; without those whose files are yet to come."""
-    found = []
-    for name, spec in {**recipe.domains, **recipe.guards}.items():
-        if spec.joins > number and name not in left:
-            with contextlib.suppress(DataError):
-                found.append(open_domain(name, spec, "guard" if name in recipe.guards else "feeds", spec.joins))
-    return found
-
-
-def domain_texts(turn: Turn, d: Domain, what: Literal["own", "synthetic"]) -> list[ProbeRow]:
-    """One domain's texts, through its boundary: its training and unlabelled ones, each once, or synthetic ones."""
-    spec, seed = turn.recipe.probe, turn.context.seeded("synthetic", d.name)
-    if what == "own":
-        name, inputs = "probe texts", {"domain": d.digest, "limit": spec.limit}
-        made = partial(probe_texts, d, spec.limit)
-    else:
-        name, inputs = "synthetic texts", {"domain": d.digest, "count": spec.synthetic, "seed": seed}
-        made = partial(synthetic_texts, d, spec.synthetic, seed)
-    got, _ = turn.contribution(f"{name} {d.name}", "fanbu.contribution", inputs, d, lambda out, c: made())
-    return probe_rows(got)
-
-
-def probe_texts(d: Domain, limit: int | None) -> Contribution:
-    """What a domain gives to the probe set: its training and unlabelled texts, each once, at most ``limit``."""
-    texts = d.texts if d.role == "feeds" else list(dict.fromkeys(d.unlabelled.texts))
-    chosen = cap([RawRow(str(i), text, None) for i, text in enumerate(texts)], limit, "probe")
-    rows = [{"id": f"{d.name}/{r.id}", "text": r.text, "domain": d.name} for r in chosen]
-    return Contribution("samples", d.name, "probe texts", rows=rows)
-
-
-def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
-    """What a domain that keeps its texts gives instead (``data.synthetic``)."""
-    corpus = Corpus(d.every_text)  # a walk may come upon a held-out text
-    known = dict(zip(d.train.texts, d.train.labels or (), strict=False)) if d.role == "feeds" else {}
-    texts = d.texts if d.role == "feeds" else list(d.unlabelled.texts)
-    labels = [known.get(text, -1) for text in texts]
-    made = [text for text in synthetic(texts, count, seed, labels=labels) if corpus.hides(text)]
-    rows = [{"id": f"{d.name}/synthetic-{i}", "text": text, "domain": d.name} for i, text in enumerate(made)]
-    return Contribution("samples", d.name, "synthetic texts", rows=rows)
-
-
-def probe_rows(texts: Contribution) -> list[ProbeRow]:
-    """The probe rows that came from one domain."""
-    return [ProbeRow(r["id"], r["text"], r["domain"]) for r in texts.rows]
-
-
-def public_texts(public: PublicTexts, task: Task) -> list[RawRow]:
-    """The rows of one public file, or area of the standard library."""
-    if public.python:
-        raw = list(function_bodies(public.python))
-    else:
-        raw = load_rows(str(public.path), public.columns, labelled=False, kind=MEDIA.get(task, "text"))
-    return cap(raw, public.limit, "public")

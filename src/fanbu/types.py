@@ -211,11 +211,19 @@ class Context:
 @dataclass(frozen=True)
 class Transport:
     """``local``: so many ``processes`` of this machine; ``ray``: a Ray cluster, that of ``address``, or one of this
-    machine with so many processors."""
+    machine with so many processors; ``flower``: owners elsewhere, who have ``arrive`` seconds to come and ``seconds``
+    to answer."""
 
-    kind: Literal["local", "ray"] = "local"
+    kind: Literal["local", "ray", "flower"] = "local"
     processes: int = 1
     address: str | None = None
+    arrive: float = 60.0
+    seconds: float = 3600.0
+
+    @property
+    def away(self) -> bool:
+        """Whether owners hold their rows themselves."""
+        return self.kind == "flower"
 
     @property
     def apart(self) -> bool:

@@ -164,7 +164,7 @@ def _from_domains(
 def _probe(domains: Mapping[str, Domain], out: Path) -> tuple[ProbeSet, list[Contribution]]:
     """The texts of the domains that share texts, through their boundaries and without test texts, as in a round."""
     from fanbu.boundary import cross
-    from fanbu.turn import probe_rows, probe_texts, without_test_texts
+    from fanbu.probe_set import probe_rows, probe_texts, without_test_texts
     from fanbu.types import ProbeSet
 
     sharing = [d for d in domains.values() if d.share.texts]

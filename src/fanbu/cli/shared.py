@@ -125,8 +125,8 @@ def domains_of(path: Path, names: list[str] | None) -> dict[str, Domain]:
 @contextmanager
 def context_of(seed: int | None, device: str | None) -> Iterator[Context]:
     """What a single step works with, while its progress shows."""
+    from fanbu.machine import resolve_machine
     from fanbu.progress import bar
-    from fanbu.recipe import resolve_machine
     from fanbu.types import Context
 
     precision: Any

@@ -61,7 +61,7 @@ def machine(workspace: Path) -> dict[str, Any]:
     """Cores, memory, room on the workspace's disk, accelerator, and the precision that training takes."""
     import psutil
 
-    from fanbu.recipe import resolve_machine
+    from fanbu.machine import resolve_machine
 
     memory = psutil.virtual_memory()
     device, precision, threads = resolve_machine("auto", "auto", 0)

@@ -1,0 +1,35 @@
+"""What a machine computes with."""
+
+from __future__ import annotations
+
+import os
+
+from fanbu.errors import UsageError
+
+
+def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str, int]:
+    """What ``auto`` means here: CUDA, then MPS, then CPU; bf16 where the CPU or GPU computes in it; all cores."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            "device",
+            "device",
+            allowed="auto, cpu, cuda, mps",
+            got=f"{device} ({error})".partition("\n")[0],
+            remedy="use auto",
+        ) from None
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_bf16() if device == "cpu" else False
+        precision = "bf16" if fast else "fp32"
+    return device, precision, threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+
+
+def _cpu_bf16() -> bool:
+    import torch
+
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
