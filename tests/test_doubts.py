@@ -25,18 +25,18 @@ TRAIN = {"epochs": 2, "lr": 3e-3, "batch_size": 8}
 
 def lie(panel: Contribution, kind: str) -> Contribution:
     """The panel with other answers; what it says of itself (trust, wins) stays."""
-    rows, labels = len(panel.tensors["labels"]), 3
+    labels = 3
     torch.manual_seed(1)
     p = torch.full((48, labels), 0.01)
     first = {
         "random": torch.randint(labels, (48,)), "constant": torch.zeros(48, dtype=torch.long),
-        "flipped": (_first(panel, rows) + 1) % labels, "sure of the truth": _first(panel, rows),
+        "flipped": (_first(panel) + 1) % labels, "sure of the truth": _first(panel),
     }[kind]  # fmt: skip
     p[torch.arange(48), first] = 0.98
     return replace(panel, tensors=said(p, int(panel.meta["most"]), float(panel.meta["mass"])))
 
 
-def _first(panel: Contribution, rows: int) -> torch.Tensor:
+def _first(panel: Contribution) -> torch.Tensor:
     return heard(panel, 48, 3).argmax(1)
 
 
@@ -85,7 +85,8 @@ def test_the_record_names_the_liar() -> None:
     manifest = {"parameters": {"silent": [], "doubted": {"rail": -0.21}}}
     fed = [SimpleNamespace(manifest=manifest, digest="b")]
     result: Any = SimpleNamespace(fed=fed, incumbent=SimpleNamespace(digest="a"))
-    turn: Any = SimpleNamespace(domains={}, warnings=[], recipe=SimpleNamespace(feedback=[SimpleNamespace(method="x")]))
+    recipe = SimpleNamespace(feedback=[SimpleNamespace(method="x")])
+    turn: Any = SimpleNamespace(missed={}, here={}, warnings=[], recipe=recipe)
     (told,) = _warnings(turn, result)
     assert "rail" in told
     assert "-0.21" in told

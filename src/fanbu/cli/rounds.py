@@ -35,7 +35,13 @@ def run(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    record, new = _run(loaded)
+    show_rounds(*_run(loaded), track_it, as_json)
+
+
+def show_rounds(
+    record: Mapping[str, Any], new: Sequence[Mapping[str, Any]], track_it: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Writes the pages of the new rounds, prints what came out, and ends with the gate's exit code."""
     root = Path(record["workspace"])
     page, pages = _write_pages(root, new)
     told: dict[str, Any] = {"report": str(page), "pages": [str(p) for p in pages]}

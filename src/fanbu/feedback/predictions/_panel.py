@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -138,20 +139,41 @@ def _opened(model: Model, domain: Domain) -> tuple[Any, Any]:
 
 
 def said(probs_nl: Tensor, most: int, mass: float) -> dict[str, Tensor]:
-    """Probabilities in about three bytes a text: the likeliest labels and q = round(255 p), one text after the other.
+    """Probabilities in about two bytes a text: the likeliest labels and q = round(255 p), one text after the other.
 
     A text's list, likeliest label first, ends where its q come to 255 ``mass``, else after ``most`` labels; so no
     lengths are kept. What is left of its mass is not said.
 
-    tensors: ``labels`` and ``probs`` [labels said], in the smallest integers that hold them.
+    tensors: ``labels`` and ``probs``, in the smallest integers that hold them, and these as bytes that zlib made fewer.
     """
     p, order = probs_nl.sort(dim=1, descending=True, stable=True)
     q = (_SURE * p[:, :most]).round()
     before = q.cumsum(1) - q
     keep = before < _SURE * mass
     keep[:, 0] = True
-    wide = torch.uint8 if probs_nl.shape[1] <= 256 else torch.int32
-    return {"labels": order[:, :most][keep].to(wide), "probs": q[keep].to(torch.uint8)}
+    labels = order[:, :most][keep].to(_wide(probs_nl.shape[1]))
+    return {"labels": _deflated(labels), "probs": _deflated(q[keep].to(torch.uint8))}
+
+
+def _wide(count: int) -> torch.dtype:
+    return torch.uint8 if count <= 256 else torch.int32
+
+
+def _deflated(values: Tensor) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(values.numpy().tobytes(), 9)), dtype=torch.uint8)
+
+
+def _inflated(packed: Tensor, dtype: torch.dtype, most: int) -> Tensor:
+    """The integers again. ValueError where these are no such bytes, or more than ``most`` integers."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    reader = zlib.decompressobj()
+    try:
+        found = reader.decompress(packed.numpy().tobytes(), most * size + 1) if packed.dtype == torch.uint8 else b""
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not reader.eof or len(found) % size or len(found) > most * size:
+        raise ValueError("other bytes than were to be read")
+    return torch.frombuffer(bytearray(found), dtype=dtype) if found else torch.zeros(0, dtype=dtype)
 
 
 def heard(c: Contribution, rows: int, count: int) -> Tensor:
@@ -161,7 +183,11 @@ def heard(c: Contribution, rows: int, count: int) -> Tensor:
     """
     meta: Mapping[str, Any] = c.meta
     most, enough = int(meta["most"]), _SURE * float(meta["mass"])
-    labels, q = c.tensors["labels"].tolist(), c.tensors["probs"].tolist()
+    dtypes = {"labels": _wide(count), "probs": torch.uint8}
+    try:
+        labels, q = (_inflated(c.tensors[n], dtype, rows * most).tolist() for n, dtype in dtypes.items())
+    except ValueError:
+        labels, q = [], []
     lengths, length, total, spoken = [], 0, 0, True
     for value in q:
         length, total = length + 1, total + value

@@ -1,0 +1,49 @@
+"""Owners on machines of their own: ``fanbu serve-center`` and ``fanbu join``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fanbu.cli.shared import Json, RecipePath, Set
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without encryption: for one machine, or a first look.")]
+
+
+def serve_center(
+    recipe: RecipePath, change: Set = None,
+    host: Annotated[str, typer.Option(help="Where owners reach this machine; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that owners join at.")] = 8000,
+    certificate: Annotated[Path | None, typer.Option(help="The TLS certificate (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The CA certificate that it is checked by (PEM).")] = None,
+    owner: Annotated[list[Path] | None, typer.Option(help="A public key that may join; again for each.")] = None,
+    insecure: Insecure = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run rounds whose owners hold their rows elsewhere and join over the network; resumes by itself."""
+    from fanbu.cli.rounds import show_rounds
+    from fanbu.serve.flower import Security, serve
+
+    record = serve(recipe, change or [], host, port, Security(certificate, key, ca, owner or [], insecure))
+    show_rounds(record, [record], track_it=False, as_json=as_json)
+
+
+def join(
+    centre: Annotated[str, typer.Argument(help="Where the centre is: HOST:PORT.")],
+    part: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file with `domains:` alone.")],
+    workspace: Annotated[Path, typer.Option(help="Where what is made here is kept.")] = Path("runs/owner"),
+    ca: Annotated[Path | None, typer.Option(help="The centre's CA certificate (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="The private key whose public one the centre knows.")] = None,
+    trusted: Annotated[Path | None, typer.Option(help="Whose signed apps are run: Flower's trusted entities.")] = None,
+    insecure: Insecure = False,
+) -> None:  # fmt: skip
+    """Take part in a centre's rounds with rows that stay here, until Ctrl-C."""
+    from fanbu.progress import log
+    from fanbu.recipe import read_domains
+    from fanbu.serve.flower import join as take_part
+
+    for name, load in read_domains(part).items():
+        log(f"{name}: {load().counts}")
+    raise typer.Exit(take_part(centre, part, workspace, ca, key, trusted, insecure))
