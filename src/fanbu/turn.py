@@ -218,7 +218,7 @@ class Turn:
             return False
         if self.centre is None:
             raise UsageError(
-                "owner-away", f"the rows of {domain.name} lie with an owner elsewhere", remedy="ask it to work there"
+                "rows-away", f"the rows of {domain.name} lie with an owner elsewhere", remedy="ask it to work there"
             )
         self.centre.take(domain.name, out)
         return True

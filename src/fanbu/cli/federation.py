@@ -32,7 +32,7 @@ def serve_center(
 
 def join(
     centre: Annotated[str, typer.Argument(help="Where the centre is: HOST:PORT.")],
-    part: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file with `domains:` alone.")],
+    part: Annotated[Path, typer.Argument(help="A YAML file with `domains:` alone.")],
     workspace: Annotated[Path, typer.Option(help="Where what is made here is kept.")] = Path("runs/owner"),
     ca: Annotated[Path | None, typer.Option(help="The centre's CA certificate (PEM).")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key whose public one the centre knows.")] = None,
