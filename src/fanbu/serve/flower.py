@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fanbu.errors import FanbuError, RetryError, UsageError, needs_extra
 from fanbu.recipe import load_recipe
@@ -115,8 +116,8 @@ def serve(
 
 def join(
     centre: str, part: Path, workspace: Path, ca: Path | None, key: Path | None, trusted: Path | None, insecure: bool
-) -> int:
-    """An owner's SuperNode, until it is ended; returns its exit code."""
+) -> NoReturn:
+    """Becomes an owner's SuperNode: this process is it from then on."""
     if insecure == (ca is not None):
         raise UsageError(
             "tls", "a connection is either encrypted or not", allowed="--ca, or --insecure", got=ca,
@@ -131,7 +132,7 @@ def join(
         *(["--auth-supernode-private-key", str(key)] if key else []),
         *(["--trusted-entities", str(trusted)] if trusted else []),
     ]  # fmt: skip
-    return subprocess.run(command, env=_environment(workspace / "flower"), check=False).returncode
+    os.execve(command[0], command, _environment(workspace / "flower"))
 
 
 def _again(error: Mapping[str, Any]) -> FanbuError:
@@ -170,7 +171,11 @@ def _app(folder: Path) -> Path:
 
 def _connection(home: Path, host: str, port: int, security: Security) -> None:
     """Tells `flwr` where the SuperLink is."""
-    trust = "insecure = true" if security.insecure else f"root-certificates = {json.dumps(str(security.ca))}"
+    trust = (
+        "insecure = true"
+        if security.insecure
+        else f"root-certificates = {json.dumps(str(security.ca and security.ca.resolve()))}"
+    )
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "centre"\n\n[superlink.centre]\naddress = "{_reached(host)}:{port}"\n{trust}\n'
     )
@@ -187,16 +192,28 @@ def _superlink(
     command = [*_flower("flower-superlink"), "--host", host, "--port", str(port), *security.flags]
     command.append("--disable-runtime-dependency-installation")
     with (folder / "superlink.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+        )  # fmt: skip
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _wait(_reached(host), port, process, folder / "superlink.log")
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def _end_with_parent() -> None:
+    """In a process that was just started: where Linux can, it is ended when the one that started it is killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _wait(host: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
