@@ -178,6 +178,9 @@ def test_what_cannot_be_used_is_left_out(tmp_path: Path, twist: Callable[[str, M
     record = run(load_recipe(recipe), line=line)
     assert list(record["domains"]) == ["food"]
     assert re.search("is missing or not what its header says|another name", record["missed"]["rail"])
+    line.twist = lambda function, said: said  # nothing of it stays
+    again = run(load_recipe(recipe), line=line)
+    assert (again["round"], set(again["domains"]), again["missed"]) == (2, {"food", "rail"}, {})
 
 
 def test_an_owner_who_lost_its_workspace_is_sent_what_it_lacks(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
+from fanbu.errors import IntegrityError
 from fanbu.feeding import feed, plain
 from fanbu.files import write_text
 from fanbu.heads import check_labels_known, get_head, open_classifier, set_head
@@ -296,6 +297,7 @@ def _sizes(turn: Turn, d: Domain, model: Model, parent: Model) -> dict[str, dict
 
     def produce(out: Path, context: Context) -> None:
         if turn.taken(d, out):
+            _read_sizes(out)  # raises where these are none, before they count as done
             return
         quiet = replace(context, progress=silent)
         found = {name: measure(m, d.test.texts, quiet) for name, m in (("specialist", model), ("parent", parent))}
@@ -303,5 +305,14 @@ def _sizes(turn: Turn, d: Domain, model: Model, parent: Model) -> dict[str, dict
 
     inputs = {"model": model.digest, "parent": parent.digest, "domain": d.digest, **turn.settings()}
     done = turn.stage(f"measure {d.name}", "fanbu.judge.evaluate", inputs, produce)
-    sizes = read_json(done.path / "sizes.json", "contribution-broken")
-    return {who: {key: float(v) for key, v in said.items()} for who, said in sizes.items()}
+    return _read_sizes(done.path)
+
+
+def _read_sizes(stage: Path) -> dict[str, dict[str, float]]:
+    found = read_json(stage / "sizes.json", "contribution-broken")
+    try:
+        return {who: {k: float(v) for k, v in found[who].items()} for who in ("specialist", "parent")}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise IntegrityError(
+            "contribution-broken", f"{stage} tells no sizes", got=list(found), remedy="ask its owner to send them again"
+        ) from None

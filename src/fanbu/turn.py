@@ -175,7 +175,9 @@ class Turn:
         """A stage that makes a model; ``domain`` is its owner's, where it is made there."""
 
         def produce(out: Path, context: Context) -> None:
-            if not self.taken(domain, out):
+            if self.taken(domain, out):
+                open_model(out / "model")  # raises where it is none, before it counts as done
+            else:
                 make(out / "model", context)
 
         done = self.stage(name, module, inputs, produce)
@@ -193,6 +195,7 @@ class Turn:
 
         def produce(out: Path, context: Context) -> None:
             if self.taken(domain, out):
+                _sent_by(domain, out)  # raises where it is none, before it counts as done
                 return
             sent = make(out, context)
             if self.spent:
@@ -201,12 +204,7 @@ class Turn:
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         done = self.stage(name, module, {**inputs, **rules}, produce, shown)
-        found = open_contribution(done.path / "contribution")
-        if found.domain != domain.name:
-            raise IntegrityError(
-                "contribution-broken", f"the owner of {domain.name} sent a contribution in another's name",
-                allowed=domain.name, got=found.domain, remedy="ask who that is",
-            )  # fmt: skip
+        found = _sent_by(domain, done.path)
         told = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
         cost = {} if found.epsilon is None else {"epsilon": found.epsilon}
         self.crossed.setdefault(domain.name, {}).setdefault(done.path, {**told, **cost})
@@ -222,6 +220,16 @@ class Turn:
             )
         self.centre.take(domain.name, out)
         return True
+
+
+def _sent_by(domain: Domain, stage: Path) -> Contribution:
+    found = open_contribution(stage / "contribution")
+    if found.domain != domain.name:
+        raise IntegrityError(
+            "contribution-broken", f"the owner of {domain.name} sent a contribution in another's name",
+            allowed=domain.name, got=found.domain, remedy="ask who that is",
+        )  # fmt: skip
+    return found
 
 
 def _title(function: Callable[..., Any]) -> str:

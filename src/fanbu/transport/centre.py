@@ -138,7 +138,9 @@ class Centre:
             for slug in said["stages"]:
                 if not _SLUG.fullmatch(slug):
                     raise broken("a stage has no such name", slug)
-                unpacked(taken_from(files, f"{slug}/"), self.folder / name / inside(slug), _CROSSING)
+                place = self.folder / name / inside(slug)
+                shutil.rmtree(place, ignore_errors=True)  # of an answer that nobody asked for in the end
+                unpacked(taken_from(files, f"{slug}/"), place, _CROSSING)
         except IntegrityError as error:
             return error.what
         except (KeyError, TypeError, AttributeError):
