@@ -310,9 +310,11 @@ def _sizes(turn: Turn, d: Domain, model: Model, parent: Model) -> dict[str, dict
 
 def _read_sizes(stage: Path) -> dict[str, dict[str, float]]:
     found = read_json(stage / "sizes.json", "contribution-broken")
-    try:
-        return {who: {k: float(v) for k, v in found[who].items()} for who in ("specialist", "parent")}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    told = [found.get(who) for who in ("specialist", "parent")]
+    numbers = [v for said in told if isinstance(said, dict) for v in said.values()]
+    if not all(isinstance(s, dict) for s in told) or not all(type(v) in {int, float} for v in numbers):
         raise IntegrityError(
-            "contribution-broken", f"{stage} tells no sizes", got=list(found), remedy="ask its owner to send them again"
-        ) from None
+            "contribution-broken", f"{stage} tells no sizes", got=str(found)[:80],
+            remedy="ask its owner to send them again",
+        )  # fmt: skip
+    return found
