@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fanbu.errors import FanbuError, RetryError, UsageError, needs_extra
+from fanbu.progress import log
 from fanbu.recipe import load_recipe
 from fanbu.record import read_record, record_folder
 from fanbu.serve.apps import RESULT
 
-_START = 60.0  # seconds that a SuperLink may take to answer
+_START, _AGAIN = 60.0, 5.0  # seconds: that a SuperLink may take to answer, and before a SuperNode tries again
 _PROJECT = """[project]
 name = "fanbu-rounds"
 version = "1.0.0"
@@ -117,13 +118,15 @@ def serve(
 def join(
     centre: str, part: Path, workspace: Path, ca: Path | None, key: Path | None, trusted: Path | None, insecure: bool
 ) -> NoReturn:
-    """Becomes an owner's SuperNode: this process is it from then on."""
+    """An owner's SuperNode, until this process is ended. One that was not let in (the centre may not have told Flower
+    of its key yet) tries again."""
     if insecure == (ca is not None):
         raise UsageError(
             "tls", "a connection is either encrypted or not", allowed="--ca, or --insecure", got=ca,
             remedy="ask the centre for its CA certificate",
         )  # fmt: skip
     workspace.mkdir(parents=True, exist_ok=True)
+    environment = _environment(workspace / "flower")
     config = {"part": str(part.resolve()), "workspace": str(workspace.resolve())}
     told = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
     command = [
@@ -132,7 +135,11 @@ def join(
         *(["--auth-supernode-private-key", str(key)] if key else []),
         *(["--trusted-entities", str(trusted)] if trusted else []),
     ]  # fmt: skip
-    os.execve(command[0], command, _environment(workspace / "flower"))
+    while True:
+        with _ended_with_us(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)) as process:
+            code = process.wait()
+        log(f"Flower's SuperNode ended ({code}); once more in {_AGAIN:g} s")
+        time.sleep(_AGAIN)
 
 
 def _again(error: Mapping[str, Any]) -> FanbuError:
@@ -191,16 +198,25 @@ def _superlink(
 ) -> Iterator[None]:  # fmt: skip
     command = [*_flower("flower-superlink"), "--host", host, "--port", str(port), *security.flags]
     command.append("--disable-runtime-dependency-installation")
-    with (folder / "superlink.log").open("w") as log:
+    with (folder / "superlink.log").open("w") as told:
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            command, env=environment, stdout=told, stderr=told, start_new_session=True, preexec_fn=_end_with_parent
         )  # fmt: skip
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
+    with _ended_with_us(process):
         _wait(_reached(host), port, process, folder / "superlink.log")
         yield
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Whatever ends this, ends the process."""
+    ends = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(one, lambda number, frame: sys.exit(128 + number)) for one in ends]
+    try:
+        yield process
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in zip(ends, before, strict=True):
+            signal.signal(one, handler)
         process.terminate()
         try:
             process.wait(20)
