@@ -2,7 +2,7 @@
 
 Two of eight text domains are held out in turn; the others' owners meta-learn the trunk at home, inner round after inner
 round (``reptile``, ``maml``; ``fedavg`` for comparison, on about as many rows). Then each held-out domain gets k
-training rows a label: label rows by a linear probe, and fine-tuning from there, the same for all large models. ``plain
+training rows a label: label rows by ``prototypes``, and fine-tuning from there, the same for all large models. ``plain
 base``: the shipped encoder, opened, fine-tuned so. ``linear probe`` and ``prototypes``: label rows on that frozen base
 alone. Accuracy on test rows, told; intervals are over test rows, of the mean over domains.
 
@@ -100,9 +100,10 @@ def rows_alone(way: str, base: Model, small: Domain, context: Context, out: Path
 
 
 def fine_tuned(base: Model | None, small: Domain, context: Context, out: Path) -> Model:
-    """Label rows by a linear probe, then all of it."""
+    """Label rows by prototypes, then all of it."""
     assert base is not None
-    return method("finetune", "shrink").shrink(base, small, out, context, train=ADAPT)
+    begun = rows_alone("prototypes", base, small, context, out.with_name(f"{out.name}-begun"))
+    return method("finetune", "shrink").shrink(begun, small, out, context, train=ADAPT)
 
 
 def bars_of(found: Mapping[int, Mapping[str, Outcomes]], ways: Sequence[str]) -> list[dict[str, Any]]:

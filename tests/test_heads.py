@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,3 +181,20 @@ def test_electra_like_models_are_refused_mean_pooling(bert: Path, context: Conte
     (tmp_path / "distil" / "config.json").write_text(json.dumps({**config, "model_type": "electra"}))
     with pytest.raises(FitError, match="mean pooling"):
         open_classifier(open_model(tmp_path / "distil"), context, "mean")
+
+
+def test_the_strength_of_a_probe_without_validation_rows_is_cross_validated() -> None:
+    from fanbu.probing import STRENGTHS, fit_logistic
+
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(8, 16))
+    y = np.repeat(np.arange(8), 6)
+    x, none = means[y] + 0.5 * rng.normal(size=(48, 16)), np.zeros((0, 16))
+    close = 0.02 * x  # rows so close to each other that a weak fit tells nothing apart
+    _, _, strength = fit_logistic(close, y, none, np.zeros(0), 0)
+    assert strength > STRENGTHS[0]
+    weight, bias, again = fit_logistic(close, y, close, y, 0)  # with validation rows these decide, and these are easy
+    assert again == STRENGTHS[0]
+    assert weight.shape == (8, 16)
+    assert bias.shape == (8,)
+    assert fit_logistic(close[::6], y[::6], none, np.zeros(0), 0)[2] == STRENGTHS[1]  # one row a label
