@@ -71,11 +71,13 @@ def elsewhere(folder: Path, **changes: Any) -> tuple[Path, Near]:
 TWICE = {"method": "scaffold", "times": 2, "train": {"epochs": 1, "batch_size": 8}}
 
 
-@pytest.mark.parametrize("ways", [{}, {"feedback": TWICE, "references": []}], ids=["distill", "scaffold"])
+@pytest.mark.parametrize(
+    "ways", [{"rounds": 2}, {"feedback": TWICE, "references": []}], ids=["distill", "scaffold"]
+)  # fmt: skip
 def test_the_same_champion_as_with_rows_at_the_centre(tmp_path: Path, ways: dict[str, Any]) -> None:
-    recipe, line = elsewhere(tmp_path, **ways, rounds=2)
+    recipe, line = elsewhere(tmp_path, **ways)
     there = run(load_recipe(recipe), line=line)
-    here = {**yaml.safe_load((tmp_path / "recipe.yaml").read_text()), **ways, "rounds": 2}
+    here = {**yaml.safe_load((tmp_path / "recipe.yaml").read_text()), **ways}
     here["workspace"] = str(tmp_path / "here")
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
     local = run(load_recipe(tmp_path / "here.yaml"))
@@ -99,6 +101,8 @@ def test_nothing_crosses_but_what_the_boundary_lets_through(tmp_path: Path) -> N
     value = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**value, "probe": {"synthetic": 40}}))
     record = run(load_recipe(recipe), line=line)
+    # each owner was sent the base as it is and opened, the incumbent, the candidate and a reference, once each
+    assert line.sent < 2 * 5 * record["incumbent"]["bytes"] + 2**20
     root = Path(record["workspace"])
     own = [t for part, _ in line.owners.values() for load in read_domains(part).values() for t in load().every_text]
     assert own
@@ -127,6 +131,8 @@ def test_a_round_goes_on_without_an_owner(tmp_path: Path, function: str) -> None
     assert any("rail took no part to the end" in w for w in record["warnings"])
     # what it contributed before is in the champion all the same
     assert set(record["champion"]["domains"]) == ({"food"} if function == "contribute" else {"food", "rail"})
+    if function == "contribute":
+        return
     # when it is back there is something new
     line.deaf = set()
     again = run(load_recipe(recipe), line=line)
@@ -178,6 +184,8 @@ def test_what_cannot_be_used_is_left_out(tmp_path: Path, twist: Callable[[str, M
     record = run(load_recipe(recipe), line=line)
     assert list(record["domains"]) == ["food"]
     assert re.search("is missing or not what its header says|another name", record["missed"]["rail"])
+    if twist is foreign:
+        return
     line.twist = lambda function, said: said  # nothing of it stays
     again = run(load_recipe(recipe), line=line)
     assert (again["round"], set(again["domains"]), again["missed"]) == (2, {"food", "rail"}, {})
@@ -196,14 +204,6 @@ def test_an_owner_who_lost_its_workspace_is_sent_what_it_lacks(tmp_path: Path) -
     assert ("rail", "contribute") in line.asked[line.asked.index(("rail", "contribute")) + 1 :]  # asked again
     # its specialist is gone for good, so it cannot go on in this round
     assert "rail" in record["missed"]
-
-
-def test_a_model_is_sent_once(tmp_path: Path) -> None:
-    recipe, line = elsewhere(tmp_path)
-    record = run(load_recipe(recipe), line=line)
-    once = record["incumbent"]["bytes"] * 2
-    # the opened base, the incumbent, the candidate and a reference, each to two owners
-    assert line.sent < 4.8 * once + 2**20
 
 
 def test_a_run_needs_the_line_that_its_transport_names(tmp_path: Path) -> None:
