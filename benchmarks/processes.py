@@ -85,7 +85,7 @@ def recipes(folder: Path, domains: Mapping[str, Path], way: str, rounds: int) ->
         "shrink": [{"method": "finetune", "train": FAST}], "feedback": WAYS[way], "rounds": rounds,
         "gate": {"margin": 0.3},
     }  # fmt: skip
-    away = {"domains": {n: {} for n in specs}, "transport": {"kind": "flower", "arrive": 180, "seconds": 1800}}
+    away = {"domains": {n: {} for n in specs}, "transport": {"kind": "flower", "arrive": 60, "seconds": 1800}}
     for name, more in {
         "center": {**away, "workspace": "center"},
         "here": {"domains": specs, "workspace": "here"},
@@ -108,12 +108,13 @@ def with_losses(folder: Path, names: Sequence[str], port: int) -> dict[str, Any]
             federation.join(name)
         federation.start("center", "serve-center", "center.yaml", "--port", str(port), "--insecure")
         centre, began = federation.processes["center"], time.monotonic()
+        to_kill, to_join = list(gone), gone[:1]
         while centre.poll() is None:
-            if len(federation.processes) > len(names) - 1 and grown(folder, names) >= 2:
-                for name in gone:
-                    federation.kill(name)
-            if rounds_done(folder) and gone[0] not in federation.processes:
-                federation.join(gone[0])
+            if to_kill and grown(folder, names) >= 2:
+                while to_kill:
+                    federation.kill(to_kill.pop())
+            if to_join and not to_kill and rounds_done(folder):
+                federation.join(to_join.pop())
             time.sleep(1.0)
         return {"code": centre.returncode, "seconds": time.monotonic() - began, "killed": gone}
     finally:
