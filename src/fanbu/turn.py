@@ -123,8 +123,9 @@ class Turn:
         for call in self._asked(self.centre, function, calls):
             try:
                 found.append((call, function(self, *call)))
-            except FanbuError as error:
-                self.miss(_owner(call).name, f"{_title(function)}: {error.what}")
+            except (IntegrityError, KeyError, TypeError, ValueError) as error:  # what it sent is not what it should be
+                what = error.what if isinstance(error, FanbuError) else f"its answer cannot be read ({error!r:.80})"
+                self.miss(_owner(call).name, f"{_title(function)}: {what}")
         return found
 
     def _side_by_side(self, function: Callable[..., Any], calls: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fanbu.domain import Domain
-from fanbu.errors import IntegrityError, RetryError
+from fanbu.errors import IntegrityError
 from fanbu.model import Model, model_files
 from fanbu.transport.parcel import Files, Packing, away, broken, inside, packed, taken_from, unpacked, wanted
 from fanbu.types import ProbeSet, Transport
@@ -97,10 +97,10 @@ class Centre:
         return model.digest in self.has.get(name, set())
 
     def take(self, domain: str, out: Path) -> None:
-        """Moves what an owner sent of the stage that is being made in ``out`` there. RetryError where it sent none."""
+        """Moves what an owner sent of the stage that is made in ``out`` there. IntegrityError where it sent none."""
         came = self.folder / domain / out.parent.name
         if not came.is_dir():
-            raise RetryError(
+            raise IntegrityError(
                 "owner-away", f"the owner of {domain} has not sent what is asked for: {out.parent.name}",
                 remedy="let owner and centre run the same versions of fanbu and its libraries, and run again",
             )  # fmt: skip
