@@ -68,6 +68,7 @@ def finish(name: str, text: str, values: Mapping[str, Any], bars: Sequence[Mappi
     machine = {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
     results = HERE / "results"
     results.mkdir(exist_ok=True)

@@ -13,9 +13,8 @@ Run: python benchmarks/few_shot.py [--quick] [--data DIR] [--work DIR] [--ways W
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "maml": {"by_rows": False},
     "fedavg": {"train": TWICE, "learns": {"rivals": "industry"}},
 }
+ROWS_ALONE = {"linear probe": "probe", "prototypes": "prototypes"}
 LIMIT = {"train": 600, "valid": 100, "test": 1000}
 
 
@@ -54,10 +54,10 @@ class Fold:
     models: Mapping[str, Model]
 
 
-def fold(number: int, domains: Mapping[str, Domain], out: Sequence[str], ways: Sequence[str], context: Context) -> Fold:
-    """One pair held out; ``context.scratch`` is the work folder."""
-    assert context.scratch is not None
-    folder, context = context.scratch / f"fold-{number}", replace(context, scratch=None)
+def fold(
+    folder: Path, domains: Mapping[str, Domain], out: Sequence[str], ways: Sequence[str], context: Context
+) -> Fold:  # fmt: skip
+    """One pair held out."""
     others = {n: d for n, d in domains.items() if n not in out}
     context = replace(context, probe=asking({n: d.train.texts for n, d in others.items()}))
     start = made(folder / "incumbent", lambda place: probed(others, place, context))
@@ -83,12 +83,11 @@ def learned(fold: Fold, name: str, domain: Domain, k: int, context: Context) -> 
     place = fold.folder / "outcomes" / name.replace(" ", "-") / f"{domain.name}-{k}"
     if not (place / "contribution.json").exists():
         small, tuned = few(domain, k), place.with_name(f"{place.name}-model")
-        how: Mapping[str, Callable[[Path], Model]] = {
-            "linear probe": partial(rows_alone, "probe", fold.models["plain base"], small, context),
-            "prototypes": partial(rows_alone, "prototypes", fold.models["plain base"], small, context),
-        }
         log(f"{name}: {k} rows a label of {domain.name}")
-        model = how.get(name, partial(fine_tuned, fold.models.get(name), small, context))(tuned)
+        if name in ROWS_ALONE:
+            model = rows_alone(ROWS_ALONE[name], fold.models["plain base"], small, context, tuned)
+        else:
+            model = fine_tuned(fold.models[name], small, context, tuned)
         write_contribution(evaluate(model, domain, context), place)
     return open_contribution(place)
 
@@ -99,9 +98,8 @@ def rows_alone(way: str, base: Model, small: Domain, context: Context, out: Path
     return method(way, "feedback").absorb(base, [sent], out, context)
 
 
-def fine_tuned(base: Model | None, small: Domain, context: Context, out: Path) -> Model:
+def fine_tuned(base: Model, small: Domain, context: Context, out: Path) -> Model:
     """Label rows by prototypes, then all of it."""
-    assert base is not None
     begun = rows_alone("prototypes", base, small, context, out.with_name(f"{out.name}-begun"))
     return method("finetune", "shrink").shrink(begun, small, out, context, train=ADAPT)
 
@@ -131,10 +129,10 @@ def main() -> int:
         pairs = [names[i : i + 2] for i in range(0, len(names) - 1, 2)][: 2 if args.quick else None]
         context = Context(device=device, precision=precision, threads=threads, max_length=64, progress=progress)
         for number, out in enumerate(pairs):
-            one = fold(number, domains, out, args.ways, replace(context, scratch=args.work / name))
+            one = fold(args.work / name / f"fold-{number}", domains, out, args.ways, context)
             for d in one.held_out:
                 for k in SHOTS:
-                    for way in ("plain base", "linear probe", "prototypes", *args.ways):
+                    for way in ("plain base", *ROWS_ALONE, *args.ways):
                         found.setdefault(k, {}).setdefault(way, {})[d.name] = learned(one, way, d, k, context)
     rows = [["rows a label", "way", *next(iter(found[1].values())), "mean"]]
     for k, by_way in found.items():

@@ -157,6 +157,9 @@ def test_too_few_owners_end_a_run_that_can_go_on(tmp_path: Path) -> None:
     record = run(load_recipe(recipe), line=line)
     assert set(record["domains"]) == {"food", "rail"}
     assert all(cost["reused"] for cost in record["costs"] if cost["stage"].startswith("shrink"))
+    line.deaf = {("rail", "greeting")}  # who never came counts, too
+    with pytest.raises(RetryError, match="too few owners"):
+        run(load_recipe(recipe, ["rounds=2"]), line=line)
     line.deaf = {("food", "greeting"), ("rail", "greeting")}
     with pytest.raises(RetryError, match="no owner who feeds has answered"):
         run(load_recipe(recipe, ["rounds=2"]), line=line)
@@ -238,6 +241,20 @@ def test_an_owner_does_only_what_owners_do(tmp_path: Path) -> None:
     )
 
 
+def test_an_owner_whose_rows_cannot_be_read_says_so(tmp_path: Path) -> None:
+    recipe, line = elsewhere(tmp_path)
+    part = line.owners["rail"][0]
+    value = yaml.safe_load(part.read_text())
+    value["domains"]["rail"]["train"] = "nowhere.jsonl"
+    part.write_text(yaml.safe_dump(value))
+    said = answer(({"about": "greeting", "round": 1}, {}), *line.owners["rail"])["rail"][0]
+    assert "nowhere.jsonl" in said["error"]
+    lines: list[str] = []
+    with pytest.raises(RetryError, match="too few owners"):
+        run(load_recipe(recipe, ["transport.quorum=1"]), log=lines.append, line=line)
+    assert any("rail is missing" in text and "nowhere.jsonl" in text for text in lines)
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../b", "", "a\\b"])
 def test_paths_stay_inside(path: str) -> None:
     with pytest.raises(IntegrityError):
@@ -248,6 +265,11 @@ def test_files_are_written_only_under_names_that_are_allowed(tmp_path: Path) -> 
     with pytest.raises(IntegrityError, match="another name"):
         unpacked({"b.txt": b"1"}, tmp_path / "x", re.compile("a"))
     assert not (tmp_path / "x").exists()
+    left = tmp_path / ".x.partial"  # of a process that was killed
+    left.mkdir()
+    (left / "old").write_text("old")
+    unpacked({"a": b"1"}, tmp_path / "x", re.compile("a"))
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
 
 
 def test_a_card_says_no_text_and_is_checked(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_greeting_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_connection_is_encrypted_or_said_not_to_be(tmp_path: Path) -> None:
-    for wrong in ({}, {"insecure": True, "certificate": tmp_path, "key": tmp_path, "ca": tmp_path}):
+    for wrong in ({}, {"insecure": True, "ca": tmp_path}, {"certificate": tmp_path, "key": tmp_path}):
         with pytest.raises(UsageError, match="encrypted or not"):
             Security(**wrong)
     with pytest.raises(UsageError, match="no such file"):

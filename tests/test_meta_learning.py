@@ -119,6 +119,15 @@ def test_what_one_episode_changes(
         assert any(not torch.equal(first[n], second[n]) for n in first)
 
 
+def test_updates_of_other_ways_are_refused(
+    specialists: dict[str, Specialist], incumbent: Model, context: Context, tmp_path: Path
+) -> None:
+    sent = method("reptile").contribute(specialists["food"], incumbent, context, episodes={"count": 1})
+    for strange in ([replace(sent, method="x")], [sent, replace(sent, domain="rail", method="maml")]):
+        with pytest.raises(IntegrityError, match="several ways"):
+            method("reptile").absorb(incumbent, strange, tmp_path / "x", context)
+
+
 def test_inner_rounds_draw_other_episodes(
     specialists: dict[str, Specialist], incumbent: Model, context: Context
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 from torch.nn import functional
 
 from fanbu.batches import collate, shuffled_batches, sorted_batches
@@ -21,7 +23,7 @@ from fanbu.losses import next_token_loss, soft_cross_entropy, top_k_divergence
 from fanbu.model import Model, load_network, load_tokenizer, open_model
 from fanbu.predict import class_logits, token_losses, top_tokens
 from fanbu.shrink.depth import influence, layers_of
-from fanbu.train import schedule
+from fanbu.train import schedule, set_up
 from fanbu.types import Context, ProbeRow, ProbeSet, Train
 
 
@@ -247,3 +249,18 @@ def test_vocabulary_keeps_the_logits_of_known_texts(
     # a word it never saw falls apart into characters, not into nothing
     tokens = load_tokenizer(small).tokenize("zebra")
     assert "[UNK]" not in tokens
+
+
+def test_threads_are_those_of_scikit_learn_too() -> None:
+    def most() -> int:
+        return max(int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    before = torch.get_num_threads()
+    try:
+        set_up(Context(threads=2), "x")
+        np.ones((2, 2)) @ np.ones((2, 2))
+        assert most() == 2
+        set_up(Context(threads=1), "x")
+        assert most() == 1
+    finally:
+        torch.set_num_threads(before)

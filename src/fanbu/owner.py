@@ -39,19 +39,24 @@ def answer(
     """
     said, files = request
     found = read_domains(part)
-    if said.get("about") == "greeting":
-        return {name: (_greeted(load(number=_number(said)), root), {}) for name, load in found.items()}
-    name = str(said.get("domain"))
-    try:
-        if name not in found:
-            raise broken("this owner has no such domain", name)
-        return {name: _worked(said, files, found[name](number=_number(said)), root, progress, log)}
-    except FanbuError as error:
-        log(str(error))
-        return {name: ({"error": f"{error.what} [{error.code}]"}, {})}
-    except Exception as error:  # of what a call that is none, or a library, may raise: its words may be an owner's
-        log(f"{type(error).__name__}: {error}")
-        return {name: ({"error": f"its work failed ({type(error).__name__}); its log says more"}, {})}
+
+    def told(name: str) -> Message:
+        try:
+            if name not in found:
+                raise broken("this owner has no such domain", name)
+            domain = found[name](number=_number(said))
+            if said.get("about") == "greeting":
+                return _greeted(domain, root), {}
+            return _worked(said, files, domain, root, progress, log)
+        except FanbuError as error:
+            log(str(error))
+            return {"error": f"{error.what} [{error.code}]"}, {}
+        except Exception as error:  # of what a call that is none, or a library, may raise: its words may be an owner's
+            log(f"{type(error).__name__}: {error}")
+            return {"error": f"its work failed ({type(error).__name__}); its log says more"}, {}
+
+    names = list(found) if said.get("about") == "greeting" else [str(said.get("domain"))]
+    return {name: told(name) for name in names}
 
 
 def _greeted(domain: Domain, root: Path) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _worked(
     unpacking = Unpacking(ledger.root, domain, lambda sha: models[sha], lambda sha: root / "said" / sha)
     function(turn, *unpacking.decoded(call))
     stages = list(dict.fromkeys(turn.used))
-    _forget(root, stages)
+    _forget(root, stages, wanted(call, "inner"))
     cards = {
         stage: card_of(open_model(stage / "model", verify=False)) for stage in stages if (stage / "model").is_dir()
     }
@@ -150,13 +155,17 @@ def _probe(folder: Path, sha: str) -> ProbeSet:
     return probe
 
 
-def _forget(root: Path, stages: list[Path]) -> None:
-    """Removes what inner rounds left that no later one needs: of each stage of the same name, all but two."""
+def _forget(root: Path, stages: list[Path], said: set[str]) -> None:
+    """Removes what inner rounds left that no later one needs: of each stage of the same name all but two, and what the
+    centre told but for what is ``said`` now."""
+    for folder in root.glob("said/*") if said else ():
+        if folder.name not in said:
+            shutil.rmtree(folder, ignore_errors=True)
     for stage in stages:
         inputs = json.loads((stage / STAGE).read_text())
         if "inner" not in inputs["inputs"]:
             continue
-        for other in stage.parent.glob(f"{stage.name[:-20]}*"):
+        for other in root.glob(f"stages/{stage.name[:-20]}*"):
             made = json.loads((other / STAGE).read_text())
             if made["stage"] == inputs["stage"] and made["inputs"].get("inner", 0) < inputs["inputs"]["inner"] - 1:
                 shutil.rmtree(other, ignore_errors=True)

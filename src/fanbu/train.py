@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fanbu.batches import shuffled_batches
@@ -84,10 +85,12 @@ def train(
 
 
 def set_up(context: Context, *names: object) -> None:
-    """Seeds torch for one purpose and sets its threads."""
+    """Seeds torch for one purpose, and sets its threads and those that scikit-learn's arithmetic is done in: how many
+    there are decides the last bits of either."""
     torch.manual_seed(context.seeded(*names))
     if context.threads:
         torch.set_num_threads(context.threads)
+        threadpool_limits(context.threads, user_api="blas")
 
 
 def _set_dropout(network: nn.Module, rate: float) -> None:

@@ -161,7 +161,8 @@ class Turn:
         """Goes on without an owner who was not heard. RetryError where too few are left."""
         self.missed[domain] = why
         self.log(f"{domain} is missing: {why}")
-        feeding = [n for n, d in self.domains.items() if d.role == "feeds"]
+        named = {n for n, d in self.domains.items() if d.role == "feeds"}
+        feeding = named | (self.missed.keys() & self.recipe.domains.keys())  # also who never came
         if len(self.feeding) < max(1, self.recipe.transport.quorum * len(feeding)):
             raise RetryError(
                 "too-few-owners", "too few owners were heard in this round",

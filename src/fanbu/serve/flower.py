@@ -57,7 +57,7 @@ class Security:
 
     def __post_init__(self) -> None:
         given = [f for f in (self.certificate, self.key, self.ca) if f is not None]
-        if (len(given) == 3) == self.insecure:
+        if len(given) != (0 if self.insecure else 3):
             raise UsageError(
                 "tls", "a connection is either encrypted or not",
                 allowed="--certificate, --key and --ca, or --insecure", got=[str(f) for f in given],

@@ -55,6 +55,9 @@ class Centre:
             if name not in absent:
                 continue  # named by nobody, or answered already
             try:
+                if error := said.get("error"):
+                    absent[name] = str(error)[:1000]
+                    continue
                 if said["code"] != code():
                     raise broken(f"its owner runs {said['code']}, and the centre {code()}", said["code"])
                 domain = away(said["card"])
@@ -65,7 +68,7 @@ class Centre:
                 del absent[name]
             except IntegrityError as error:
                 absent[name] = error.what
-            except (KeyError, TypeError):
+            except (KeyError, TypeError, AttributeError):
                 absent[name] = "its answer cannot be read"
         return found, absent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -136,12 +137,13 @@ def packed(folder: Path, names: Iterable[str], under: str = "") -> Files:
 
 def unpacked(files: Mapping[str, bytes], folder: Path, allowed: re.Pattern[str]) -> None:
     """Writes files into a folder that is not there yet, which appears whole. IntegrityError for names not allowed."""
-    partial = folder.with_name(f".{folder.name}.partial")
     if folder.exists():
         return
+    if strange := [name for name in files if not allowed.fullmatch(name)]:
+        raise broken("a file has another name than such a folder holds", strange[0])
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     for name, content in files.items():
-        if not allowed.fullmatch(name):
-            raise broken("a file has another name than such a folder holds", name)
         place = partial / inside(name)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content)

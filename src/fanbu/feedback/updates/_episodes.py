@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from fanbu.batches import Sequences, collate, encode, pad_id
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
-from fanbu.errors import FitError
+from fanbu.errors import FitError, IntegrityError
 from fanbu.feedback.updates._local import in_folder
 from fanbu.feedback.updates._server import How, taken
 from fanbu.heads import Head, check_labels_known, set_head
@@ -104,13 +104,28 @@ def meta_update(
     return Contribution("updates", domain.name, name, c.tensors, meta=meta)
 
 
-def meta_absorb(
-    name: str, base: Model, contributions: Sequence[Contribution], out: Path, context: Context, scale: float,
-    by_rows: bool,
+def absorb(
+    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
+    scale: Annotated[float, Gt(0)] = 1.0, by_rows: bool = False,
 ) -> Model:  # fmt: skip
-    """theta = theta_base + scale sum_i w_i delta_i; label rows from their owners."""
+    """theta = theta_base + scale sum_i w_i delta_i, w_i even, or by the owners' rows; label rows from their owners.
+
+    Args:
+        scale: the learning rate of the centre.
+        by_rows: whether an owner counts by its rows, which it says itself; else all count alike, as tasks do.
+
+    Raises:
+        FitError: an update's tensors are not the base's.
+        IntegrityError: an update does not say of how many rows it is, or not all are of one way.
+    """
+    ways = sorted({c.method for c in contributions})
+    if ways not in (["maml"], ["reptile"]):
+        raise IntegrityError(
+            "contribution-broken", "updates are of several ways, or of one that has no episodes",
+            allowed="maml, or reptile", got=ways, remedy="ask their owners to send them again",
+        )  # fmt: skip
     domains = [c.domain for c in contributions]
-    made = provenance(name, [base], context, scale=scale, by_rows=by_rows, domains=domains)
+    made = provenance(ways[0], [base], context, scale=scale, by_rows=by_rows, domains=domains)
     return taken(base, contributions, out, context, How(scale, by_rows), made)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,11 +14,13 @@ from torch.nn.functional import cross_entropy
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import FanbuError
-from fanbu.feedback.updates._episodes import Episode, Episodes, Learn, Rows, meta_absorb, meta_update
+from fanbu.feedback.updates._episodes import Episode, Episodes, Learn, Rows, absorb, meta_update
 from fanbu.heads import final_layer
 from fanbu.model import Model
 from fanbu.train import optimizer_of
 from fanbu.types import CLASSIFYING, Context, Needs, Train
+
+__all__ = ["LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
 NEEDS = Needs(kind="updates", tasks=CLASSIFYING)
 LINEAR = True
@@ -96,20 +96,3 @@ def adapted(
 def _loss(network: Any, fast: dict[str, torch.Tensor], rows: Rows, pad: int, device: str) -> torch.Tensor:
     batch, truth = rows.batch(pad, device)
     return cross_entropy(functional_call(network, fast, (), batch).logits.float(), truth)
-
-
-def absorb(
-    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    scale: Annotated[float, Gt(0)] = 1.0, by_rows: bool = False,
-) -> Model:  # fmt: skip
-    """theta = theta_base + scale sum_i w_i delta_i, w_i even, or by the owners' rows; label rows from their owners.
-
-    Args:
-        scale: the learning rate of the centre.
-        by_rows: whether an owner counts by its rows, which it says itself; else all count alike, as tasks do.
-
-    Raises:
-        FitError: an update's tensors are not the base's.
-        IntegrityError: an update does not say of how many rows it is.
-    """
-    return meta_absorb("maml", base, contributions, out, context, scale, by_rows)

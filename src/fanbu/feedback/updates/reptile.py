@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,12 +10,14 @@ from annotated_types import Gt, Le
 
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
-from fanbu.feedback.updates._episodes import Episode, Episodes, Learn, meta_absorb, meta_update
+from fanbu.feedback.updates._episodes import Episode, Episodes, Learn, absorb, meta_update
 from fanbu.heads import final_layer
 from fanbu.model import Model
 from fanbu.objectives import labelled
 from fanbu.train import train as train_network
 from fanbu.types import CLASSIFYING, Context, Needs, Train, silent
+
+__all__ = ["LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
 NEEDS = Needs(kind="updates", tasks=CLASSIFYING)
 LINEAR = True
@@ -65,20 +65,3 @@ def contribute(
         return learn
 
     return meta_update("reptile", specialist, base, context, episodes, learner)
-
-
-def absorb(
-    base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
-    scale: Annotated[float, Gt(0)] = 1.0, by_rows: bool = False,
-) -> Model:  # fmt: skip
-    """theta = theta_base + scale sum_i w_i delta_i, w_i even, or by the owners' rows; label rows from their owners.
-
-    Args:
-        scale: the learning rate of the centre.
-        by_rows: whether an owner counts by its rows, which it says itself; else all count alike, as tasks do.
-
-    Raises:
-        FitError: an update's tensors are not the base's.
-        IntegrityError: an update does not say of how many rows it is.
-    """
-    return meta_absorb("reptile", base, contributions, out, context, scale, by_rows)
