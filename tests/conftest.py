@@ -47,6 +47,7 @@ TOPICS = {
         "seat": "window aisle carriage row",
     },
 }
+DEVICE = os.environ.get("FANBU_TEST_DEVICE", "cpu")  # cuda: the same tests on a GPU
 FILLER = ["the", "a", "my", "this", "please", "about", "with", "for", "and", "some", "more", "today"]
 
 
@@ -167,7 +168,7 @@ def probe_of(domains: dict[str, Domain]) -> ProbeSet:
 
 @pytest.fixture(scope="session")
 def context(domains: dict[str, Domain]) -> Context:
-    return Context(max_length=16, threads=1, probe=probe_of(domains))
+    return Context(device=DEVICE, max_length=16, threads=1, probe=probe_of(domains))
 
 
 @pytest.fixture(scope="session")
@@ -210,7 +211,7 @@ def tiny_recipe(folder: Path) -> dict[str, Any]:
     short = {"epochs": 2, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
     value = {
         "fanbu": 1, "name": "tiny", "model": str(folder / "bert"), "workspace": str(folder / "ws"),
-        "device": "cpu", "precision": "fp32", "threads": 1, "max_length": 16,
+        "device": DEVICE, "precision": "fp32", "threads": 1, "max_length": 16,
         "domains": {name: write_domain(folder / "data", name, train=144) for name in TOPICS},
         "shrink": [{"method": "finetune", "train": short}],
         "feedback": {"method": "distill", "train": {**short, "epochs": 3}},

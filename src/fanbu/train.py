@@ -58,7 +58,7 @@ def train(
     if not lengths:
         raise UsageError("nothing-to-train", f"{name} has no rows to train on", remedy="give it rows")
     set_up(context, "train", name)
-    AcceleratorState._reset_state()  # one process may train at several precisions in turn
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train at several precisions, devices
     accelerator = Accelerator(
         mixed_precision="bf16" if context.precision == "bf16" else "no", cpu=context.device == "cpu"
     )
@@ -91,6 +91,7 @@ def set_up(context: Context, *names: object) -> None:
     if context.threads:
         torch.set_num_threads(context.threads)
         threadpool_limits(context.threads, user_api="blas")
+    torch.use_deterministic_algorithms(context.device != "cpu", warn_only=True)
 
 
 def _set_dropout(network: nn.Module, rate: float) -> None:
@@ -125,7 +126,7 @@ class _Run:
         self.best_value, self.idle, self.running, self.slot = -math.inf, 0, 0.0, 0
         self.settled = True  # no gradients wait for the next step: a checkpoint holds none
         self.batches = shuffled_batches(lengths, plan.batch_size, self.seed, 0)
-        self.wrapped = accelerator.prepare_model(network)
+        self.wrapped = accelerator.prepare_model(network.to(context.device), device_placement=False)
         optimizer = optimizer_of(network, head, plan)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.bases = [group["lr"] for group in optimizer.param_groups]

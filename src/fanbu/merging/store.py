@@ -117,14 +117,14 @@ def pack(rows: Tensor, scales: Tensor, store: str) -> Tensor:
         return (rows.float() / scales.clamp(min=1e-38).reshape(shape)).round().clamp(-127, 127).to(torch.int8)
     positive = (rows.reshape(rows.shape[0], -1) >= 0).to(torch.uint8)
     padded = torch.nn.functional.pad(positive, (0, -positive.shape[1] % 8)).reshape(rows.shape[0], -1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=rows.device)).sum(2, dtype=torch.uint8)
 
 
 def unpack(codes: Tensor, scales: Tensor, inner: tuple[int, ...], store: str) -> Tensor:
     """What codes stand for, float32; ``inner`` is the shape of one row."""
     if store == "int8":
         return codes.float() * scales.reshape(-1, *[1] * len(inner))
-    bits = (codes[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (codes[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1
     signs = bits.reshape(codes.shape[0], -1)[:, : _width((0, *inner))].float().mul_(2).sub_(1)
     return (signs * scales[:, None]).reshape(-1, *inner)
 

@@ -150,18 +150,27 @@ def _again(error: Mapping[str, Any]) -> FanbuError:
 
 
 def _flower(name: str) -> list[str]:
-    """One of Flower's programs, as it lies beside this Python."""
+    """One of Flower's programs: beside this Python, else where programs are looked for."""
     with needs_extra("flower"):
         import flwr  # noqa: F401
-    return [str(Path(sys.executable).with_name(name))]
+    found = shutil.which(name, path=_paths())
+    if found is None:
+        raise UsageError(
+            "extra-missing", f"Flower's program {name} is not found", allowed="beside Python, or on PATH",
+            got=_paths(), remedy="pip install 'fanbu[flower]' where fanbu runs",
+        )  # fmt: skip
+    return [found]
+
+
+def _paths() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _environment(home: Path) -> dict[str, str]:
     """Of Flower's programs: no telemetry, nothing installed while they run, and their state in ``home``."""
     home.mkdir(parents=True, exist_ok=True)
     own = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_HOME": str(home), "UV_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    return {**os.environ, **own, "PATH": os.pathsep.join(paths)}
+    return {**os.environ, **own, "PATH": _paths()}
 
 
 def _app(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def shrink(
         for n, gram in own_grams(network, tokenizer, domain, list(ranks), context)
     }
     for n, (a, b) in factors.items():
-        matrices[n].copy_(a @ b)
+        columns(layers[n]).copy_(a @ b)  # not ``matrices``: the network may have moved since
     metrics: dict[str, float] = {}
     if train is not None:
         with _factors_trained({layers[n]: pair for n, pair in factors.items()}):
