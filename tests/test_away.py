@@ -6,15 +6,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import TOPICS, tiny_recipe
-from fanbu.contribution import TENSORS
+from fanbu.contribution import TENSORS, open_contribution, write_contribution
 from fanbu.errors import IntegrityError, RetryError, UsageError
 from fanbu.generations import run
 from fanbu.model import load_network, open_model
@@ -192,6 +193,42 @@ def test_what_cannot_be_used_is_left_out(tmp_path: Path, twist: Callable[[str, M
     line.twist = lambda function, said: said  # nothing of it stays
     again = run(load_recipe(recipe), line=line)
     assert (again["round"], set(again["domains"]), again["missed"]) == (2, {"food", "rail"}, {})
+
+
+STEPS: dict[str, Any] = {
+    "distill": {"method": "distill", "train": {"epochs": 1}},
+    "fedavg": {"method": "fedavg", "train": {"epochs": 1}},
+    "fedadam": {"method": "fedadam", "times": 2, "train": {"epochs": 1}},
+    "means": {"method": "prototypes"},
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
+def test_a_contribution_that_is_sound_and_does_not_fit_is_left_out(tmp_path: Path, step: dict[str, Any]) -> None:
+    recipe, line = elsewhere(tmp_path, feedback=step)
+
+    def misfit(function: str, said: Message) -> Message:
+        body, files = said
+        folder = "contribution/"
+        stages = {n.partition(folder)[0] for n in files if f"/{folder}" in n and "-rail-" in n}
+        if function != "contribute" or not stages:
+            return said
+        sent = tmp_path / "sent"
+        shutil.rmtree(sent, ignore_errors=True)
+        (stage,) = stages
+        for name in [n for n in files if n.startswith(stage + folder)]:
+            (sent / name.removeprefix(stage + folder)).parent.mkdir(parents=True, exist_ok=True)
+            (sent / name.removeprefix(stage + folder)).write_bytes(files[name])
+        c = open_contribution(sent)
+        other = replace(c, tensors={n: torch.cat([t, t], -1) for n, t in c.tensors.items()})
+        shutil.rmtree(sent)
+        write_contribution(other, sent)
+        return body, {**files, **{f"{stage}{folder}{p.name}": p.read_bytes() for p in sent.iterdir()}}
+
+    line.twist = misfit
+    record = run(load_recipe(recipe), line=line)
+    assert list(record["domains"]) == ["food"]
+    assert re.match("absorb: ", record["missed"]["rail"])
 
 
 def test_an_owner_who_lost_its_workspace_is_sent_what_it_lacks(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def test_methods(fanbu: Command) -> None:
         assert all(m.name in text for m in methods())
 
 
+def test_what_is_not_proven_says_so(fanbu: Command) -> None:
+    _, listed = fanbu("methods", "list", "--json")
+    unproven = {row["name"]: row["experimental"] for row in listed if row["experimental"]}
+    assert set(unproven) == {"maml", "reptile"}
+    _, text = fanbu("methods", "list")
+    assert all(("(experimental)" in line) == (line.split()[1] in unproven) for line in text.splitlines())
+    for name, why in unproven.items():
+        assert why in fanbu("methods", "show", name)[1]
+        _, shown = fanbu("methods", "show", name, "--json")
+        assert shown[0]["experimental"] == why
+
+
 def test_show_one_method(fanbu: Command) -> None:
     code, shown = fanbu("methods", "show", "distill", "--json")
     assert code == 0

@@ -42,7 +42,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("method", "train"),
-    [("fedavg", SHORT), ("fedadam", SHORT), ("scaffold", SGD)],
+    [
+        pytest.param("fedavg", SHORT, marks=pytest.mark.slow),
+        pytest.param("fedadam", SHORT, marks=pytest.mark.slow),
+        ("scaffold", SGD),  # keeps most: at owners, at the centre, and what is told
+    ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_killed_in_an_inner_round_it_ends_with_the_same_model(

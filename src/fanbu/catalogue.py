@@ -48,9 +48,22 @@ class Method:
     @property
     def summary(self) -> str:
         """The first line of its module's docstring, read without importing it."""
+        return (ast.get_docstring(self._tree) or "").partition("\n")[0]
+
+    @property
+    def experimental(self) -> str | None:
+        """Why it does not count as proven: its module's ``EXPERIMENTAL``, read without importing it."""
+        for node in self._tree.body:
+            if isinstance(node, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "EXPERIMENTAL" for t in node.targets
+            ):
+                return str(ast.literal_eval(node.value))
+        return None
+
+    @property
+    def _tree(self) -> ast.Module:
         spec = importlib.util.find_spec(self.module)
-        text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        return ast.parse(Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else "")
 
     @property
     def needs(self) -> Needs:

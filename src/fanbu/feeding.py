@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
+from fanbu.errors import FitError, IntegrityError
 from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
@@ -67,7 +69,43 @@ def absorb(
         own = None if inner is None else replace(inner, after=out.parent / STATE, telling=out.parent / SAID)
         return way.absorb(base, sent, out, replace(context, inner=own), **arguments)
 
-    return turn.model(name, way.module, inputs, make)
+    try:
+        return turn.model(name, way.module, inputs, make)
+    except (FitError, IntegrityError):
+        unfit = {} if turn.centre is None else _unfit(turn.context, way, arguments, sent, base, inner)
+        if not unfit or len(unfit) == len(sent):
+            raise
+    for domain, why in unfit.items():  # of an owner who is elsewhere the others do not depend
+        turn.miss(domain, f"absorb: {why}")
+    return absorb(turn, way, arguments, [c for c in sent if c.domain not in unfit], base, name, inner)
+
+
+class _BegunError(Exception):
+    """A method found nothing wrong and began its work."""
+
+
+def _unfit(
+    context: Context, way: Method, arguments: Mapping[str, Any], sent: Sequence[Contribution], base: Model,
+    inner: Inner | None,
+) -> dict[str, str]:  # fmt: skip
+    """What a method says against contributions that it cannot take even alone, by domain."""
+
+    def begin(*_: Any) -> None:
+        raise _BegunError
+
+    found = {}
+    for c in sent:
+        with tempfile.TemporaryDirectory(prefix="fanbu-") as folder:
+            out = Path(folder)
+            own = None if inner is None else replace(inner, after=out / STATE, telling=out / SAID)
+            try:
+                trial = replace(context, progress=begin, scratch=None, inner=own)
+                way.absorb(base, [c], out / "model", trial, **arguments)
+            except _BegunError:
+                pass
+            except (FitError, IntegrityError) as error:
+                found[c.domain] = f"{error.what} [{error.code}]"
+    return found
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

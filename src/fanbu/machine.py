@@ -23,6 +23,8 @@ def resolve_machine(device: str, precision: str, threads: int) -> tuple[str, str
             got=f"{device} ({error})".partition("\n")[0],
             remedy="use auto",
         ) from None
+    if device == "cuda":  # else its matrix products are not the same twice; read when the first one is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_bf16() if device == "cpu" else False
         precision = "bf16" if fast else "fp32"

@@ -25,12 +25,15 @@ def list_methods(as_json: Json = False) -> None:
     """All methods with one line each."""
     from fanbu.catalogue import methods
 
-    rows = [{"name": m.name, "family": m.family, "summary": m.summary} for m in methods()]
+    rows = [
+        {"name": m.name, "family": m.family, "summary": m.summary, "experimental": m.experimental} for m in methods()
+    ]
     if as_json:
         typer.echo(json.dumps(rows))
         return
     for row in sorted(rows, key=lambda r: (r["family"] != "shrink", r["family"], r["name"])):
-        typer.echo(f"{row['family']:<12} {row['name']:<12} {row['summary']}")
+        mark = " (experimental)" if row["experimental"] else ""
+        typer.echo(f"{row['family']:<12} {row['name']:<12} {row['summary']}{mark}")
 
 
 @app.command("show")
@@ -47,11 +50,15 @@ def show_method(name: Name, as_json: Json = False) -> None:
         {k: {"type": _name(t), "default": _default(d)} for k, (t, d) in m.parameters().items()} for m in chosen
     ]
     if as_json:
-        shown = [{"name": m.name, "family": m.family, "parameters": p} for m, p in zip(chosen, parameters, strict=True)]
+        shown = [
+            {"name": m.name, "family": m.family, "experimental": m.experimental, "parameters": p}
+            for m, p in zip(chosen, parameters, strict=True)
+        ]
         typer.echo(json.dumps(shown, default=str))
         return
     for m, p in zip(chosen, parameters, strict=True):
         docs = [inspect.getdoc(f) or "" for f in m.functions]
+        docs += [f"Experimental: {m.experimental}"] if m.experimental else []
         typer.echo(method_page(m.name, m.family, docs, p, shared.words()))
 
 
