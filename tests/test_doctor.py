@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def test_what_is_installed() -> None:
     assert all(e["for"] for e in extras(found))
     missing = [{"name": "nowhere", "extra": "track", "fits": False, "version": None}]
     assert extras(missing) == [{"name": "track", "for": EXTRAS["track"], "installed": False, "missing": ["nowhere"]}]
+
+
+def test_every_extra_is_known() -> None:
+    declared = set(metadata.metadata("fanbu").get_all("Provides-Extra") or [])
+    assert set(EXTRAS) == declared  # a library of an unknown one would count as needed by all
+
+
+def test_a_centre_without_rows(tmp_path: Path, recipe: dict[str, Any], fanbu: Command) -> None:
+    recipe.update(domains={name: {} for name in TOPICS}, transport={"kind": "flower"})
+    code, found = fanbu("doctor", written(tmp_path, recipe), "--json")
+    assert (code, found["problems"]) == (0, [])
+    assert found["warnings"] == ["rows are at their owners: what depends on them is not looked at here"]
+    code, error = fanbu("run", tmp_path / "recipe.yaml", "--dry-run", "--json")
+    assert (code, error["error"]["code"]) == (2, "owners-elsewhere")
+    recipe["model"] = "nowhere/at-all"
+    code, found = fanbu("doctor", written(tmp_path, recipe), "--json")
+    assert (code, found["problems"][0]["where"]) == (1, "model")
 
 
 def test_a_recipe_that_works(tmp_path: Path, recipe: dict[str, Any], fanbu: Command) -> None:

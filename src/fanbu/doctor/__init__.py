@@ -84,6 +84,9 @@ def _recipe(
         return told, Path()
     _extras_needed(recipe, packages, found)
     model = found.attempt("model", lambda: open_model(recipe.model))
+    if recipe.transport.transport().away:
+        found.warnings.append("rows are at their owners: what depends on them is not looked at here")
+        return told, Path(recipe.workspace)
     domains = _domains(recipe, found, told)
     if domains and len(domains) == len({**recipe.domains, **recipe.guards}):
         found.attempt("plan", lambda: check_plan(recipe, domains))
@@ -122,15 +125,18 @@ def _parts(path: Path, value: Mapping[str, Any], found: Findings) -> None:
 
 
 def _extras_needed(recipe: Recipe, packages: Sequence[Mapping[str, Any]], found: Findings) -> None:
-    """Extras that the recipe's data or model need."""
+    """Extras that the recipe's data or transport need."""
     specs = [*recipe.domains.values(), *recipe.guards.values(), *recipe.probe.public]
     sources = [s for spec in specs for v in vars(spec).values() for s in (v if isinstance(v, list) else [v])]
     named = any(isinstance(s, str) and s.startswith("datasets:") for s in sources)
     there = {p["name"] for p in packages if p["fits"]}
-    if named and "datasets" not in there:
-        found.note("data", UsageError(
-            "extra-missing", "the recipe names data of the datasets library", remedy="pip install 'fanbu[datasets]'"
-        ))  # fmt: skip
+    kind = recipe.transport.kind
+    for where, why, extra, package in (
+        ("data", "the recipe names data of the datasets library", "datasets", "datasets" if named else None),
+        ("transport", f"the recipe's transport is {kind}", kind, {"ray": "ray", "flower": "flwr"}.get(kind)),
+    ):
+        if package and package not in there:
+            found.note(where, UsageError("extra-missing", why, remedy=f"pip install 'fanbu[{extra}]'"))
 
 
 def _domains(recipe: Recipe, found: Findings, told: dict[str, Any]) -> dict[str, Domain]:
@@ -260,6 +266,12 @@ def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     from fanbu.plan import check_plan
     from fanbu.recipe import load_domains
 
+    if recipe.transport.transport().away:
+        raise UsageError(
+            "owners-elsewhere", "what a run would do depends on rows that are at their owners",
+            allowed="a recipe whose owners are here", got=recipe.transport.kind,
+            remedy="look at it with `fanbu doctor`",
+        )  # fmt: skip
     root, (done, left) = Path(recipe.workspace), _finished(recipe)
     number = done + 1
     domains = load_domains(recipe, number, left)

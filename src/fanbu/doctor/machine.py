@@ -17,6 +17,13 @@ EXTRAS = {
     "datasets": "data by name: `datasets:NAME:SPLIT`",
     "media": "images and recordings: decoding and preparing them",
     "track": "rounds and champions in MLflow: `fanbu track`",
+    "adapters": "low-rank factors: `lora`, and `layers: lora` at owners",
+    "onnx": "ONNX files: `fanbu export --to onnx`",
+    "quantize": "checkpoints in int8 and int4",
+    "search": "searching for a way down: `search`",
+    "privacy": "training with differential privacy at the owner: `learns.privacy`",
+    "ray": "owners side by side on a Ray cluster",
+    "flower": "owners on machines of their own: `fanbu serve-center`, `fanbu join`",
     "docs": "building the documentation",
     "dev": "tests and checks of fanbu itself",
 }
