@@ -270,6 +270,7 @@ def test_twenty_kills(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) 
     check_whole(done, workspace)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_on_one_workspace(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     done, workspace = finished_round(tmp_path_factory), tmp_path / "ws"
     both = [launch(done.recipe, workspace) for _ in range(2)]

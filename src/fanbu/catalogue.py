@@ -53,12 +53,10 @@ class Method:
     @property
     def experimental(self) -> str | None:
         """Why it does not count as proven: its module's ``EXPERIMENTAL``, read without importing it."""
-        for node in self._tree.body:
-            if isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id == "EXPERIMENTAL" for t in node.targets
-            ):
-                return str(ast.literal_eval(node.value))
-        return None
+        named = [n for n in self._tree.body if isinstance(n, ast.Assign)]
+        found = [n.value for n in named if "EXPERIMENTAL" in [getattr(t, "id", None) for t in n.targets]]
+        why = [value.value for value in found if isinstance(value, ast.Constant)]
+        return str(why[0]) if why else None
 
     @property
     def _tree(self) -> ast.Module:
