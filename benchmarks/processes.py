@@ -149,13 +149,7 @@ def whole(folder: Path, names: Sequence[str], port: int) -> tuple[str, str]:
         federation.processes["center"].wait()
     finally:
         federation.end()
-    subprocess.run(
-        [sys.executable, "-m", "fanbu", "run", "here.yaml"],
-        cwd=folder,
-        check=False,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    subprocess.run([sys.executable, "-m", "fanbu", "run", "here.yaml"], cwd=folder, check=False, capture_output=True)
     found = [records(folder / place) for place in ("center", "here")]
     there, here = (made[0]["candidate"]["digest"] if made else "none" for made in found)
     return there, here

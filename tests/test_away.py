@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fanbu.model import load_network, open_model
 from fanbu.owner import answer
 from fanbu.recipe import load_recipe, read_domains
 from fanbu.transport.centre import Message
-from fanbu.transport.parcel import Packing, Unpacking, away, card, inside, unpacked
+from fanbu.transport.parcel import Packing, Unpacking, away, card, inside, packed, taken_from, unpacked
 
 
 @dataclass
@@ -209,21 +210,14 @@ def test_a_contribution_that_is_sound_and_does_not_fit_is_left_out(tmp_path: Pat
 
     def misfit(function: str, said: Message) -> Message:
         body, files = said
-        folder = "contribution/"
-        stages = {n.partition(folder)[0] for n in files if f"/{folder}" in n and "-rail-" in n}
-        if function != "contribute" or not stages:
+        if function != "contribute" or "-rail-" not in str(body):
             return said
-        sent = tmp_path / "sent"
-        shutil.rmtree(sent, ignore_errors=True)
-        (stage,) = stages
-        for name in [n for n in files if n.startswith(stage + folder)]:
-            (sent / name.removeprefix(stage + folder)).parent.mkdir(parents=True, exist_ok=True)
-            (sent / name.removeprefix(stage + folder)).write_bytes(files[name])
-        c = open_contribution(sent)
-        other = replace(c, tensors={n: torch.cat([t, t], -1) for n, t in c.tensors.items()})
-        shutil.rmtree(sent)
-        write_contribution(other, sent)
-        return body, {**files, **{f"{stage}{folder}{p.name}": p.read_bytes() for p in sent.iterdir()}}
+        under = f"{body['stages'][0]}/contribution/"
+        came, sent = (Path(tempfile.mkdtemp(dir=tmp_path)) / name for name in ("came", "sent"))
+        unpacked(taken_from(files, under), came, re.compile(".*"))
+        c = open_contribution(came)
+        write_contribution(replace(c, tensors={n: torch.cat([t, t], -1) for n, t in c.tensors.items()}), sent)
+        return body, {**files, **packed(sent, [p.name for p in sent.iterdir()], under)}
 
     line.twist = misfit
     record = run(load_recipe(recipe), line=line)

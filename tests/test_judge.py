@@ -64,11 +64,11 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 def test_equal_models_are_seldom_promoted() -> None:
     rng, promoted = np.random.default_rng(1), 0
     domains = {n: plain_domain(n) for n in ("a", "b")}
-    for trial in range(60):
+    for trial in range(100):
         old = {n: outcome(n, (rng.random(400) < 0.8).astype(float)) for n in domains}
         new = {n: outcome(n, (rng.random(400) < 0.8).astype(float)) for n in domains}
         promoted += judge(new, old, {}, domains, Gate(margin=0.1), trial)["accepted"]
-    assert promoted <= 5  # one-sided 2.5% is the design
+    assert promoted <= 8  # one-sided 2.5% is the design
 
 
 def test_a_domain_that_may_be_worse_than_its_margin_stops_the_gate() -> None:

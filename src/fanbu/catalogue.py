@@ -53,12 +53,13 @@ class Method:
     @property
     def experimental(self) -> str | None:
         """Why it does not count as proven: its module's ``EXPERIMENTAL``, read without importing it."""
-        named = [n for n in self._tree.body if isinstance(n, ast.Assign)]
-        found = [n.value for n in named if "EXPERIMENTAL" in [getattr(t, "id", None) for t in n.targets]]
-        why = [value.value for value in found if isinstance(value, ast.Constant)]
-        return str(why[0]) if why else None
+        for node in self._tree.body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id="EXPERIMENTAL")], value=ast.Constant(value=str(why))):
+                    return why
+        return None
 
-    @property
+    @cached_property
     def _tree(self) -> ast.Module:
         spec = importlib.util.find_spec(self.module)
         return ast.parse(Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else "")

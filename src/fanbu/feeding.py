@@ -72,7 +72,7 @@ def absorb(
     try:
         return turn.model(name, way.module, inputs, make)
     except (FitError, IntegrityError):
-        unfit = {} if turn.centre is None else _unfit(turn.context, way, arguments, sent, base, inner)
+        unfit = {} if turn.centre is None else _unfit(turn, way, arguments, sent, base, inner)
         if not unfit or len(unfit) == len(sent):
             raise
     for domain, why in unfit.items():  # of an owner who is elsewhere the others do not depend
@@ -85,7 +85,7 @@ class _BegunError(Exception):
 
 
 def _unfit(
-    context: Context, way: Method, arguments: Mapping[str, Any], sent: Sequence[Contribution], base: Model,
+    turn: Turn, way: Method, arguments: Mapping[str, Any], sent: Sequence[Contribution], base: Model,
     inner: Inner | None,
 ) -> dict[str, str]:  # fmt: skip
     """What a method says against contributions that it cannot take even alone, by domain."""
@@ -95,11 +95,11 @@ def _unfit(
 
     found = {}
     for c in sent:
-        with tempfile.TemporaryDirectory(prefix="fanbu-") as folder:
+        with tempfile.TemporaryDirectory(dir=turn.workspace.root / "partial") as folder:
             out = Path(folder)
             own = None if inner is None else replace(inner, after=out / STATE, telling=out / SAID)
             try:
-                trial = replace(context, progress=begin, scratch=None, inner=own)
+                trial = replace(turn.context, progress=begin, scratch=None, inner=own)
                 way.absorb(base, [c], out / "model", trial, **arguments)
             except _BegunError:
                 pass
