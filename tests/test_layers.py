@@ -22,7 +22,7 @@ LAYERS = [
     {"catalogue"},
     {"recipe", "recipe_text", "plan"},
     {"transport"},
-    {"live", "record", "turn", "probe_set", "feeding", "round", "generations", "owner"},
+    {"live", "record", "turn", "probe_set", "feeding", "secure", "round", "generations", "owner"},
     {"search"},
     {"serve", "report", "track", "progress"},
     {"api", "committee", "from_mergekit", "init", "doctor", "export", "cli", "__main__"},

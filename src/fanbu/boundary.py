@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fanbu.contribution import FEATURES, Contribution, check_contribution, write_contribution
 from fanbu.data.synthetic import Corpus
 from fanbu.errors import BoundaryError
+from fanbu.tensors import layout
 from fanbu.types import Share
 
+ADDED = frozenset({"weights", "updates", "statistics"})  # kinds that ``share.together`` is about
 MAX_NAME = 128  # longer strings than names are texts
 
 
@@ -21,7 +24,18 @@ def cross(contribution: Contribution, share: Share, out: Path, own: Sequence[str
     BoundaryError before anything is written.
     """
     check_contribution(contribution)
-    reason = refusal(contribution, share, own)
+    _check(contribution, refusal(contribution, share, own), share)
+    return write_contribution(contribution, out)
+
+
+def keep(contribution: Contribution, share: Share, out: Path, own: Sequence[str] = ()) -> Contribution:
+    """As ``cross``, for what will cross in a masked sum alone: it is written at its owner, and stays there."""
+    check_contribution(contribution)
+    _check(contribution, refusal(contribution, replace(share, together=0), own), share)
+    return write_contribution(contribution, out)
+
+
+def _check(contribution: Contribution, reason: str | None, share: Share) -> None:
     if reason:
         raise BoundaryError(
             "not-shared",
@@ -30,7 +44,6 @@ def cross(contribution: Contribution, share: Share, out: Path, own: Sequence[str
             got=f"{contribution.kind} from {contribution.method}",
             remedy="choose a method that needs less, or widen `share` of this domain with its owner's consent",
         )
-    return write_contribution(contribution, out)
 
 
 def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -> str | None:
@@ -38,6 +51,8 @@ def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -
     synthetic (``data.synthetic.Corpus.hides``): this is looked at here, whoever made them."""
     if contribution.kind not in share.kinds:
         return f"{contribution.kind} stay with their owner"
+    if share.together and contribution.kind in ADDED and not _hidden(contribution):
+        return f"{contribution.kind} cross in a sum of {share.together} owners alone"
     texts = [row["text"] for row in contribution.rows if "text" in row]
     if texts and not (share.texts or (share.synthetic and own)):
         return "texts stay with their owner"
@@ -57,6 +72,15 @@ def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -
     if share.private and needs_noise and contribution.epsilon is None:
         return f"{contribution.kind} of a private domain need a privacy cost, and {contribution.method} adds no noise"
     return None
+
+
+def _hidden(contribution: Contribution) -> bool:
+    """Whether there are only whole numbers (masked ones, keys, and shares of secrets), or only label rows."""
+    found = [layout(contribution.tensors, name) for name in contribution.tensors]
+    labels = contribution.meta.get("labels")
+    if contribution.kind == "statistics" and isinstance(labels, list):
+        return all(shape[:1] == (len(labels),) for shape, _ in found)
+    return not contribution.rows and not any(kind.is_floating_point or kind.is_complex for _, kind in found)
 
 
 def _longest(contribution: Contribution) -> int:

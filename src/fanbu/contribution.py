@@ -31,6 +31,8 @@ class Contribution:
 
     ``tensors`` may be a lazy mapping; ``rows`` have the keys id, text, label, domain, each optional; ``meta`` is
     plain JSON. ``epsilon`` is the privacy cost where noise was added. ``bytes`` is its size on disk once written.
+    ``owners`` is how many it stands for: more than one where it is their sum (secure aggregation), which the centre
+    says, never what was sent.
     """
 
     kind: Kind
@@ -41,6 +43,7 @@ class Contribution:
     meta: Mapping[str, Any] = field(default_factory=dict)
     epsilon: float | None = None
     bytes: int = 0
+    owners: int = 1
 
     @cached_property
     def digest(self) -> str:
@@ -65,7 +68,8 @@ class Contribution:
 
 
 def write_contribution(contribution: Contribution, out: Path) -> Contribution:
-    """Writes it to the folder ``out``, its header last; returns it with its size. Only the boundary calls this."""
+    """Writes it to the folder ``out``, its header last; returns it with its size. Of an owner's only the
+    boundary calls this."""
     out.mkdir(parents=True, exist_ok=True)
     files = {}
     if contribution.tensors:

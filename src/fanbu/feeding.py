@@ -6,20 +6,21 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fanbu.catalogue import Method, method
 from fanbu.contribution import Contribution
-from fanbu.domain import Specialist
+from fanbu.domain import Domain, Specialist
 from fanbu.errors import FitError, IntegrityError
 from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
 from fanbu.model import Model, copy_model, open_model, said_anew
 from fanbu.recipe import Step
+from fanbu.secure import Session, begun, summed, tell_keys
 from fanbu.turn import Turn
 from fanbu.types import Context, Inner
 
@@ -33,15 +34,50 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     specialists = [s for s in specialists if s.domain.name not in turn.missed]
     if step.times > 1:
         return _repeated(turn, step, specialists, base, name)
-    calls = [(way, step.arguments, s, base) for s in specialists]
-    sent = [c for _, (c, _) in turn.at_owners(contribute, calls)]
+    sent, _ = _gathered(turn, way, step, [(way, step.arguments, s, base, None) for s in specialists])
     return absorb(turn, way, step.arguments, sent, base, name)
+
+
+Call = tuple[Method, Mapping[str, Any], Specialist, Model, Inner | None]
+
+
+def _gathered(
+    turn: Turn, way: Method, step: Step, calls: Sequence[Call]
+) -> tuple[list[Contribution], dict[str, Path]]:  # fmt: skip
+    """What crosses, one contribution an owner, or their sum where it is secure; and the folder of each owner."""
+    if not step.secure or not calls:
+        found = [c for _, c in turn.at_owners(contribute, calls)]
+        return [c for c, _ in found], {c.domain: folder for c, folder in found}
+    base, inner = calls[0][3], calls[0][4]
+    what = {"way": way.name, "arguments": plain(way.check(step.arguments)), "base": base.digest, **_numbered(inner)}
+    session = begun(turn, {**what, **turn.settings(probe=True)}, [s for _, _, s, _, _ in calls])
+    told = turn.at_owners(prepare, [(*call, session) for call in calls])
+    prepared = [(call[2], keys, folder) for call, (keys, folder) in told]
+    by_rows = bool(way.own("absorb", step.arguments).get("by_rows"))
+    one = summed(turn, way, by_rows, base, session, prepared)
+    return [one], {s.domain.name: folder for s, _, folder in prepared if s.domain.name in one.meta["of"]}
 
 
 def contribute(
     turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None = None
 ) -> tuple[Contribution, Path]:
     """One owner's contribution, through the boundary; and the owner's folder."""
+    return turn.contribution(*_work(turn, way, arguments, s, base, inner))
+
+
+def prepare(
+    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None,
+    session: Session,
+) -> tuple[Contribution, Path]:  # fmt: skip
+    """The keys of one owner, whose contribution stays in its folder until it is masked; and that folder."""
+    folder = turn.kept(*_work(turn, way, arguments, s, base, inner))
+    return tell_keys(turn, way, s, session), folder
+
+
+def _work(
+    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None
+) -> tuple[str, str, dict[str, Any], Domain, Callable[[Path, Context], Contribution]]:
+    """An owner's stage: its name, module, inputs, domain and what makes it."""
     inputs = {
         "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest, **_numbered(inner),
         "arguments": plain(way.own("contribute", arguments)), **turn.settings(probe=way.needs.probe),
@@ -51,8 +87,7 @@ def contribute(
         own = None if inner is None else replace(inner, before=_if_there(inner.before), after=out / STATE)
         return way.contribute(s, base, replace(context, inner=own), **arguments)
 
-    name = f"{way.name} contribution {s.domain.name}"
-    return turn.contribution(name, way.module, inputs, s.domain, make)
+    return f"{way.name} contribution {s.domain.name}", way.module, inputs, s.domain, make
 
 
 def absorb(
@@ -67,7 +102,10 @@ def absorb(
 
     def make(out: Path, context: Context) -> Model:
         own = None if inner is None else replace(inner, after=out.parent / STATE, telling=out.parent / SAID)
-        return way.absorb(base, sent, out, replace(context, inner=own), **arguments)
+        made = way.absorb(base, sent, out, replace(context, inner=own), **arguments)
+        if sent and sent[0].owners > 1:  # the method heard of no single one
+            said_anew(made, {"parameters": {**made.manifest["parameters"], "domains": sent[0].meta["of"]}})
+        return made
 
     try:
         return turn.model(name, way.module, inputs, make)
@@ -135,7 +173,7 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
     """
     way = method(step.method, "feedback")
     inputs = {
-        "base": base.digest, "times": step.times, "participation": step.participation,
+        "base": base.digest, "times": step.times, "participation": step.participation, "secure": step.secure,
         "arguments": plain(way.check(step.arguments)),
         "owners": [[s.model.digest, s.domain.name, s.domain.digest, s.domain.share.as_dict()] for s in specialists],
         "boundary": code_digest("fanbu.boundary"), **turn.settings(probe=True),
@@ -172,14 +210,13 @@ def _inner_round(
     heard = [s for s in specialists if s.domain.name not in apart.missed]
     taking = _taking_part(apart.context, step, heard, number)
     share = len(taking) / len(specialists)
-    sent, owners, calls = [], dict(stand.owners), []
+    calls: list[Call] = []
     for s in taking:
         known = stand.owners.get(s.domain.name)
         before = root / known / STATE if known else None
         calls.append((way, step.arguments, s, base, Inner(number, before, said=said, share=share, of=step.times)))
-    for _, (c, folder) in apart.at_owners(contribute, calls):
-        sent.append(c)
-        owners[c.domain] = str(folder.relative_to(root))
+    sent, folders = _gathered(apart, way, step, calls)
+    owners = {**stand.owners, **{d: str(folder.relative_to(root)) for d, folder in folders.items()}}
     before = _if_there(root / stand.centre / STATE if stand.centre else None)
     made = absorb(
         apart, way, step.arguments, sent, base, way.name, Inner(number, before, said=said, share=share, of=step.times)

@@ -110,7 +110,7 @@ def sent_head(c: Contribution, bias_l: Tensor | None = None) -> Head:
     """
     labels, weight_lh, count_l = tuple(map(str, c.meta["labels"])), c.tensors["weight"], c.tensors.get("count")
     bias_l = c.tensors["bias"] if bias_l is None else bias_l
-    own = all(label.partition("/")[0] == industry_of(c.domain) and "/" in label for label in labels)
+    own = c.owners > 1 or all(label.partition("/")[0] == industry_of(c.domain) and "/" in label for label in labels)
     shapes = {t.shape for t in (bias_l, count_l) if t is not None}
     fitting = weight_lh.ndim == 2 and len(weight_lh) == len(labels) and shapes == {(len(labels),)}
     if not (own and fitting and len(set(labels)) == len(labels)):

@@ -12,18 +12,21 @@ from typing import Any, cast
 
 from fanbu.domain import Domain
 from fanbu.errors import FanbuError, IntegrityError, UsageError
-from fanbu.feeding import contribute
+from fanbu.feeding import contribute, prepare
 from fanbu.ledger import STAGE, Workspace
 from fanbu.model import Model, open_model
 from fanbu.probe_set import domain_texts, held_out
 from fanbu.recipe import Recipe, read_domains
 from fanbu.round import bear, look
+from fanbu.secure import mask, share_out, unmask
 from fanbu.transport.centre import Message, code, crossing
 from fanbu.transport.parcel import Unpacking, broken, card, card_of, taken_from, unpacked, wanted
 from fanbu.turn import Log, Turn
 from fanbu.types import ProbeRow, ProbeSet, Progress, silent
 
-_WORK: dict[str, Callable[..., Any]] = {f.__name__: f for f in (domain_texts, held_out, bear, contribute, look)}
+_WORK: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (domain_texts, held_out, bear, contribute, prepare, share_out, mask, unmask, look)
+}
 _MODEL = re.compile(r"[^/]+\.(safetensors|json|txt|model|jinja|tiktoken)")
 _SAID = re.compile(r"[^/]+\.(safetensors|json)")
 _PATHS = {"teacher", "history", "cache", "table"}  # arguments that name places on a machine

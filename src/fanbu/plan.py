@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fanbu.catalogue import Method, method
+from fanbu.boundary import ADDED
+from fanbu.catalogue import Method, method, methods
 from fanbu.domain import Domain, is_target
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
@@ -19,7 +20,8 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
     if len(tasks) > 1:
         raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
     for step in recipe.ways:
-        reason = misfit(method(step.method, "feedback"), recipe.shrink, list(domains.values()), recipe, step.arguments)
+        way, owners = method(step.method, "feedback"), list(domains.values())
+        reason = misfit(way, recipe.shrink, owners, recipe, step.arguments) or unsummable(way, owners, step)
         if reason and step in recipe.feedback:
             raise reason
         if reason:
@@ -43,6 +45,39 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
         reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
         if reason:
             raise reason
+
+
+def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError | BoundaryError | None:
+    """Why a way back cannot work on a masked sum, where it is to (``secure``), or owners share nothing else; None where
+    it can."""
+    feeding = [d for d in domains if d.role == "feeds"]
+    least = max((d.share.together for d in feeding), default=0)
+    if not step.secure:
+        if not (least and way.needs.kind in ADDED and (way.code.LINEAR or way.needs.kind != "statistics")):
+            return None
+        return BoundaryError(
+            "not-shared", f"{way.name} sends {way.needs.kind} of single owners, and some share them in sums alone",
+            allowed="secure: true beside it, or another way", got=[d.name for d in feeding if d.share.together],
+            remedy="set secure: true",
+        )  # fmt: skip
+    usual = {name: default for name, (_, default) in way.parameters().items() if name in _EACH}
+    other = {k: v for k, v in step.arguments.items() if k in usual and v != usual[k]}
+    if not way.code.LINEAR or other:
+        linear = sorted(m.name for m in methods() if m.family != "shrink" and m.code.LINEAR)
+        return FitError(
+            "not-linear", f"{way.name} looks at what each owner sent, and a secure sum shows none of it",
+            allowed=linear, got=other or way.name,
+            remedy="leave secure out, or take one of these, without these arguments",
+        )  # fmt: skip
+    if len(feeding) < max(2, least):
+        return BoundaryError(
+            "not-shared", "too few owners for a secure sum", allowed=f"{max(2, least)} at least", got=len(feeding),
+            remedy="let more owners take part, or lower `share.together` with its owner's consent",
+        )  # fmt: skip
+    return None
+
+
+_EACH = {"aggregate", "clip", "weights"}  # arguments that say what is made of single contributions
 
 
 def _check_teachers(recipe: Recipe) -> None:

@@ -47,7 +47,8 @@ class BudgetSpec(_Part):
 
 
 class ShareSpec(_Part):
-    """What may leave the owner: a preset, and changes to it."""
+    """What may leave the owner: a preset, and changes to it; ``together`` is how many owners' numbers a sum must be of,
+    of which this owner's are a part."""
 
     preset: Literal["open", "internal", "private"] = "open"
     kinds: list[Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]] | None = (
@@ -57,6 +58,7 @@ class ShareSpec(_Part):
     labels: bool | None = None
     synthetic: bool | None = None
     budget: BudgetSpec | None = None
+    together: Annotated[int, Field(ge=2, le=10_000)] | None = None
 
     def share(self) -> Share:
         """The value that the boundary checks."""
@@ -68,6 +70,7 @@ class ShareSpec(_Part):
             base.private,
             base.synthetic if self.synthetic is None else self.synthetic,
             None if self.budget is None else (self.budget.epsilon, self.budget.delta),
+            self.together or 0,
         )
 
 
@@ -148,12 +151,14 @@ def _joined(first: Any, more: list[str | None]) -> Any:
 class Step(BaseModel):
     """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
     taken so often, each time on what it made of the large model before (inner rounds), by a share of the owners
-    (``participation``), drawn anew each time."""
+    (``participation``), drawn anew each time. ``secure``: what owners send is masked, and the centre reads the sum of
+    all of them alone (linear ways)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
     times: Annotated[int, Field(ge=1, le=10_000)] = 1
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    secure: bool = False
 
     @model_validator(mode="after")
     def _some_of_many(self) -> Step:
@@ -163,7 +168,8 @@ class Step(BaseModel):
 
     @model_serializer(mode="wrap")
     def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if k not in {"times", "participation"} or v != 1}
+        usual = {"times": 1, "participation": 1, "secure": False}
+        return {k: v for k, v in handler(self).items() if k not in usual or v != usual[k]}
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fanbu.boundary import cross
+from fanbu.boundary import cross, keep
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Domain, Specialist
@@ -194,23 +194,37 @@ class Turn:
         ``make`` gets the stage's folder, which is the owner's: what else it writes there does not cross. Returns the
         contribution and that folder.
         """
+        place = self._at_owner(name, module, inputs, domain, make, shown)
+        found = _sent_by(domain, place)
+        told = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
+        cost = {} if found.epsilon is None else {"epsilon": found.epsilon}
+        self.crossed.setdefault(domain.name, {}).setdefault(place, {**told, **cost})
+        return found, place
 
+    def kept(
+        self, name: str, module: str, inputs: Mapping[str, Any], domain: Domain,
+        make: Callable[[Path, Context], Contribution],
+    ) -> Path:  # fmt: skip
+        """As ``contribution``, which stays with its owner, under ``kept`` in the folder that is returned."""
+        return self._at_owner(f"kept {name}", module, inputs, domain, make, stays=True)
+
+    def _at_owner(
+        self, name: str, module: str, inputs: Mapping[str, Any], domain: Domain,
+        make: Callable[[Path, Context], Contribution], shown: str | None = None, stays: bool = False,
+    ) -> Path:  # fmt: skip
         def produce(out: Path, context: Context) -> None:
             if self.taken(domain, out):
-                _sent_by(domain, out)  # raises where it is none, before it counts as done
+                if not stays:
+                    _sent_by(domain, out)  # raises where it is none, before it counts as done
                 return
             sent = make(out, context)
             if self.spent:
                 spend(self.spent / f"{domain.name}.json", digest([name, inputs]), sent, domain.share.budget)
-            cross(sent, domain.share, out / "contribution", domain.every_text)
+            through, folder = (keep, "kept") if stays else (cross, "contribution")
+            through(sent, domain.share, out / folder, domain.every_text)
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
-        done = self.stage(name, module, {**inputs, **rules}, produce, shown)
-        found = _sent_by(domain, done.path)
-        told = {"what": (shown or name).removesuffix(f" {domain.name}"), "kind": found.kind, "bytes": found.bytes}
-        cost = {} if found.epsilon is None else {"epsilon": found.epsilon}
-        self.crossed.setdefault(domain.name, {}).setdefault(done.path, {**told, **cost})
-        return found, done.path
+        return self.stage(name, module, {**inputs, **rules}, produce, shown).path
 
     def taken(self, domain: Domain | None, out: Path) -> bool:
         """Whether a stage is an owner's who is elsewhere; what came of it is then in ``out``."""

@@ -238,7 +238,8 @@ class Share:
 
     ``kinds`` names the kinds of contribution that may cross. ``private`` adds that predictions and probe heads need
     a privacy cost (epsilon), that predictions are made on public texts only, and that scores are paired counts.
-    ``budget`` is the epsilon and delta that all noised contributions together may cost, over all rounds.
+    ``budget`` is the epsilon and delta that all noised contributions together may cost, over all rounds. ``together``:
+    weights, updates and statistics but label rows cross only masked, in a sum of so many owners (0: alone, too).
     """
 
     kinds: frozenset[str] = frozenset(KINDS)
@@ -247,6 +248,7 @@ class Share:
     private: bool = False
     synthetic: bool = True
     budget: tuple[float, float] | None = None
+    together: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, sorted, for hashing and for the report."""
@@ -254,6 +256,7 @@ class Share:
             "kinds": sorted(self.kinds), "texts": self.texts, "labels": self.labels, "private": self.private,
             "synthetic": self.synthetic,
         }  # fmt: skip
+        plain |= {"together": self.together} if self.together else {}
         return plain if self.budget is None else {**plain, "budget": list(self.budget)}
 
 

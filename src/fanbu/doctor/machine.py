@@ -22,6 +22,7 @@ EXTRAS = {
     "quantize": "checkpoints in int8 and int4",
     "search": "searching for a way down: `search`",
     "privacy": "training with differential privacy at the owner: `learns.privacy`",
+    "secure": "sums of masked contributions: `secure: true`",
     "ray": "owners side by side on a Ray cluster",
     "flower": "owners on machines of their own: `fanbu serve-center`, `fanbu join`",
     "docs": "building the documentation",

@@ -22,7 +22,7 @@ from fanbu.errors import FitError, UsageError
 from fanbu.heads import Head, replace_rows
 from fanbu.merging.dials import Dial, depth_of, level
 from fanbu.merging.factors import Factored
-from fanbu.merging.sources import Own, Source, source_of
+from fanbu.merging.sources import Mean, Own, Source, source_of
 from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors
 from fanbu.model import Model, Provenance, save_model
 from fanbu.tensors import Shards, Tensors, check_finite, chunks
@@ -51,6 +51,7 @@ class Stack:
     name: str
     shape: tuple[int, ...]
     domains: tuple[str, ...]
+    owners: tuple[int, ...]
     layers: int
     base: Tensors
     sources: tuple[Source, ...]
@@ -125,15 +126,17 @@ class Stack:
     @property
     def touched(self) -> bool:
         """Whether any specialist may have changed it."""
-        return any(not isinstance(s, Factored) or s.touches(self.name) for s in self.sources)
+        return any(not isinstance(s, (Factored, Mean)) or s.touches(self.name) for s in self.sources)
 
     def level(self, dial: Dial) -> float:
         """The value of a dial for this tensor."""
         return level(dial, self.name, self.layers)
 
     def levels(self, dial: Dial, by_domain: Mapping[str, Dial]) -> list[float]:
-        """The value for each specialist: its own dial where it has one, else the common one."""
-        return [self.level(by_domain.get(domain, dial)) for domain in self.domains]
+        """The value for each specialist: its own dial where it has one, else the common one; what stands for several
+        owners counts as often."""
+        each = zip(self.domains, self.owners, strict=True)
+        return [count * self.level(by_domain.get(domain, dial)) for domain, count in each]
 
     def generator(self, domain: str, start: int) -> torch.Generator:
         """Random numbers for one specialist and the part that begins at row ``start``, whatever the order."""
@@ -228,8 +231,8 @@ def stacks(base: Model, contributions: Sequence[Contribution], context: Context)
     body.sort()
     return [
         Stack(
-            n, tensors.specs[n].shape, tuple(c.domain for c in ordered), layers, tensors, sources,
-            devices[i % len(devices)], context,
+            n, tensors.specs[n].shape, tuple(c.domain for c in ordered), tuple(c.owners for c in ordered), layers,
+            tensors, sources, devices[i % len(devices)], context,
         )
         for i, n in enumerate(body)
     ]  # fmt: skip
@@ -247,7 +250,7 @@ def run(
 
     def one(stack: Stack) -> None:
         # what nobody changed is copied, bit for bit (x + 0.0 is not x where x is -0.0)
-        stack = stack if stack.touched else replace(stack, domains=(), sources=())
+        stack = stack if stack.touched else replace(stack, domains=(), owners=(), sources=())
         combine = rule(stack) if stack.sources else None
         ready = combine is None or (isinstance(combine, Linear) and stack.blends)
         parts = stack.blended(combine.weights) if ready and isinstance(combine, Linear) else stack.parts()

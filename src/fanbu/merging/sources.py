@@ -20,6 +20,8 @@ from fanbu.merging.task_vector import FORM as WEIGHTS
 from fanbu.merging.task_vector import HEAD
 from fanbu.tensors import borrow_rows, layout
 
+SUM = "sum"  # meta["form"] of what stands for several owners: the mean of their changes, where any changed something
+
 
 class Source(Protocol):
     """What one specialist changed."""
@@ -45,8 +47,9 @@ def source_of(contribution: Contribution, body: Shapes) -> Source:
         return Unpacked(contribution, body)
     if contribution.meta.get("form") == SPARSE:
         return Scattered(contribution, body)
-    plain = (Own if contribution.meta.get("form") == WEIGHTS else Plain)(contribution.tensors)
-    wrong = [n for n in plain.names if n in body and layout(plain.tensors, n)[0] != body[n]]
+    own = Own if contribution.meta.get("form") == WEIGHTS else Plain
+    plain = Mean(contribution.tensors, body) if contribution.meta.get("form") == SUM else own(contribution.tensors)
+    wrong = [n for n in plain.tensors if n in body and layout(plain.tensors, n)[0] != body[n]]
     if wrong:
         raise FitError(
             "other-architecture", f"{contribution.domain} sent tensors of other shapes than the base has",
@@ -71,6 +74,29 @@ class Plain:
     def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
         """The rows as they are."""
         into.copy_(borrow_rows(self.tensors, name, start, stop))
+
+
+@dataclass(frozen=True)
+class Mean(Plain):
+    """The mean of several owners' differences; tensors that are not there did not change."""
+
+    body: Shapes
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        """All tensors of the base's body."""
+        return self.body.keys()
+
+    def touches(self, name: str) -> bool:
+        """Whether the tensor changed."""
+        return name in self.tensors
+
+    def rows(self, name: str, start: int, stop: int, base: Tensor, into: Tensor) -> None:
+        """The rows as they are, or zeros."""
+        if name in self.tensors:
+            super().rows(name, start, stop, base, into)
+        else:
+            into.zero_()
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from torch import Tensor
 from fanbu.errors import FitError
 from fanbu.heads import Head
 from fanbu.model import Model
-from fanbu.tensors import Tensors, layout
+from fanbu.tensors import Tensors, borrow_rows, layout, read_rows
 from fanbu.types import CLASSIFYING
 
 HEADS = ("classifier.out_proj.", "classifier.", "score.")
 HEAD = "head:"
+LABEL = "label:"  # before a label: the name of its row with its bias
 FORM = "weights"  # meta["form"] of a contribution that holds a specialist's own weights, as they are stored
 
 
@@ -111,6 +112,38 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.vector.names)
+
+
+class Overlaid(Mapping[str, Tensor]):
+    """Tensors, without those whose names begin so, and with ``more``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], without: str, more: Mapping[str, Tensor]) -> None:
+        self.body, self.more = tensors, more
+        self.names = [*(n for n in tensors if not n.startswith(without)), *more]
+
+    def _of(self, name: str) -> Mapping[str, Tensor]:
+        return self.more if name in self.more else self.body
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        return read_rows(self._of(name), name, start, stop)
+
+    def borrowed(self, name: str, start: int, stop: int) -> Tensor:
+        """As ``Tensors.borrowed``."""
+        return borrow_rows(self._of(name), name, start, stop)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return layout(self._of(name), name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def head_tensors(model: Model) -> list[str]:

@@ -182,10 +182,11 @@ def away(told: Mapping[str, Any]) -> Domain:
         if min(counts.values()) < 0 or len(labels) > _MOST or not set(share["kinds"]) <= set(KINDS):
             raise ValueError("its counts, labels or kinds")
         budget = None if share.get("budget") is None else (float(share["budget"][0]), float(share["budget"][1]))
+        together = int(share.get("together", 0))
         yes = {key: bool(share[key]) for key in ("texts", "labels", "private", "synthetic")}
         return Domain(
             told["name"], told["task"], tuple(labels), Rows(), Rows(), Rows(), Rows(), _short(told["metric"]),
-            Share(frozenset(share["kinds"]), **yes, budget=budget), told["role"], tuple(warnings),
+            Share(frozenset(share["kinds"]), **yes, budget=budget, together=together), told["role"], tuple(warnings),
             away={"digest": _sha(told["digest"]), "counts": counts},
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, IndexError) as error:

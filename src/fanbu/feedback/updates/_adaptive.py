@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fanbu.contribution import Contribution
-from fanbu.feedback.updates._server import LABEL, How, Memory, taken
+from fanbu.feedback.updates._server import How, Memory, taken
+from fanbu.merging.task_vector import LABEL
 from fanbu.model import Model, Provenance
 from fanbu.types import Context
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from fanbu.heads import Head, sent_head
 from fanbu.merging.engine import Combine, Linear, Part, Stack, merge, stacks
 from fanbu.merging.geometry import gram
 from fanbu.merging.robust import Aggregate, bounded, chosen, middle
-from fanbu.merging.task_vector import HEAD, head_tensors, rows_of
+from fanbu.merging.task_vector import HEAD, LABEL, Overlaid, head_tensors, rows_of
 from fanbu.model import Model, Provenance
-from fanbu.tensors import Shards, Tensors, borrow_rows, layout, read_rows
+from fanbu.tensors import Shards, Tensors, layout
 from fanbu.types import Context
 
 _MOST = 10**7  # rows or steps that an owner may claim
-LABEL = "label:"  # before a label: the name of its row with its bias
 
 
 @dataclass(frozen=True)
@@ -186,38 +185,6 @@ def _with_head(base: Model, ordered: Sequence[Contribution], head: Head) -> list
     meta = {**first.meta, "labels": list(head.labels)}
     all_rows = replace(first, tensors=Overlaid(first.tensors, HEAD, parts), meta=meta)
     return [all_rows, *(replace(c, tensors=Overlaid(c.tensors, HEAD, {})) for c in others)]
-
-
-class Overlaid(Mapping[str, Tensor]):
-    """Tensors, without those whose names begin so, and with ``more``."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], without: str, more: Mapping[str, Tensor]) -> None:
-        self.body, self.more = tensors, more
-        self.names = [*(n for n in tensors if not n.startswith(without)), *more]
-
-    def _of(self, name: str) -> Mapping[str, Tensor]:
-        return self.more if name in self.more else self.body
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of one tensor."""
-        return read_rows(self._of(name), name, start, stop)
-
-    def borrowed(self, name: str, start: int, stop: int) -> Tensor:
-        """As ``Tensors.borrowed``."""
-        return borrow_rows(self._of(name), name, start, stop)
-
-    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of one tensor."""
-        return layout(self._of(name), name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._of(name)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class Memory:

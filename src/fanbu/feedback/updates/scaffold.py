@@ -15,9 +15,10 @@ from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.feedback.updates._local import Learns, Pull, update
-from fanbu.feedback.updates._server import LABEL, How, Overlaid, joined, label_rows, said_number, taken
+from fanbu.feedback.updates._server import How, joined, label_rows, said_number, taken
 from fanbu.merging.factors import FORM as FACTORS
-from fanbu.merging.task_vector import HEAD, body_shapes, head_tensors, rows_of
+from fanbu.merging.summing import CONTROL
+from fanbu.merging.task_vector import HEAD, LABEL, Overlaid, body_shapes, head_tensors, rows_of
 from fanbu.model import Model, provenance
 from fanbu.tensors import ByRows, Tensors, layout, load_tensors, read_rows, save_tensors
 from fanbu.train import schedule
@@ -26,7 +27,7 @@ from fanbu.types import Context, Inner, Needs, Train
 NEEDS = Needs(kind="updates")
 LINEAR = True
 SENSITIVITY = None
-CONTROL, _FILE = "control:", "control.safetensors"
+_FILE = "control.safetensors"
 
 
 def contribute(

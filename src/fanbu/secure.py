@@ -1,0 +1,372 @@
+"""Secure aggregation: what each owner contributes is masked, and the centre reads the sum of all of them alone.
+
+Four questions to each owner: its keys, shares of its secrets for its neighbours, its masked numbers, and the shares
+that open the sum (``transport.masks``). What it contributes, and its secrets, stay in its workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fanbu.catalogue import Method
+from fanbu.contribution import Contribution, open_contribution, write_contribution
+from fanbu.domain import Specialist
+from fanbu.errors import BoundaryError, IntegrityError, RetryError
+from fanbu.files import write_text
+from fanbu.merging.summing import Summands, as_one, meta_of
+from fanbu.model import Model
+from fanbu.tensors import ByRows, Tensors, layout, read_rows, save_tensors
+from fanbu.transport import masks
+from fanbu.transport.masks import Mask, Ring, Secrets
+from fanbu.turn import Turn
+from fanbu.types import Context, digest
+
+Session = Mapping[str, Any]  # name and owners: what all know of one sum
+_SEED, _OWN, _FOR, _KEYS = "seed:", "own:", "for:", "keys"
+_DESKS = 4  # sums of one domain whose notes stay at the owner
+
+
+def begun(turn: Turn, what: Mapping[str, Any], specialists: Sequence[Specialist]) -> Session:
+    """A sum that has a name of its own, the same again after a kill; ``what`` is summed."""
+    owners = sorted(s.domain.name for s in specialists)
+    key = digest({**what, "owners": owners})
+    desk = _folder(turn) / f"{key[:20]}.json"
+    if not desk.exists():
+        write_text(desk, json.dumps({"nonce": secrets.token_hex(16)}))
+    return {"name": digest([key, json.loads(desk.read_text())["nonce"]]), "owners": owners, "key": key[:20]}
+
+
+# Owners
+
+
+def tell_keys(turn: Turn, way: Method, s: Specialist, session: Session) -> Contribution:
+    """An owner draws its secrets for one sum, and tells its public keys."""
+    ring, share = _ring(session), s.domain.share
+
+    def make(out: Path, context: Context) -> Contribution:
+        if len(ring.owners) < max(2, share.together):
+            raise _too_few(s.domain.name, len(ring.owners), share.together)
+        own = masks.drawn()
+        desk = _desk(turn, session, s)
+        kept = {"seed": own.seed.hex(), "own": own.own.hex(), "letters": own.letters.hex()}
+        if not desk.exists():
+            _note(desk, {"secrets": kept})
+        for old in sorted(desk.parent.glob(f"*-{s.domain.name}.json"), key=os.path.getmtime)[:-_DESKS]:
+            old.unlink(missing_ok=True)
+        told = [list(bytes.fromhex(part)) for part in _secrets(_read(desk)).public()]
+        return _message(way, s, {_KEYS: torch.tensor(told, dtype=torch.uint8)})
+
+    return turn.contribution(f"{way.name} keys {s.domain.name}", __name__, dict(session), s.domain, make)[0]
+
+
+def share_out(turn: Turn, way: Method, s: Specialist, session: Session, public: Mapping[str, Any]) -> Contribution:
+    """An owner's letters to those who hold shares of its secrets, sealed."""
+    inputs = {**session, "public": public}
+
+    def make(out: Path, context: Context) -> Contribution:
+        desk = _desk(turn, session, s)
+        notes = _once(_read(desk), "public", public)
+        own = _secrets(notes)
+        if list(public[s.domain.name]) != own.public():
+            raise masks.broken(f"the keys of {s.domain.name} are not those that it told", s.domain.name)
+        _note(desk, notes)
+        letters = masks.shares_for(_ring(session), s.domain.name, own, public)
+        return _message(way, s, {_FOR + name: _bytes(letter) for name, letter in letters.items()})
+
+    return turn.contribution(f"{way.name} letters {s.domain.name}", __name__, inputs, s.domain, make)[0]
+
+
+def mask(
+    turn: Turn, way: Method, s: Specialist, session: Session, base: Model, folder: Path, letters: Mapping[str, str],
+    weighing: Mapping[str, Any],
+) -> Contribution:  # fmt: skip
+    """An owner's masked numbers; ``letters`` are those to it, of the neighbours that take part."""
+    inputs = {**session, "letters": letters, "weighing": weighing, "folder": folder.name, "base": base.digest}
+    ring, name = _ring(session), s.domain.name
+
+    def make(out: Path, context: Context) -> Contribution:
+        desk = _desk(turn, session, s)
+        notes = _once(_read(desk), "letters", digest(letters))
+        own, public = _secrets(notes), notes["public"]
+        found = masks.opened(ring, name, own, {d: bytes.fromhex(v) for d, v in letters.items()}, public)
+        notes["held"] = {d: [place, seed.hex(), mine.hex()] for d, (place, seed, mine) in found.items()}
+        _note(desk, notes)
+        kept = open_contribution(folder / "kept")
+        by_rows = weighing["scale"] and kept.kind == "updates"
+        weight = int(kept.meta["rows"]) / float(weighing["scale"]) if by_rows else 1.0
+        keys = masks.pair_masks(ring, name, own.seed, found.keys() - {name}, public)
+        hidden = _Masked(
+            Summands(kept, base, weighing["labels"], weight), [*keys, masks.own_mask(ring, name, own.own)],
+            len(ring.owners),
+        )  # fmt: skip
+        assert context.scratch is not None
+        save_tensors(context.scratch / "masked.safetensors", hidden)
+        return replace(
+            _message(way, s, Tensors(context.scratch / "masked.safetensors")), meta=meta_of(kept), epsilon=kept.epsilon
+        )
+
+    return turn.contribution(f"{way.name} masked contribution {name}", __name__, inputs, s.domain, make)[0]
+
+
+def unmask(turn: Turn, way: Method, s: Specialist, session: Session, heard: Sequence[str], lost: Sequence[str]
+           ) -> Contribution:  # fmt: skip
+    """The shares that an owner holds of what opens the sum: of the masks of those who were heard, and of the masks
+    that those who were lost left in others' numbers. It answers once, and forgets its secrets."""
+    inputs = {**session, "heard": list(heard), "lost": list(lost)}
+
+    def make(out: Path, context: Context) -> Contribution:
+        desk, share = _desk(turn, session, s), s.domain.share
+        notes = _once(_read(desk), "opened", [list(heard), list(lost)])
+        if set(heard) & set(lost) or s.domain.name not in heard:
+            raise masks.broken("who was heard and who was lost is not to be told apart", s.domain.name)
+        if len(set(heard)) < max(2, share.together):
+            raise _too_few(s.domain.name, len(set(heard)), share.together)
+        if "answer" not in notes:
+            held = notes.get("held", {})
+            answer = {_OWN + d: [held[d][0], held[d][2]] for d in heard if d in held}
+            answer |= {_SEED + d: [held[d][0], held[d][1]] for d in lost if d in held}
+            notes = {"opened": notes["opened"], "answer": answer}
+            _note(desk, notes)
+        sent = {
+            n: _bytes(int(place).to_bytes(2, "big") + bytes.fromhex(v)) for n, (place, v) in notes["answer"].items()
+        }
+        return _message(way, s, sent)
+
+    return turn.contribution(f"{way.name} opening {s.domain.name}", __name__, inputs, s.domain, make)[0]
+
+
+# The centre
+
+
+def summed(
+    turn: Turn, way: Method, by_rows: bool, base: Model, session: Session,
+    prepared: Sequence[tuple[Specialist, Contribution, Path]],
+) -> Contribution:  # fmt: skip
+    """The mean of what all owners contributed, as one contribution; who is lost on the way is not in it.
+
+    Raises RetryError where fewer than two owners, or too few of an owner's holders, are heard: run again, a new sum is
+    begun.
+    """
+    ring, owners = _ring(session), {s.domain.name: (s, folder) for s, _, folder in prepared}
+    public = {s.domain.name: _public(c) for s, c, _ in prepared}
+
+    def known(name: str) -> dict[str, list[str]]:
+        return {n: keys for n, keys in public.items() if n in ring.holders(name)}
+
+    asked: list[tuple[Any, ...]] = [(way, s, session, known(n)) for n, (s, _) in owners.items()]
+    letters = {call[1].domain.name: c for call, c in turn.at_owners(share_out, asked)}
+    scale, labels = _scale(owners) if by_rows else 0, _labels(owners)
+    weighing = {"scale": scale, "labels": labels}
+    asked = [
+        (way, owners[n][0], session, base, owners[n][1], _letters_to(n, letters), weighing) for n in letters
+    ]  # fmt: skip
+    sent = _alike(turn, {call[1].domain.name: c for call, c in turn.at_owners(mask, asked)})
+    heard = _settled(turn, session, list(sent))
+    lost = sorted(letters.keys() - set(heard))
+    if len(heard) < 2:
+        raise RetryError(
+            "too-few-owners", "a sum of one owner's numbers would be its own", allowed="two owners", got=heard,
+            remedy="run again when more of them are there",
+        )  # fmt: skip
+    asked = [(way, owners[n][0], session, heard, lost) for n in heard]
+    answers = [c for _, c in turn.at_owners(unmask, asked)]
+    numbers = {n: sent[n] for n in heard}
+    inputs = {**session, "sent": {n: c.digest for n, c in numbers.items()}, "base": base.digest}
+
+    def produce(out: Path, context: Context) -> None:
+        opening = _opening(ring, heard, lost, public, answers)
+        first = numbers[heard[0]]
+        sums = _Opened(list(numbers.values()), opening)
+        one = as_one(sums, labels, meta_of(first), first, heard, scale or 1)
+        write_contribution(one, out / "contribution")
+
+    try:
+        done = turn.stage(f"{way.name} sum", __name__, inputs, produce)
+    except (IntegrityError, RetryError):
+        (_folder(turn) / f"{session['key']}.json").unlink(missing_ok=True)  # the next run begins another sum
+        raise
+    return replace(open_contribution(done.path / "contribution"), owners=len(heard))
+
+
+def _opening(
+    ring: Ring, heard: Sequence[str], lost: Sequence[str], public: Mapping[str, Sequence[str]],
+    answers: Sequence[Contribution],
+) -> list[Mask]:  # fmt: skip
+    """What is added to the sum of all masked numbers, so that no mask is left in it."""
+    shares: dict[str, dict[int, bytes]] = {}
+    for c in answers:
+        for name, tensor in c.tensors.items():
+            content = bytes(tensor.tolist())
+            shares.setdefault(name, {})[int.from_bytes(content[:2], "big")] = content[2:]
+    found: list[Mask] = []
+    for name in heard:
+        seed = masks.joined(ring, name, shares.get(_OWN + name, {}), public[name], "own")
+        sign, key = masks.own_mask(ring, name, seed)
+        found.append((-sign, key))
+    for name in lost:
+        left = [n for n in ring.neighbours(name) if n in heard]
+        seed = masks.joined(ring, name, shares.get(_SEED + name, {}), public[name], "seed")
+        found += masks.pair_masks(ring, name, seed, left, public)
+    return found
+
+
+def _alike(turn: Turn, sent: dict[str, Contribution]) -> dict[str, Contribution]:
+    """Those who sent numbers of the same names and shapes as most; whoever did not takes no further part."""
+    shapes = {n: digest({k: [str(v) for v in layout(c.tensors, k)] for k in c.tensors}) for n, c in sent.items()}
+    most = Counter(sorted(shapes.values())).most_common(1)
+    for name, shape in shapes.items():
+        if shape != most[0][0] or any(layout(sent[name].tensors, k)[1] != torch.int64 for k in sent[name].tensors):
+            if turn.centre is None:
+                raise masks.broken(f"{name} sends numbers of other shapes than the others", name)
+            turn.miss(name, "mask: it sent other numbers than the others")
+            del sent[name]
+    return sent
+
+
+def _settled(turn: Turn, session: Session, names: Sequence[str]) -> list[str]:
+    """Whose numbers are in the sum: written down before any owner opens its share of it, since none does so twice."""
+    desk = _folder(turn) / f"{session['key']}.json"
+    notes = json.loads(desk.read_text())
+    if "heard" not in notes:
+        notes["heard"] = sorted(names)
+        write_text(desk, json.dumps(notes))
+    return [name for name in notes["heard"] if name in names]
+
+
+def _scale(owners: Mapping[str, tuple[Specialist, Path]]) -> int:
+    """A power of two that no owner's rows exceed: weights are rows over it, exactly."""
+    return int(2 ** math.ceil(math.log2(max(2, *(s.domain.counts["train"] for s, _ in owners.values())))))
+
+
+def _labels(owners: Mapping[str, tuple[Specialist, Path]]) -> list[str]:
+    return sorted({label for s, _ in owners.values() for label in s.domain.full_labels})
+
+
+def _letters_to(name: str, letters: Mapping[str, Contribution]) -> dict[str, str]:
+    found = {n: c.tensors[_FOR + name] for n, c in letters.items() if _FOR + name in c.tensors}
+    return {n: bytes(letter.flatten().tolist()).hex() for n, letter in found.items()}
+
+
+def _public(c: Contribution) -> list[str]:
+    told = c.tensors[_KEYS]
+    if told.shape != (3, 32) or told.dtype != torch.uint8:
+        raise masks.broken(f"the keys of {c.domain} are none", list(told.shape))
+    return [bytes(row).hex() for row in told.tolist()]
+
+
+# Both
+
+
+class _Places:
+    """Where each tensor's numbers begin among all that are masked."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.first, self.width, place = {}, {}, 0
+        for name in sorted(tensors):
+            shape, _ = layout(tensors, name)
+            self.first[name], self.width[name] = place, math.prod(shape[1:])
+            place += math.prod(shape)
+
+    def __call__(self, name: str, start: int) -> int:
+        return self.first[name] + start * self.width[name]
+
+
+class _Masked(ByRows):
+    """Whole numbers with masks, some rows at a time."""
+
+    def __init__(self, numbers: Summands, added: Sequence[Mask], owners: int) -> None:
+        self.numbers, self.masks, self.owners = numbers, added, owners
+        self.names, self.places = numbers.names, _Places(numbers)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return self.numbers.layout(name)[0], torch.int64
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        plain = masks.whole(self.numbers.rows(name, start, stop), self.owners, name)
+        return masks.masked(plain, self.masks, self.places(name, start))
+
+
+class _Opened(ByRows):
+    """The sum of masked numbers without masks, in float64, some rows at a time."""
+
+    def __init__(self, sent: Sequence[Contribution], opening: Sequence[Mask]) -> None:
+        self.sent, self.masks = sent, opening
+        self.names, self.places = sorted(sent[0].tensors), _Places(sent[0].tensors)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return layout(self.sent[0].tensors, name)[0], torch.float64
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor."""
+        total = read_rows(self.sent[0].tensors, name, start, stop).clone()
+        for c in self.sent[1:]:
+            total.add_(read_rows(c.tensors, name, start, stop))
+        return masks.real(masks.masked(total, self.masks, self.places(name, start)))
+
+
+def _ring(session: Session) -> Ring:
+    return Ring(str(session["name"]), tuple(session["owners"]))
+
+
+def _message(way: Method, s: Specialist, tensors: Mapping[str, Tensor]) -> Contribution:
+    return Contribution(way.needs.kind, s.domain.name, way.name, tensors)
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def _folder(turn: Turn) -> Path:
+    folder = turn.workspace.root / "secure"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _desk(turn: Turn, session: Session, s: Specialist) -> Path:
+    return _folder(turn) / f"{session['name'][:20]}-{s.domain.name}.json"
+
+
+def _read(desk: Path) -> dict[str, Any]:
+    if not desk.exists():
+        raise masks.broken("an owner has lost its secrets of this sum", desk.name)
+    notes: dict[str, Any] = json.loads(desk.read_text())
+    return notes
+
+
+def _note(desk: Path, notes: Mapping[str, Any]) -> None:
+    write_text(desk, json.dumps(notes))
+    desk.chmod(0o600)
+
+
+def _secrets(notes: Mapping[str, Any]) -> Secrets:
+    if "secrets" not in notes:
+        raise masks.broken("an owner has opened this sum already", "no secrets")
+    return Secrets(**{name: bytes.fromhex(value) for name, value in notes["secrets"].items()})
+
+
+def _once(notes: dict[str, Any], what: str, asked: Any) -> dict[str, Any]:
+    """The notes with what was asked; an owner answers nothing twice, but the same again."""
+    if notes.setdefault(what, asked) != asked:
+        raise masks.broken(f"the centre asks twice, and not for the same ({what})", what)
+    return notes
+
+
+def _too_few(domain: str, got: int, least: int) -> BoundaryError:
+    return BoundaryError(
+        "not-shared", f"{domain} takes part in no sum of so few owners", allowed=f"{max(2, least)} at least", got=got,
+        remedy="let more owners take part, or lower `share.together` with its owner's consent",
+    )  # fmt: skip
