@@ -280,3 +280,10 @@ def test_what_looks_at_single_ones_takes_no_sum(step: dict[str, Any], tmp_path: 
     value = {**tiny_recipe(tmp_path), "references": [], "feedback": {**step, "secure": True}}
     with pytest.raises(FitError, match="a secure sum shows none of it"):
         run(load_recipe(value))
+
+
+def test_whose_label_rows_are_alone_is_told(tmp_path: Path) -> None:
+    recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1})
+    warnings = run(load_recipe(recipe), line=line)["warnings"]
+    [told] = [w for w in warnings if "alone in the secure sum" in w]
+    assert "labels of food:" in told

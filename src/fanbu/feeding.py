@@ -18,11 +18,13 @@ from fanbu.errors import FitError, IntegrityError
 from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
+from fanbu.merging.noise import noised
 from fanbu.model import Model, copy_model, open_model, said_anew
+from fanbu.private import cost, owner_noise
 from fanbu.recipe import Step
 from fanbu.secure import Session, begun, summed, tell_keys
 from fanbu.turn import Turn
-from fanbu.types import Context, Inner
+from fanbu.types import Context, Inner, Privacy
 
 STATE, SAID = "state", "said"  # folders of a stage: what is kept for the next inner round, and told to all owners
 _CROSSED, _DONE = "crossed.json", "done.json"
@@ -38,6 +40,7 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     return absorb(turn, way, step.arguments, sent, base, name)
 
 
+Noise = Mapping[str, Any]  # privacy of a whole owner, as plain JSON, and ``among``: owners of a sum at least, or 0
 Call = tuple[Method, Mapping[str, Any], Specialist, Model, Inner | None]
 
 
@@ -46,48 +49,70 @@ def _gathered(
 ) -> tuple[list[Contribution], dict[str, Path]]:  # fmt: skip
     """What crosses, one contribution an owner, or their sum where it is secure; and the folder of each owner."""
     if not step.secure or not calls:
-        found = [c for _, c in turn.at_owners(contribute, calls)]
+        found = [c for _, c in turn.at_owners(contribute, [(*call, _noise(step, 0)) for call in calls])]
         return [c for c, _ in found], {c.domain: folder for c, folder in found}
     base, inner = calls[0][3], calls[0][4]
     what = {"way": way.name, "arguments": plain(way.check(step.arguments)), "base": base.digest, **_numbered(inner)}
-    session = begun(turn, {**what, **turn.settings(probe=True)}, [s for _, _, s, _, _ in calls])
-    told = turn.at_owners(prepare, [(*call, session) for call in calls])
+    session = begun(turn, {**what, **turn.settings(probe=True)}, [call[2] for call in calls])
+    noise = _noise(step, session["least"])
+    told = turn.at_owners(prepare, [(*call, noise, session) for call in calls])
     prepared = [(call[2], keys, folder) for call, (keys, folder) in told]
     by_rows = bool(way.own("absorb", step.arguments).get("by_rows"))
     one = summed(turn, way, by_rows, base, session, prepared)
     return [one], {s.domain.name: folder for s, _, folder in prepared if s.domain.name in one.meta["of"]}
 
 
+def _noise(step: Step, among: int) -> Noise | None:
+    return None if step.noise is None else {**asdict(step.noise), "times": step.times, "among": among}
+
+
 def contribute(
-    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None = None
-) -> tuple[Contribution, Path]:
+    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None = None,
+    noise: Noise | None = None,
+) -> tuple[Contribution, Path]:  # fmt: skip
     """One owner's contribution, through the boundary; and the owner's folder."""
-    return turn.contribution(*_work(turn, way, arguments, s, base, inner))
+    return turn.contribution(*_work(turn, way, arguments, s, base, inner, noise))
 
 
 def prepare(
     turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None,
-    session: Session,
+    noise: Noise | None, session: Session,
 ) -> tuple[Contribution, Path]:  # fmt: skip
     """The keys of one owner, whose contribution stays in its folder until it is masked; and that folder."""
-    folder = turn.kept(*_work(turn, way, arguments, s, base, inner))
+    folder = turn.kept(*_work(turn, way, arguments, s, base, inner, noise))
     return tell_keys(turn, way, s, session), folder
 
 
 def _work(
-    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None
-) -> tuple[str, str, dict[str, Any], Domain, Callable[[Path, Context], Contribution]]:
+    turn: Turn, way: Method, arguments: Mapping[str, Any], s: Specialist, base: Model, inner: Inner | None,
+    noise: Noise | None,
+) -> tuple[str, str, dict[str, Any], Domain, Callable[[Path, Context], Contribution]]:  # fmt: skip
     """An owner's stage: its name, module, inputs, domain and what makes it."""
     inputs = {
         "base": base.digest, "specialist": s.model.digest, "domain": s.domain.digest, **_numbered(inner),
         "arguments": plain(way.own("contribute", arguments)), **turn.settings(probe=way.needs.probe),
+        **({} if noise is None else {"noise": dict(noise)}),
     }  # fmt: skip
 
     def make(out: Path, context: Context) -> Contribution:
         own = None if inner is None else replace(inner, before=_if_there(inner.before), after=out / STATE)
-        return way.contribute(s, base, replace(context, inner=own), **arguments)
+        sent = way.contribute(s, base, replace(context, inner=own), **arguments)
+        return sent if noise is None else _noised(sent, base, context, inner, noise)
 
     return f"{way.name} contribution {s.domain.name}", way.module, inputs, s.domain, make
+
+
+def _noised(
+    sent: Contribution, base: Model, context: Context, inner: Inner | None, noise: Noise
+) -> Contribution:  # fmt: skip
+    """An owner's contribution with noise, and what that costs it."""
+    privacy = Privacy(noise["epsilon"], noise["delta"], noise["norm"])
+    each, deviation = owner_noise(privacy, noise["times"], noise["among"])
+    assert context.scratch is not None
+    made = noised(sent, base, privacy.norm, deviation, context.scratch / "noised.safetensors")
+    epsilon = cost([replace(each, steps=inner.number + 1 if inner else 1)], privacy.delta)
+    told = {**each.as_dict(), "delta": privacy.delta, "norm": privacy.norm, "of": "owner"}
+    return replace(made, meta={**made.meta, "privacy": told}, epsilon=epsilon)
 
 
 def absorb(

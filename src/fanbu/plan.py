@@ -52,6 +52,8 @@ def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError |
     it can."""
     feeding = [d for d in domains if d.role == "feeds"]
     least = max((d.share.together for d in feeding), default=0)
+    if step.noise is not None and (reason := _without_noise(way, step)):
+        return reason
     if not step.secure:
         if not (least and way.needs.kind in ADDED and (way.code.LINEAR or way.needs.kind != "statistics")):
             return None
@@ -73,6 +75,29 @@ def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError |
         return BoundaryError(
             "not-shared", "too few owners for a secure sum", allowed=f"{max(2, least)} at least", got=len(feeding),
             remedy="let more owners take part, or lower `share.together` with its owner's consent",
+        )  # fmt: skip
+    return None
+
+
+def _without_noise(way: Method, step: Step) -> FitError | None:
+    """Why noise hides no owner in what a way sends; None where it does."""
+    if way.code.SENSITIVITY is None or not (step.noise and step.noise.epsilon):
+        known = sorted(m.name for m in methods() if m.family != "shrink" and m.code.SENSITIVITY is not None)
+        return FitError(
+            "no-sensitivity", f"{way.name} has no form with noise of a whole owner", allowed=known,
+            got=step.noise and vars(step.noise),
+            remedy="leave noise out, or take one of these, with an epsilon above 0",
+        )  # fmt: skip
+    learns = way.check(step.arguments).get("learns")
+    if learns and (learns.privacy.epsilon or learns.store != "exact"):
+        return FitError(
+            "no-sensitivity", f"{way.name}: noise of a whole owner is added to exact numbers without other noise",
+            allowed="learns without privacy and store", got=step.arguments["learns"], remedy="leave these out",
+        )  # fmt: skip
+    if step.secure and way.own("absorb", step.arguments).get("by_rows"):
+        return FitError(
+            "no-sensitivity", f"{way.name}: owners count alike in a secure sum with noise",
+            allowed="by_rows: false", got=True, remedy="set by_rows: false",
         )  # fmt: skip
     return None
 

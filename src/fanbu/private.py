@@ -89,6 +89,17 @@ def noise_for(privacy: Privacy, rate: float, steps: int) -> float:
         )  # fmt: skip
 
 
+def owner_noise(privacy: Privacy, times: int, among: int) -> tuple[Mechanism, float]:
+    """What so many contributions of a whole owner cost together, each time one ``Mechanism``, and the standard
+    deviation of the noise that it adds to its numbers, which are ``privacy.norm`` long at most.
+
+    What crosses alone must look alike for any rows that the owner may have: these are 2 norm apart at most. In a secure
+    sum of ``among`` owners at least, each adds its share of the noise that hides whether one of them takes part.
+    """
+    mechanism = Mechanism(noise_for(privacy, 1.0, times), 1.0, 1)
+    return mechanism, mechanism.noise * privacy.norm * (2 if among < 2 else 1 / math.sqrt(among))
+
+
 def train_privately(
     learning: nn.Module, rows: int, loss: BatchLoss, plan: Train, context: Context, name: str, privacy: Privacy,
     head: tuple[nn.Module, int] | None = None,

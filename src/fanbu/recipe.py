@@ -30,7 +30,7 @@ from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
 from fanbu.machine import resolve_machine
 from fanbu.recipe_text import apply_change, read_yaml
-from fanbu.types import PRESETS, Context, Precision, Progress, Share, Task, Transport, silent
+from fanbu.types import PRESETS, Context, Precision, Privacy, Progress, Share, Task, Transport, silent
 
 SPLITS = ("train", "valid", "test", "unlabelled")
 
@@ -152,13 +152,15 @@ class Step(BaseModel):
     """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
     taken so often, each time on what it made of the large model before (inner rounds), by a share of the owners
     (``participation``), drawn anew each time. ``secure``: what owners send is masked, and the centre reads the sum of
-    all of them alone (linear ways)."""
+    all of them alone (linear ways). ``noise``: what an owner changed is brought down to a length (``norm``), and noise
+    is added, so that it tells little of the owner as a whole: (epsilon, delta)-differential privacy."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
     times: Annotated[int, Field(ge=1, le=10_000)] = 1
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     secure: bool = False
+    noise: Privacy | None = None
 
     @model_validator(mode="after")
     def _some_of_many(self) -> Step:
@@ -168,7 +170,7 @@ class Step(BaseModel):
 
     @model_serializer(mode="wrap")
     def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"times": 1, "participation": 1, "secure": False}
+        usual = {"times": 1, "participation": 1, "secure": False, "noise": None}
         return {k: v for k, v in handler(self).items() if k not in usual or v != usual[k]}
 
     @property

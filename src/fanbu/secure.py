@@ -32,7 +32,7 @@ from fanbu.transport.masks import Mask, Ring, Secrets
 from fanbu.turn import Turn
 from fanbu.types import Context, digest
 
-Session = Mapping[str, Any]  # name and owners: what all know of one sum
+Session = Mapping[str, Any]  # name, owners and the least of them that it opens with: what all know of one sum
 _SEED, _OWN, _FOR, _KEYS = "seed:", "own:", "for:", "keys"
 _DESKS = 4  # sums of one domain whose notes stay at the owner
 
@@ -44,7 +44,12 @@ def begun(turn: Turn, what: Mapping[str, Any], specialists: Sequence[Specialist]
     desk = _folder(turn) / f"{key[:20]}.json"
     if not desk.exists():
         write_text(desk, json.dumps({"nonce": secrets.token_hex(16)}))
-    return {"name": digest([key, json.loads(desk.read_text())["nonce"]]), "owners": owners, "key": key[:20]}
+    return {
+        "name": digest([key, json.loads(desk.read_text())["nonce"]]),
+        "owners": owners,
+        "least": max(2, len(owners) // 2 + 1),
+        "key": key[:20],
+    }
 
 
 # Owners
@@ -52,11 +57,10 @@ def begun(turn: Turn, what: Mapping[str, Any], specialists: Sequence[Specialist]
 
 def tell_keys(turn: Turn, way: Method, s: Specialist, session: Session) -> Contribution:
     """An owner draws its secrets for one sum, and tells its public keys."""
-    ring, share = _ring(session), s.domain.share
+    ring = _ring(session)
 
     def make(out: Path, context: Context) -> Contribution:
-        if len(ring.owners) < max(2, share.together):
-            raise _too_few(s.domain.name, len(ring.owners), share.together)
+        _check_many(s, len(ring.owners), session)
         own = masks.drawn()
         desk = _desk(turn, session, s)
         kept = {"seed": own.seed.hex(), "own": own.own.hex(), "letters": own.letters.hex()}
@@ -105,6 +109,7 @@ def mask(
         kept = open_contribution(folder / "kept")
         by_rows = weighing["scale"] and kept.kind == "updates"
         weight = int(kept.meta["rows"]) / float(weighing["scale"]) if by_rows else 1.0
+        _check_many(s, len(found) + len(ring.owners) - len(ring.holders(name)), session)
         keys = masks.pair_masks(ring, name, own.seed, found.keys() - {name}, public)
         hidden = _Masked(
             Summands(kept, base, weighing["labels"], weight), [*keys, masks.own_mask(ring, name, own.own)],
@@ -126,12 +131,11 @@ def unmask(turn: Turn, way: Method, s: Specialist, session: Session, heard: Sequ
     inputs = {**session, "heard": list(heard), "lost": list(lost)}
 
     def make(out: Path, context: Context) -> Contribution:
-        desk, share = _desk(turn, session, s), s.domain.share
+        desk = _desk(turn, session, s)
         notes = _once(_read(desk), "opened", [list(heard), list(lost)])
         if set(heard) & set(lost) or s.domain.name not in heard:
             raise masks.broken("who was heard and who was lost is not to be told apart", s.domain.name)
-        if len(set(heard)) < max(2, share.together):
-            raise _too_few(s.domain.name, len(set(heard)), share.together)
+        _check_many(s, len(set(heard)), session)
         if "answer" not in notes:
             held = notes.get("held", {})
             answer = {_OWN + d: [held[d][0], held[d][2]] for d in heard if d in held}
@@ -155,8 +159,8 @@ def summed(
 ) -> Contribution:  # fmt: skip
     """The mean of what all owners contributed, as one contribution; who is lost on the way is not in it.
 
-    Raises RetryError where fewer than two owners, or too few of an owner's holders, are heard: run again, a new sum is
-    begun.
+    Raises RetryError where no majority of the owners, or too few of an owner's holders, are heard: run again, a new sum
+    is begun.
     """
     ring, owners = _ring(session), {s.domain.name: (s, folder) for s, _, folder in prepared}
     public = {s.domain.name: _public(c) for s, c, _ in prepared}
@@ -174,9 +178,9 @@ def summed(
     sent = _alike(turn, {call[1].domain.name: c for call, c in turn.at_owners(mask, asked)})
     heard = _settled(turn, session, list(sent))
     lost = sorted(letters.keys() - set(heard))
-    if len(heard) < 2:
+    if len(heard) < session["least"]:
         raise RetryError(
-            "too-few-owners", "a sum of one owner's numbers would be its own", allowed="two owners", got=heard,
+            "too-few-owners", "a sum of so few owners is not opened", allowed=session["least"], got=heard,
             remedy="run again when more of them are there",
         )  # fmt: skip
     asked = [(way, owners[n][0], session, heard, lost) for n in heard]
@@ -365,8 +369,11 @@ def _once(notes: dict[str, Any], what: str, asked: Any) -> dict[str, Any]:
     return notes
 
 
-def _too_few(domain: str, got: int, least: int) -> BoundaryError:
-    return BoundaryError(
-        "not-shared", f"{domain} takes part in no sum of so few owners", allowed=f"{max(2, least)} at least", got=got,
-        remedy="let more owners take part, or lower `share.together` with its owner's consent",
-    )  # fmt: skip
+def _check_many(s: Specialist, got: int, session: Session) -> None:
+    """BoundaryError at an owner who takes part in no sum of so few."""
+    least = max(2, int(session["least"]), s.domain.share.together)
+    if got < least:
+        raise BoundaryError(
+            "not-shared", f"{s.domain.name} takes part in no sum of so few owners", allowed=f"{least} at least",
+            got=got, remedy="let more owners take part, or lower `share.together` with its owner's consent",
+        )  # fmt: skip

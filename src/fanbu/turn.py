@@ -346,7 +346,7 @@ def open_turn(
     )  # fmt: skip
     for name, why in absent.items():
         turn.miss(name, f"at the beginning: {why}")
-    turn.warnings += _unnamed(turn)
+    turn.warnings += [*_unnamed(turn), *_alone(turn)]
     asking = any(method(step.method, "feedback").needs.probe for step in recipe.ways)
     if asking or any(d.task in CLASSIFYING for d in domains.values()):
         turn.context = replace(context, probe=gather_probe(turn))
@@ -382,6 +382,19 @@ def domains_now(
             remedy="let them join (`fanbu join`), and run again",
         )  # fmt: skip
     return {name: found[name] for name in names if name in found}, absent
+
+
+def _alone(turn: Turn) -> list[str]:
+    """Whose label rows are alone in a secure sum."""
+    industries = [d.industry for d in turn.feeding if d.task in CLASSIFYING]
+    alone = sorted(industry for industry in set(industries) if industries.count(industry) == 1)
+    names = ", ".join(alone)
+    return [
+        f"{step.called}: no other owner knows the labels of {names}: their label rows are alone in the secure sum, and "
+        f"the centre can read them"
+        for step in turn.recipe.feedback
+        if step.secure and alone
+    ]
 
 
 def _unnamed(turn: Turn) -> list[str]:

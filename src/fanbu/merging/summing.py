@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fanbu.contribution import Contribution
 from fanbu.merging.factors import Factored
-from fanbu.merging.sources import SUM, source_of
+from fanbu.merging.sources import SUM, Mean, source_of
 from fanbu.merging.task_vector import HEAD, LABEL, Overlaid, body_shapes
 from fanbu.model import Model
 from fanbu.tensors import ByRows, Tensors, layout, read_rows
@@ -52,7 +52,7 @@ class Summands(ByRows):
         self.names = sorted(self.shapes)
 
     def _changes(self, name: str) -> bool:
-        return not isinstance(self.source, Factored) or self.source.touches(name)
+        return not isinstance(self.source, (Factored, Mean)) or self.source.touches(name)
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""

@@ -19,7 +19,7 @@ __all__ = ["LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
 NEEDS = Needs(kind="updates")
 LINEAR = True
-SENSITIVITY = None
+SENSITIVITY = 1.0
 
 
 def absorb(

@@ -18,7 +18,7 @@ from fanbu.types import Context, Needs, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True  # with ``aggregate: mean`` and nothing clipped
-SENSITIVITY = None
+SENSITIVITY = 1.0
 
 
 def contribute(

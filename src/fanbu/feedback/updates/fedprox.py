@@ -19,7 +19,7 @@ from fanbu.types import Context, Needs, Train
 
 NEEDS = Needs(kind="updates")
 LINEAR = True
-SENSITIVITY = None
+SENSITIVITY = 1.0
 
 
 def contribute(

@@ -22,7 +22,7 @@ __all__ = ["EXPERIMENTAL", "LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribu
 NEEDS = Needs(kind="updates", tasks=CLASSIFYING)
 LINEAR = True
 EXPERIMENTAL = "on industries held out within chance of the plain base, with any number of rows a label"
-SENSITIVITY = None
+SENSITIVITY = 1.0
 ADAPT = Train(epochs=2, batch_size=16, lr=1e-4, warmup=0.0, schedule="constant", patience=0)
 
 

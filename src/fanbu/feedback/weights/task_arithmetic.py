@@ -16,7 +16,7 @@ __all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
 
 NEEDS = Needs(kind="weights", same_architecture=True)
 LINEAR = True
-SENSITIVITY = None
+SENSITIVITY = 1.0
 NEUTRAL = {"scale": 1.0}
 
 
