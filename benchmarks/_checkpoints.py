@@ -12,6 +12,7 @@ from fanbu.tensors import Shards, Tensors, chunks
 # hidden, intermediate, layers, vocabulary, heads, key and value heads
 SHAPES = {
     "tiny": (64, 176, 4, 1000, 4, 2),
+    "20M": (384, 1024, 6, 24000, 6, 2),
     "100M": (768, 2048, 12, 32000, 12, 4),
     "150M": (768, 3072, 12, 50304, 12, 4),
     "1.2B": (2048, 8192, 16, 128256, 32, 8),

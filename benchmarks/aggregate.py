@@ -28,11 +28,11 @@ SIZE, BYTES = "100M", 4 * 100e6
 SPARE = 1.2  # beside the arrays themselves
 
 
-def update(base: Path, work: Path, number: int) -> Path:
+def update(base: Path, work: Path, number: int, size: str = SIZE) -> Path:
     """One owner's update on disk; nothing if it is there."""
     folder = work / f"update-{number}"
     if not (folder / "contribution.json").exists():
-        model = make(work / "passing", SIZE, number + 1, base)
+        model = make(work / "passing", size, number + 1, base)
         vector = TaskVector(open_model(model, verify=False), open_model(base, verify=False))
         meta = {"labels": [], "form": FORM, "rows": 100, "steps": 10}
         write_contribution(Contribution("updates", f"owner{number}", "fedavg", Weights(vector), meta=meta), folder)

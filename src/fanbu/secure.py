@@ -111,7 +111,7 @@ def mask(
         weight = int(kept.meta["rows"]) / float(weighing["scale"]) if by_rows else 1.0
         _check_many(s, len(found) + len(ring.owners) - len(ring.holders(name)), session)
         keys = masks.pair_masks(ring, name, own.seed, found.keys() - {name}, public)
-        hidden = _Masked(
+        hidden = Masked(
             Summands(kept, base, weighing["labels"], weight), [*keys, masks.own_mask(ring, name, own.own)],
             len(ring.owners),
         )  # fmt: skip
@@ -189,9 +189,9 @@ def summed(
     inputs = {**session, "sent": {n: c.digest for n, c in numbers.items()}, "base": base.digest}
 
     def produce(out: Path, context: Context) -> None:
-        opening = _opening(ring, heard, lost, public, answers)
+        keys = opening(ring, heard, lost, public, answers)
         first = numbers[heard[0]]
-        sums = _Opened(list(numbers.values()), opening)
+        sums = Opened(list(numbers.values()), keys)
         one = as_one(sums, labels, meta_of(first), first, heard, scale or 1)
         write_contribution(one, out / "contribution")
 
@@ -203,7 +203,7 @@ def summed(
     return replace(open_contribution(done.path / "contribution"), owners=len(heard))
 
 
-def _opening(
+def opening(
     ring: Ring, heard: Sequence[str], lost: Sequence[str], public: Mapping[str, Sequence[str]],
     answers: Sequence[Contribution],
 ) -> list[Mask]:  # fmt: skip
@@ -286,7 +286,7 @@ class _Places:
         return self.first[name] + start * self.width[name]
 
 
-class _Masked(ByRows):
+class Masked(ByRows):
     """Whole numbers with masks, some rows at a time."""
 
     def __init__(self, numbers: Summands, added: Sequence[Mask], owners: int) -> None:
@@ -303,7 +303,7 @@ class _Masked(ByRows):
         return masks.masked(plain, self.masks, self.places(name, start))
 
 
-class _Opened(ByRows):
+class Opened(ByRows):
     """The sum of masked numbers without masks, in float64, some rows at a time."""
 
     def __init__(self, sent: Sequence[Contribution], opening: Sequence[Mask]) -> None:
