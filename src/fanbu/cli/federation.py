@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fanbu.cli.shared import Json, RecipePath, Set
+from fanbu.cli.timer import Every, again_and_again
 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without encryption: for one machine, or a first look.")]
 
@@ -20,14 +21,27 @@ def serve_center(
     key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     ca: Annotated[Path | None, typer.Option(help="The CA certificate that it is checked by (PEM).")] = None,
     owner: Annotated[list[Path] | None, typer.Option(help="A public key that may join; again for each.")] = None,
-    insecure: Insecure = False, as_json: Json = False,
+    insecure: Insecure = False, every: Every = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run rounds whose owners hold their rows elsewhere and join over the network; resumes by itself."""
     from fanbu.cli.rounds import show_rounds
-    from fanbu.serve.flower import Security, serve
+    from fanbu.progress import log
+    from fanbu.serve.flower import Security, opened
 
-    record = serve(recipe, change or [], host, port, Security(certificate, key, ca, owner or [], insecure))
-    show_rounds(record, [record], track_it=False, as_json=as_json)
+    shown: set[str] = set()
+
+    def once() -> bool:
+        record = rounds()
+        new = [] if record["key"] in shown else [record]
+        shown.add(record["key"])
+        return show_rounds(record, new, track_it=False, as_json=as_json)
+
+    security = Security(certificate, key, ca, owner or [], insecure)
+    with opened(recipe, change or [], host, port, security) as rounds:
+        if every:
+            again_and_again(every, once, log)
+        accepted = once()
+    raise typer.Exit(0 if accepted else 3)
 
 
 def join(

@@ -12,6 +12,7 @@ import typer
 from fanbu.cli import shared
 from fanbu.cli.language import language
 from fanbu.cli.shared import Device, Json, Open, RecipePath, Seed, Set, WorkspacePath
+from fanbu.cli.timer import Every, again_and_again
 
 if TYPE_CHECKING:
     from fanbu.recipe import Recipe
@@ -25,23 +26,36 @@ def run(
     count: Annotated[int | None, typer.Option("--rounds", help="Go on until so many rounds are finished.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and train nothing.")] = False,
     track_it: Annotated[bool, typer.Option("--track", help="Track the rounds in MLflow afterwards.")] = False,
-    as_json: Json = False,
+    every: Every = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run rounds to their verdicts; what is finished already is skipped, so it resumes by itself."""
+    from fanbu.progress import log
     from fanbu.recipe import load_recipe
 
     over = {"seed": seed, "device": device, "workspace": workspace, "rounds": count}
-    loaded = load_recipe(recipe, [*(change or []), *(f"{k}={v}" for k, v in over.items() if v is not None)])
+
+    def loaded() -> Recipe:
+        return load_recipe(recipe, [*(change or []), *(f"{k}={v}" for k, v in over.items() if v is not None)])
+
+    def once() -> bool:
+        record, new = _run(loaded())
+        return show_rounds(record, new if every else new or _last(record), track_it, as_json)
+
     if dry_run:
-        _show_plan(loaded, as_json)
-        return
-    show_rounds(*_run(loaded), track_it, as_json)
+        _show_plan(loaded(), as_json)
+    elif every:
+        again_and_again(every, once, log)
+    else:
+        raise typer.Exit(0 if once() else 3)
 
 
 def show_rounds(
     record: Mapping[str, Any], new: Sequence[Mapping[str, Any]], track_it: bool, as_json: bool
-) -> None:  # fmt: skip
-    """Writes the pages of the new rounds, prints what came out, and ends with the gate's exit code."""
+) -> bool:  # fmt: skip
+    """Writes the pages of the new rounds, and prints what came out; whether the last verdict was to promote."""
+    accepted = bool(record["verdict"]["accepted"])
+    if not new:
+        return accepted
     root = Path(record["workspace"])
     page, pages = _write_pages(root, new)
     told: dict[str, Any] = {"report": str(page), "pages": [str(p) for p in pages]}
@@ -53,11 +67,11 @@ def show_rounds(
         typer.echo(json.dumps({**record, **told}, default=str))
     else:
         _print_rounds(new, told)
-    raise typer.Exit(0 if record["verdict"]["accepted"] else 3)
+    return accepted
 
 
 def _run(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The last round's record, and the records of all rounds that this run finished (at least the last one)."""
+    """The last round's record, and the records of all rounds that this run finished."""
     from fanbu.generations import run as run_rounds
     from fanbu.progress import bar
     from fanbu.record import read_records
@@ -66,8 +80,14 @@ def _run(recipe: Recipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     before = {r["key"] for r in read_records(root)} if (root / "stages").is_dir() else set()
     with bar(root) as show:
         record = run_rounds(recipe, show, show.log)
-    new = [r for r in read_records(root) if r["key"] not in before]
-    return record, new or [r for r in read_records(root) if r["key"] == record["key"]]
+    return record, [r for r in read_records(root) if r["key"] not in before]
+
+
+def _last(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The last round as it was written down."""
+    from fanbu.record import read_records
+
+    return [r for r in read_records(Path(record["workspace"])) if r["key"] == record["key"]]
 
 
 def _print_rounds(records: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> None:

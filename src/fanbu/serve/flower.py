@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,12 +78,14 @@ class Security:
         return [*(str(part) for pair in named.items() for part in pair), *flags]
 
 
-def serve(
+@contextmanager
+def opened(
     recipe: Path, changes: Sequence[str], host: str, port: int, security: Security
-) -> dict[str, Any]:  # fmt: skip
-    """Rounds with owners elsewhere, who join at ``host:port``; gives the last one's record.
+) -> Iterator[Callable[[], dict[str, Any]]]:  # fmt: skip
+    """A centre that owners join at ``host:port``. What it gives runs the rounds that are to be run, as often as it is
+    called, and returns the last one's record; it raises what stopped them.
 
-    Raises what stopped the rounds; RetryError where Flower did not start.
+    Raises RetryError where Flower did not start.
     """
     loaded = load_recipe(recipe, changes)
     if loaded.transport.kind != "flower":
@@ -91,9 +94,8 @@ def serve(
             got=loaded.transport.kind, remedy="use `fanbu run`",
         )  # fmt: skip
     root = Path(loaded.workspace).resolve()
-    folder, ended = root / "flower", root / RESULT
+    folder = root / "flower"
     folder.mkdir(parents=True, exist_ok=True)
-    ended.unlink(missing_ok=True)
     app, environment = _app(folder), _environment(folder / "home")
     _connection(folder / "home", host, port, security)
     with _superlink(folder, host, port, security, environment):
@@ -101,7 +103,13 @@ def serve(
             _call(["supernode", "register", str(key), "centre"], environment)
         config = f"recipe={json.dumps(str(recipe.resolve()))} changes={json.dumps(json.dumps(list(changes)))}"
         command = [*_flower("flwr"), "run", str(app), "centre", "--stream", "--run-config", config]
-        subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
+        yield partial(_rounds, root, command, environment)
+
+
+def _rounds(root: Path, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    ended, folder = root / RESULT, root / "flower"
+    ended.unlink(missing_ok=True)
+    subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     if not ended.exists():
         raise RetryError(
             "flower-ended", "Flower ended before the rounds did", got=folder / "superlink.log",
