@@ -18,13 +18,14 @@ from typing import Any
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import BASE, Outcomes, mean_over_seeds, score, usable
 from fanbu.domain import Specialist
+from fanbu.feeding import feed
 from fanbu.judge.compare import Paired, average, compare
 from fanbu.model import Model, open_model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
 from fanbu.recipe import Step, load_recipe
 from fanbu.record import make_record
-from fanbu.round import Result, feed, outcomes, raise_incumbent, turn_once
+from fanbu.round import Result, evaluated, raise_incumbent, turn_once
 from fanbu.turn import Turn, open_turn
 
 ROUNDS = 3
@@ -92,7 +93,9 @@ def from_scratch(turn: Turn, steps: int) -> tuple[Outcomes, Outcomes]:
     owners = [Specialist(probed, d) for d in fresh.feeding]
     joint = feed(fresh, way, owners, probed, "scratch")
     everything = list(fresh.domains.values())
-    return outcomes(fresh, "probed", probed, everything)[0], outcomes(fresh, "scratch", joint, everything)[0]
+    models = {"probed": probed, "scratch": joint}
+    first, second = ({d.name: evaluated(fresh, n, m, d)[0] for d in everything} for n, m in models.items())
+    return first, second
 
 
 def one_seed(

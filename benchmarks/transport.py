@@ -70,8 +70,8 @@ def timed(base: Model, folders: dict[str, Path], rows: int, workspace: Path, tra
     if recipe.transport.transport().apart:
         list(side_by_side(recipe.transport.transport(), ready, [(1,), (2,)], 1))
     begun = time.monotonic()
-    turn.at_owners(bear, [(base, d) for d in turn.feeding])
-    births = {d.name: bear(turn, base, d) for d in turn.feeding}
+    turn.at_owners(bear, [(base, d, None) for d in turn.feeding])
+    births = {d.name: bear(turn, base, d, None) for d in turn.feeding}
     calls = [(method("distill", "feedback"), {}, Specialist(b.specialist.model, b.specialist.domain, base), base)
              for b in births.values()]  # fmt: skip
     turn.at_owners(contribute, calls)

@@ -188,14 +188,16 @@ def look(turn: Turn, d: Domain, models: Mapping[str, Model], own: Mapping[str, M
     """
     found, answers = {}, {}
     for name, model in {**models, **own}.items():
-        found[name], answers[name] = _evaluated(turn, name, model, d)
+        found[name], answers[name] = evaluated(turn, name, model, d)
     if own and "tfidf" in turn.recipe.references:
         found["tfidf"] = _tfidf(turn, d)
     sizes = _sizes(turn, d, own["specialist"], models["incumbent"]) if own else {}
     return Look(found, shown(turn, d, answers["incumbent"], answers["candidate"]), sizes)
 
 
-def _evaluated(turn: Turn, name: str, model: Model, d: Domain) -> tuple[Contribution, Path]:
+def evaluated(turn: Turn, name: str, model: Model, d: Domain) -> tuple[Contribution, Path]:
+    """At an owner: outcomes of a model on the domain's test rows; and the folder with its answers, which stays."""
+
     def make(out: Path, context: Context) -> Contribution:
         scores, answers = examine(model, d, context)
         save_tensors(out / _OWN, answers)
