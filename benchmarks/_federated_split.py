@@ -16,12 +16,15 @@ from _specialists import made
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Rows, Specialist
 from fanbu.heads import Head, set_head
+from fanbu.merging.noise import noised
 from fanbu.merging.task_vector import rows_of
 from fanbu.model import Model, load_network, load_tokenizer, provenance, save_network
+from fanbu.private import OwnerNoise
 from fanbu.progress import log
-from fanbu.types import Context, derived_seed
+from fanbu.types import Context, Privacy, derived_seed
 
 ROWS_ALONE = {"layers": "head"}
+WHOLE = Privacy(epsilon=8.0)  # of an owner
 OWNERS, LIARS, TIMES = 10, 3, 10
 POOLED = "all rows in one place"
 ADAPTIVE = {"epochs": 5, "batch_size": 16, "head_lr": 1e-2, "warmup": 0.0, "schedule": "constant", "patience": 0}
@@ -154,7 +157,8 @@ def _twist(lie: str, context: Context) -> Twist:
 def private_models(
     domains: Mapping[str, Domain], opened: Model, folder: Path, context: Context, epsilons: Sequence[float]
 ) -> dict[str, Model]:
-    """By epsilon (0: no privacy), the model made of the label rows of all domains, each an owner, from nothing."""
+    """By epsilon (0: no privacy), the model made of the label rows of all domains, each an owner, from nothing; and with
+    privacy of whole owners at the largest."""
     labels = [label for d in domains.values() for label in d.full_labels]
     base = made(folder / "blank", lambda out: blank(opened, labels, out, context))
     owners = [_at(base, d) for d in domains.values()]
@@ -165,4 +169,25 @@ def private_models(
         log(f"== {name}")
         place = folder / name.replace(" ", "-")
         found[name] = inner_rounds(("fedavg", arguments), TIMES, owners, base, context, place)
+    arguments = {"train": PRIVATE, "learns": ROWS_ALONE, "by_rows": False}
+    for name, least in (("a whole owner alone", 0), ("a whole owner in a sum", len(owners) // 2 + 1)):
+        log(f"== {name}")
+        place = folder / name.replace(" ", "-")
+        twists = {s.domain.name: _hidden(folder / "noised", least, len(owners)) for s in owners}
+        found[f"{name}, epsilon {WHOLE.epsilon:g}"] = inner_rounds(
+            ("fedavg", arguments), TIMES, owners, base, context, place, twists
+        )
     return found
+
+
+def _hidden(folder: Path, least: int, owners: int) -> Twist:
+    """An update with noise of its whole owner; in a sum of so many owners each number has the noise of all of them."""
+
+    def twist(number: int, sent: Contribution, base: Model) -> Contribution:
+        noise = OwnerNoise(WHOLE, TIMES, number, least)
+        deviation = noise.deviation * (owners**0.5 if least else 1.0)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = noised(sent, base, noise.privacy.norm, deviation, folder / f"{sent.domain}-{number}.safetensors")
+        return noise.paid(made)
+
+    return twist

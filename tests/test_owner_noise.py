@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from conftest import tiny_recipe
-from fanbu.catalogue import Method, methods
+from fanbu.catalogue import Method, method, methods
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.errors import BoundaryError, FitError
 from fanbu.generations import run
-from fanbu.merging.noise import noised
+from fanbu.merging.noise import Shaken, noised
 from fanbu.merging.summing import KNOWN, WEIGHT, Summands
 from fanbu.merging.task_vector import HEAD, rows_of
 from fanbu.model import Model
-from fanbu.private import cost, owner_noise
+from fanbu.private import OwnerNoise, cost
 from fanbu.recipe import load_recipe
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Privacy
@@ -66,15 +66,38 @@ def test_what_crosses_is_no_longer_than_its_norm(
 
 def test_the_noise_of_a_sum_is_that_of_its_parts() -> None:
     privacy = Privacy(epsilon=4.0, delta=1e-5, norm=0.5)
-    alone, once = owner_noise(privacy, 3, 0), owner_noise(privacy, 1, 0)
-    shared = owner_noise(privacy, 3, 16)
-    assert alone[0] == shared[0]
-    assert cost([alone[0]] * 3, 1e-5) == pytest.approx(4.0, rel=0.01)
-    assert once[1] < alone[1] == pytest.approx(2 * 0.5 * alone[0].noise)
-    assert shared[1] * math.sqrt(16) == pytest.approx(0.5 * shared[0].noise)
+    alone, once, shared = OwnerNoise(privacy, 3, 0), OwnerNoise(privacy, 1, 0), OwnerNoise(privacy, 3, 2, 16)
+    assert alone.each == shared.each
+    assert cost([alone.each] * 3, 1e-5) == pytest.approx(4.0, rel=0.01)
+    assert once.deviation < alone.deviation == pytest.approx(2 * 0.5 * alone.each.noise)
+    assert shared.deviation * math.sqrt(16) == pytest.approx(0.5 * shared.each.noise)
+    assert OwnerNoise.of(json.loads(json.dumps(shared.as_dict()))) == shared
     # classic bound of the Gaussian mechanism, which is looser: sigma = sqrt(2 log(1.25/delta)) / epsilon at epsilon < 1
-    tight, _ = owner_noise(Privacy(epsilon=0.9, delta=1e-5), 1, 0)
-    assert 0.7 < tight.noise / (math.sqrt(2 * math.log(1.25e5)) / 0.9) < 1.0
+    tight = OwnerNoise(Privacy(epsilon=0.9, delta=1e-5), 1, 0)
+    assert 0.7 < tight.each.noise / (math.sqrt(2 * math.log(1.25e5)) / 0.9) < 1.0
+
+
+def test_every_number_of_a_sum_has_the_noise_of_all(
+    specialists: dict[str, Specialist], incumbent: Model, context: Context
+) -> None:
+    """Also the label rows that one owner alone knows: its own share would not hide it there."""
+    way = method("fedavg")
+    labels = sorted(incumbent.labels)
+    sums: dict[str, torch.Tensor] = {}
+    for s in specialists.values():
+        sent = way.contribute(s, incumbent, context, train={"epochs": 1, "batch_size": 8})
+        numbers = Summands(sent, incumbent, labels, 1.0)
+        shaken = Shaken(numbers, 3.0)
+        for name in shaken.names:
+            noise = shaken[name] - numbers[name]
+            sums[name] = sums.get(name, torch.zeros_like(noise)) + noise
+    for name, noise in sums.items():
+        if name in {WEIGHT, KNOWN}:
+            assert not noise.any()
+        elif noise.numel() > 50:
+            assert float(noise.std()) == pytest.approx(3.0 * math.sqrt(len(specialists)), rel=0.35), name
+        if name.startswith(HEAD):
+            assert (noise.reshape(len(labels), -1) != 0).all()
 
 
 @pytest.mark.parametrize("secure", [False, True])

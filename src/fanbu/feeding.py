@@ -20,11 +20,11 @@ from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
 from fanbu.merging.noise import noised
 from fanbu.model import Model, copy_model, open_model, said_anew
-from fanbu.private import cost, owner_noise
+from fanbu.private import OwnerNoise
 from fanbu.recipe import Step
 from fanbu.secure import Session, begun, summed, tell_keys
 from fanbu.turn import Turn
-from fanbu.types import Context, Inner, Privacy
+from fanbu.types import Context, Inner
 
 STATE, SAID = "state", "said"  # folders of a stage: what is kept for the next inner round, and told to all owners
 _CROSSED, _DONE = "crossed.json", "done.json"
@@ -40,7 +40,7 @@ def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model,
     return absorb(turn, way, step.arguments, sent, base, name)
 
 
-Noise = Mapping[str, Any]  # privacy of a whole owner, as plain JSON, and ``among``: owners of a sum at least, or 0
+Noise = Mapping[str, Any]  # an ``OwnerNoise``, as plain JSON
 Call = tuple[Method, Mapping[str, Any], Specialist, Model, Inner | None]
 
 
@@ -49,21 +49,25 @@ def _gathered(
 ) -> tuple[list[Contribution], dict[str, Path]]:  # fmt: skip
     """What crosses, one contribution an owner, or their sum where it is secure; and the folder of each owner."""
     if not step.secure or not calls:
-        found = [c for _, c in turn.at_owners(contribute, [(*call, _noise(step, 0)) for call in calls])]
+        noise = _noise(step, calls, 0)
+        found = [c for _, c in turn.at_owners(contribute, [(*call, noise) for call in calls])]
         return [c for c, _ in found], {c.domain: folder for c, folder in found}
     base, inner = calls[0][3], calls[0][4]
     what = {"way": way.name, "arguments": plain(way.check(step.arguments)), "base": base.digest, **_numbered(inner)}
     session = begun(turn, {**what, **turn.settings(probe=True)}, [call[2] for call in calls])
-    noise = _noise(step, session["least"])
+    noise = _noise(step, calls, session["least"])
     told = turn.at_owners(prepare, [(*call, noise, session) for call in calls])
     prepared = [(call[2], keys, folder) for call, (keys, folder) in told]
     by_rows = bool(way.own("absorb", step.arguments).get("by_rows"))
-    one = summed(turn, way, by_rows, base, session, prepared)
+    one = summed(turn, way, {"by_rows": by_rows, "noise": noise}, base, session, prepared)
     return [one], {s.domain.name: folder for s, _, folder in prepared if s.domain.name in one.meta["of"]}
 
 
-def _noise(step: Step, among: int) -> Noise | None:
-    return None if step.noise is None else {**asdict(step.noise), "times": step.times, "among": among}
+def _noise(step: Step, calls: Sequence[Call], among: int) -> Noise | None:
+    if step.noise is None or not calls:
+        return None
+    inner = calls[0][4]
+    return OwnerNoise(step.noise, step.times, inner.number if inner else 0, among).as_dict()
 
 
 def contribute(
@@ -97,22 +101,18 @@ def _work(
     def make(out: Path, context: Context) -> Contribution:
         own = None if inner is None else replace(inner, before=_if_there(inner.before), after=out / STATE)
         sent = way.contribute(s, base, replace(context, inner=own), **arguments)
-        return sent if noise is None else _noised(sent, base, context, inner, noise)
+        return sent if noise is None else _noised(sent, base, context, OwnerNoise.of(noise))
 
     return f"{way.name} contribution {s.domain.name}", way.module, inputs, s.domain, make
 
 
-def _noised(
-    sent: Contribution, base: Model, context: Context, inner: Inner | None, noise: Noise
-) -> Contribution:  # fmt: skip
-    """An owner's contribution with noise, and what that costs it."""
-    privacy = Privacy(noise["epsilon"], noise["delta"], noise["norm"])
-    each, deviation = owner_noise(privacy, noise["times"], noise["among"])
+def _noised(sent: Contribution, base: Model, context: Context, noise: OwnerNoise) -> Contribution:
+    """An owner's contribution, brought down to its length, with noise; in a sum that is added with the masks."""
     assert context.scratch is not None
-    made = noised(sent, base, privacy.norm, deviation, context.scratch / "noised.safetensors")
-    epsilon = cost([replace(each, steps=inner.number + 1 if inner else 1)], privacy.delta)
-    told = {**each.as_dict(), "delta": privacy.delta, "norm": privacy.norm, "of": "owner"}
-    return replace(made, meta={**made.meta, "privacy": told}, epsilon=epsilon)
+    place, norm = context.scratch / "noised.safetensors", noise.privacy.norm
+    if noise.among:
+        return noised(sent, base, norm, 0.0, place)
+    return noise.paid(noised(sent, base, norm, noise.deviation, place))
 
 
 def absorb(

@@ -6,8 +6,9 @@ import json
 import math
 import secrets
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,45 @@ def noise_for(privacy: Privacy, rate: float, steps: int) -> float:
         )  # fmt: skip
 
 
-def owner_noise(privacy: Privacy, times: int, among: int) -> tuple[Mechanism, float]:
-    """What so many contributions of a whole owner cost together, each time one ``Mechanism``, and the standard
-    deviation of the noise that it adds to its numbers, which are ``privacy.norm`` long at most.
+@dataclass(frozen=True)
+class OwnerNoise:
+    """Noise that hides a whole owner, in inner round ``number`` of ``times``. Its numbers are ``privacy.norm`` long at
+    most.
 
     What crosses alone must look alike for any rows that the owner may have: these are 2 norm apart at most. In a secure
-    sum of ``among`` owners at least, each adds its share of the noise that hides whether one of them takes part.
+    sum of ``among`` owners at least, each adds its share, to every number, of the noise that hides whether one of them
+    takes part.
     """
-    mechanism = Mechanism(noise_for(privacy, 1.0, times), 1.0, 1)
-    return mechanism, mechanism.noise * privacy.norm * (2 if among < 2 else 1 / math.sqrt(among))
+
+    privacy: Privacy
+    times: int
+    number: int
+    among: int = 0
+
+    @cached_property
+    def each(self) -> Mechanism:
+        """What one contribution costs."""
+        return Mechanism(noise_for(self.privacy, 1.0, self.times), 1.0, 1)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the noise that the owner adds to each of its numbers."""
+        return self.each.noise * self.privacy.norm * (2 if self.among < 2 else 1 / math.sqrt(self.among))
+
+    def paid(self, sent: Contribution) -> Contribution:
+        """A contribution that has this noise, with what it costs."""
+        epsilon = cost([replace(self.each, steps=self.number + 1)], self.privacy.delta)
+        told = {**self.each.as_dict(), "delta": self.privacy.delta, "norm": self.privacy.norm, "of": "owner"}
+        return replace(sent, meta={**sent.meta, "privacy": told}, epsilon=epsilon)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> OwnerNoise:
+        """From plain values."""
+        return cls(**{**plain, "privacy": Privacy(**plain["privacy"])})
 
 
 def train_privately(

@@ -24,8 +24,10 @@ from fanbu.contribution import Contribution, open_contribution, write_contributi
 from fanbu.domain import Specialist
 from fanbu.errors import BoundaryError, IntegrityError, RetryError
 from fanbu.files import write_text
+from fanbu.merging.noise import Shaken
 from fanbu.merging.summing import Summands, as_one, meta_of
 from fanbu.model import Model
+from fanbu.private import OwnerNoise
 from fanbu.tensors import ByRows, Tensors, layout, read_rows, save_tensors
 from fanbu.transport import masks
 from fanbu.transport.masks import Mask, Ring, Secrets
@@ -111,15 +113,15 @@ def mask(
         weight = int(kept.meta["rows"]) / float(weighing["scale"]) if by_rows else 1.0
         _check_many(s, len(found) + len(ring.owners) - len(ring.holders(name)), session)
         keys = masks.pair_masks(ring, name, own.seed, found.keys() - {name}, public)
-        hidden = Masked(
-            Summands(kept, base, weighing["labels"], weight), [*keys, masks.own_mask(ring, name, own.own)],
-            len(ring.owners),
-        )  # fmt: skip
+        noise = weighing["noise"] and OwnerNoise.of(weighing["noise"])
+        numbers: ByRows = Summands(kept, base, weighing["labels"], weight)
+        numbers = Shaken(numbers, noise.deviation) if noise else numbers
+        hidden = Masked(numbers, [*keys, masks.own_mask(ring, name, own.own)], len(ring.owners))
         assert context.scratch is not None
         save_tensors(context.scratch / "masked.safetensors", hidden)
-        return replace(
-            _message(way, s, Tensors(context.scratch / "masked.safetensors")), meta=meta_of(kept), epsilon=kept.epsilon
-        )
+        sent = _message(way, s, Tensors(context.scratch / "masked.safetensors"))
+        sent = replace(sent, meta=meta_of(kept), epsilon=kept.epsilon)
+        return noise.paid(sent) if noise else sent
 
     return turn.contribution(f"{way.name} masked contribution {name}", __name__, inputs, s.domain, make)[0]
 
@@ -154,10 +156,11 @@ def unmask(turn: Turn, way: Method, s: Specialist, session: Session, heard: Sequ
 
 
 def summed(
-    turn: Turn, way: Method, by_rows: bool, base: Model, session: Session,
+    turn: Turn, way: Method, how: Mapping[str, Any], base: Model, session: Session,
     prepared: Sequence[tuple[Specialist, Contribution, Path]],
 ) -> Contribution:  # fmt: skip
-    """The mean of what all owners contributed, as one contribution; who is lost on the way is not in it.
+    """The mean of what all owners contributed, as one contribution; who is lost on the way is not in it. ``how`` says
+    whether owners count ``by_rows``, and what ``noise`` they add.
 
     Raises RetryError where no majority of the owners, or too few of an owner's holders, are heard: run again, a new sum
     is begun.
@@ -170,8 +173,8 @@ def summed(
 
     asked: list[tuple[Any, ...]] = [(way, s, session, known(n)) for n, (s, _) in owners.items()]
     letters = {call[1].domain.name: c for call, c in turn.at_owners(share_out, asked)}
-    scale, labels = _scale(owners) if by_rows else 0, _labels(owners)
-    weighing = {"scale": scale, "labels": labels}
+    scale, labels = _scale(owners) if how["by_rows"] else 0, _labels(owners)
+    weighing = {"scale": scale, "labels": labels, "noise": how["noise"]}
     asked = [
         (way, owners[n][0], session, base, owners[n][1], _letters_to(n, letters), weighing) for n in letters
     ]  # fmt: skip
@@ -289,7 +292,7 @@ class _Places:
 class Masked(ByRows):
     """Whole numbers with masks, some rows at a time."""
 
-    def __init__(self, numbers: Summands, added: Sequence[Mask], owners: int) -> None:
+    def __init__(self, numbers: ByRows, added: Sequence[Mask], owners: int) -> None:
         self.numbers, self.masks, self.owners = numbers, added, owners
         self.names, self.places = numbers.names, _Places(numbers)
 

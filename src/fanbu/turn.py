@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import FanbuError, IntegrityError, RetryError, UsageError
+from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Stage, Workspace
 from fanbu.live import Live
@@ -218,8 +220,13 @@ class Turn:
                     _sent_by(domain, out)  # raises where it is none, before it counts as done
                 return
             sent = make(out, context)
-            if self.spent:
-                spend(self.spent / f"{domain.name}.json", digest([name, inputs]), sent, domain.share.budget)
+            if self.spent and context.scratch:
+                # noise that is drawn anew is paid anew; what was cut off before it crossed is paid once
+                drawn = context.scratch / "drawn"
+                if not drawn.exists():
+                    write_text(drawn, secrets.token_hex(16))
+                key = digest([name, inputs, drawn.read_text()])
+                spend(self.spent / f"{domain.name}.json", key, sent, domain.share.budget)
             through, folder = (keep, "kept") if stays else (cross, "contribution")
             through(sent, domain.share, out / folder, domain.every_text)
 

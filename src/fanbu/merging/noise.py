@@ -80,6 +80,26 @@ class _Noised(ByRows):
         return (rows + self.changes.start[name][start:stop] if name in self.changes.start else rows).float()
 
 
+class Shaken(ByRows):
+    """Numbers that are to be summed, with noise on every one of them but the weights: also where this owner has nothing
+    to say, so that the sum of all owners' noise is as large there as elsewhere."""
+
+    def __init__(self, numbers: ByRows, deviation: float) -> None:
+        self.numbers, self.deviation, self.names = numbers, deviation, numbers.names
+        self.generator = torch.Generator().manual_seed(secrets.randbits(63))
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        return self.numbers.layout(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor, with other noise each time: they are asked for once."""
+        rows = self.numbers.rows(name, start, stop)
+        if name in {WEIGHT, KNOWN}:
+            return rows
+        return rows + self.deviation * torch.randn(rows.shape, generator=self.generator, dtype=torch.float64)
+
+
 def _start(base: Model, labels: list[str]) -> dict[str, Tensor]:
     """The base's rows of these labels, by the names of what is sent."""
     names, known = head_tensors(base), rows_of(base)
