@@ -157,8 +157,8 @@ def _twist(lie: str, context: Context) -> Twist:
 def private_models(
     domains: Mapping[str, Domain], opened: Model, folder: Path, context: Context, epsilons: Sequence[float]
 ) -> dict[str, Model]:
-    """By epsilon (0: no privacy), the model made of the label rows of all domains, each an owner, from nothing; and with
-    privacy of whole owners at the largest."""
+    """By epsilon (0: no privacy), the model made of the label rows of all domains, each an owner, from nothing; and
+    with privacy of whole owners."""
     labels = [label for d in domains.values() for label in d.full_labels]
     base = made(folder / "blank", lambda out: blank(opened, labels, out, context))
     owners = [_at(base, d) for d in domains.values()]
