@@ -164,12 +164,13 @@ def private_models(
     owners = [_at(base, d) for d in domains.values()]
     found = {}
     for epsilon in epsilons:
-        arguments = {"train": PRIVATE, "learns": {"layers": "head", "privacy": {"epsilon": epsilon}}}
+        learns = {**ROWS_ALONE, "rivals": "industry", "privacy": {"epsilon": epsilon}}
+        arguments = {"train": PRIVATE, "learns": learns}
         name = f"epsilon {epsilon:g}" if epsilon else "no privacy"
         log(f"== {name}")
         place = folder / name.replace(" ", "-")
         found[name] = inner_rounds(("fedavg", arguments), TIMES, owners, base, context, place)
-    arguments = {"train": PRIVATE, "learns": ROWS_ALONE, "by_rows": False}
+    arguments = {"train": PRIVATE, "learns": {**ROWS_ALONE, "rivals": "industry"}, "by_rows": False}
     for name, least in (("a whole owner alone", 0), ("a whole owner in a sum", len(owners) // 2 + 1)):
         log(f"== {name}")
         place = folder / name.replace(" ", "-")

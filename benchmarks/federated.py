@@ -1,7 +1,8 @@
 """Owners with rows of their own, who train one large model at home: federated rounds beside pooled training.
 
 ``disjoint``: eight text domains are eight owners, whose labels are disjoint; low-rank factors of the trunk and label
-rows learn. All ways start from the probed base, see six epochs of the training rows and are judged told and untold.
+rows learn. All ways start from the probed base, see six epochs of the training rows and are judged told and untold. ``own rivals``:
+an owner's labels compete with its own alone at home, not with all that the model knows.
 ``multitask``: all rows in one place, by the same factors, the reference; ``all layers``: both, by whole weights. ``as
 is``: every owner trains the whole model with all label rows on its few labels, and Flower's FedAvg averages everything.
 ``split``: the domain with the most labels is cut into ten owners by Dirichlet(0.1) over its labels; label rows learn
@@ -107,9 +108,12 @@ def _at_home(network: Any, tokenizer: Any, d: Domain, start: Model, context: Con
 WAYS: dict[str, Callable[[Bench, Path], Model]] = {
     "multitask": partial(multitask, train=POOLED_TRAIN, learns=LOW),
     "fedavg": partial(federated, "fedavg", {}),
-    "fedavg, all rivals": partial(federated, "fedavg", {"learns": {"rivals": "all"}}),
+    "fedavg, own rivals": partial(federated, "fedavg", {"learns": {"rivals": "industry"}}),
     "multitask, all layers": partial(multitask, train={**POOLED_TRAIN, "lr": WHOLE["lr"]}, learns={}),
     "fedavg, all layers": partial(federated, "fedavg", {"train": WHOLE, "learns": {"layers": "all"}}),
+    "fedavg, all layers, own rivals": partial(
+        federated, "fedavg", {"train": WHOLE, "learns": {"layers": "all", "rivals": "industry"}}
+    ),
     "as is": as_is,
     "fedprox": partial(federated, "fedprox", {}),
     "fedavgm": partial(federated, "fedavgm", {"momentum": 0.5}),

@@ -49,12 +49,17 @@ def client() -> Any:
 
     @app.query()
     def query(message: Any, context: Any) -> Any:
-        from fanbu.owner import answer
         from fanbu.progress import log
+        from fanbu.serve.worker import asked
 
         part, workspace = (Path(str(context.node_config[key])) for key in ("part", "workspace"))
         request = from_record(message.content)
-        answers = answer(request, part, workspace, log=log)
+        answers = asked(request, workspace)
+        if answers is None:
+            from fanbu.owner import answer
+
+            log("the owner's process is not there: this message is answered by one of its own")
+            answers = answer(request, part, workspace, log=log)
         if request[0].get("about") == "greeting":
             said = {"domains": {name: body for name, (body, _) in answers.items()}}
             return Message(to_record(said, {}), reply_to=message)

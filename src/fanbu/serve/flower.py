@@ -22,6 +22,7 @@ from fanbu.progress import log
 from fanbu.recipe import load_recipe
 from fanbu.record import read_record, record_folder
 from fanbu.serve.apps import RESULT
+from fanbu.serve.worker import kept
 
 _START, _AGAIN = 60.0, 5.0  # seconds: that a SuperLink may take to answer, and before a SuperNode tries again
 _PROJECT = """[project]
@@ -143,11 +144,12 @@ def join(
         *(["--auth-supernode-private-key", str(key)] if key else []),
         *(["--trusted-entities", str(trusted)] if trusted else []),
     ]  # fmt: skip
-    while True:
-        with _ended_with_us(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)) as process:
-            code = process.wait()
-        log(f"Flower's SuperNode ended ({code}); once more in {_AGAIN:g} s")
-        time.sleep(_AGAIN)
+    with kept(part.resolve(), workspace.resolve()):
+        while True:
+            with _ended_with_us(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)) as process:
+                code = process.wait()
+            log(f"Flower's SuperNode ended ({code}); once more in {_AGAIN:g} s")
+            time.sleep(_AGAIN)
 
 
 def _again(error: Mapping[str, Any]) -> FanbuError:

@@ -53,15 +53,15 @@ class Learns:
     ``head``: the label rows alone, on features that are computed once. ``rank`` is of the factors, which want about ten
     times the learning rate of ``all``. ``store``: ``exact``, or delta's matrices in eight bits or one bit a number
     (``int8``, ``1bit``), or the largest hundredth of them (``topk``); what that leaves out is added to the owner's next
-    update. ``rivals`` are the labels that an owner's own compete with: those of its ``industry``, or ``all`` that the
-    large model knows, so that it learns where a text is from, too; they are others', and do not move. ``privacy`` is
+    update. ``rivals`` are the labels that an owner's own compete with: ``all`` that the large model knows, so that it
+    learns where a text is from, too, or those of its ``industry``; they are others', and do not move. ``privacy`` is
     what may be told of any one row (``private.train_privately``); for ``lora`` and ``head``.
     """
 
     layers: Layers = "all"
     rank: Annotated[int, Ge(1)] = 8
     store: Store = "exact"
-    rivals: Rivals = "industry"
+    rivals: Rivals = "all"
     privacy: Privacy = field(default_factory=Privacy)
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads it; a misspelt key is refused
