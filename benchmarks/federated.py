@@ -1,8 +1,8 @@
 """Owners with rows of their own, who train one large model at home: federated rounds beside pooled training.
 
 ``disjoint``: eight text domains are eight owners, whose labels are disjoint; low-rank factors of the trunk and label
-rows learn. All ways start from the probed base, see six epochs of the training rows and are judged told and untold. ``own rivals``:
-an owner's labels compete with its own alone at home, not with all that the model knows.
+rows learn. All ways start from the probed base, see six epochs of the training rows and are judged told and untold.
+``own rivals``: an owner's labels compete at home with its own alone, not with all that the model knows.
 ``multitask``: all rows in one place, by the same factors, the reference; ``all layers``: both, by whole weights. ``as
 is``: every owner trains the whole model with all label rows on its few labels, and Flower's FedAvg averages everything.
 ``split``: the domain with the most labels is cut into ten owners by Dirichlet(0.1) over its labels; label rows learn
