@@ -1,7 +1,8 @@
 """Owners side by side: eight text domains shrink and contribute, one after the other, in two processes, and on Ray.
 
 Each owner fine-tunes the probed base and answers the probe set (`finetune`, `distill`), with one thread. Workers are
-started before the clock is; what starting them took is printed beside.
+started before the clock is; what starting them took is printed beside. Processes and Ray take turns, twice; the faster
+run of each counts.
 
 Run: python benchmarks/transport.py [--quick] [--data DIR] [--work DIR]. At most 600 rows a domain; --quick: 150.
 """
@@ -90,9 +91,11 @@ def main() -> int:
     work, context = args.work / ("transport-quick" if args.quick else "transport"), Context(threads=1, max_length=64)
     base = made(work / "incumbent", lambda out: probed(domains, out, context))
     found = {}
-    for name, transport in KINDS.items():
+    for name in [*KINDS, *list(KINDS)[1:]]:
         log(f"== {name}")
-        found[name] = timed(open_model(base.path), folders, rows, work / name.replace(" ", "-"), transport)
+        run = timed(open_model(base.path), folders, rows, work / name.replace(" ", "-"), KINDS[name])
+        assert name not in found or found[name][2] == run[2]
+        found[name] = min(run, found.get(name, run), key=lambda made: made[1])
     text = table([["owners", "start, s", "shrink and contribute, s"], *(
         [name, f"{start:.1f}", f"{seconds:.1f}"] for name, (start, seconds, _) in found.items()
     )])  # fmt: skip
