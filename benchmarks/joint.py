@@ -24,7 +24,7 @@ from _common import bar, finish, parser
 from fanbu.progress import bar as progress_bar
 from fanbu.tables.joint import Here, JointClassifier
 from fanbu.tables.party import Party
-from fanbu.transport.session import Processes
+from fanbu.transport.session import processes
 from meta_forest import _points, _rows, difference, forest, over_seeds, shown
 
 Array = np.ndarray[Any, Any]
@@ -145,7 +145,7 @@ def apart(table: Table, folder: Path) -> bool:
     ids = [f"train {i}" for i in range(len(table.train_y))]
     found = []
     here = Here({f"party {n}": held(table, n, 0, "train") for n in range(1, PARTIES)})
-    with Processes(makers) as there:
+    with processes(makers) as there:
         for session in (here, there):
             own = Party("party 0", ids, table.train[0])
             model = JointClassifier(epochs=3).fit(own, table.train_y, session)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fanbu.errors import DataError, FanbuError, RetryError, UsageError
+from fanbu.errors import DataError, FanbuError, IntegrityError, RetryError, UsageError
 from fanbu.tables.alignment import blinded, common, points
 from fanbu.tables.joint import Here, JointClassifier, align
 from fanbu.tables.party import Party
-from fanbu.transport.session import Processes
+from fanbu.transport.session import Identity, connected, processes, serve
 
 Array = np.ndarray[Any, Any]
 QUICK = {"epochs": 30, "patience": 5, "batch_size": 64, "lr": 5e-3}
@@ -81,7 +86,7 @@ def test_two_parties_learn_what_neither_could_alone(tmp_path: Path) -> None:
     back = Party.load(tmp_path / "shop", fresh_ids, fresh_x)
     there = Party.load(tmp_path / "bank", later.ids, later.x)
     np.testing.assert_array_equal(JointClassifier.load(tmp_path / "top").predict_proba(back, Here({"bank": there})), p)
-    with pytest.raises(DataError, match="no party of these columns"):
+    with pytest.raises(IntegrityError, match="no party of these columns"):
         Party.load(tmp_path / "bank", later.ids, later.x[:, :1])
     # an entity that one of them does not know
     own.hold([*fresh_ids, "stranger"], np.vstack([fresh_x, fresh_x[:1]]))
@@ -99,14 +104,14 @@ def test_processes_and_seeds_change_no_bit() -> None:
         found.append(model.predict_proba(own, Here({"bank": other})))
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
-    with Processes({"bank": (bank, ())}) as apart:
+    with processes({"bank": (bank, ())}) as apart:
         own = Party("shop", ids, x)
         model = JointClassifier(epochs=3).fit(own, y, apart)
         np.testing.assert_array_equal(model.predict_proba(own, apart), found[0])
         with pytest.raises(DataError, match="what no party does"):
             apart.ask("bank", "show me", {})
         apart._running[0].kill()
-        with pytest.raises(RetryError, match="has ended"):
+        with pytest.raises(RetryError, match="does not answer"):
             model.predict(own, apart)
 
 
@@ -193,3 +198,49 @@ def test_tables_that_cannot_be_used_are_named() -> None:
         JointClassifier().fit(Party("shop", ids, x), y, Here({"bank": strangers}))
     with pytest.raises(UsageError, match="two parties have one name"):
         JointClassifier().fit(Party("bank", ids, x), y, Here({"bank": bank()}))
+
+
+def certificates(folder: Path) -> None:
+    """A CA, and a certificate of it for each of two parties; and a stranger's."""
+    new = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    lines = [f"{new} -x509 -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem" for name in ("ca", "x")]
+    (folder / "san.txt").write_text("subjectAltName=IP:127.0.0.1")
+    by_ca = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san.txt"
+    for name in ("bank", "shop"):
+        lines.append(f"{new} -subj /CN={name} -keyout {name}.key -out {name}.csr")
+        lines.append(f"openssl x509 -req -in {name}.csr {by_ca} -out {name}.pem")
+    for line in lines:
+        subprocess.run(line.split(), cwd=folder, check=True, capture_output=True)
+
+
+def test_parties_on_the_network_show_who_they_are(tmp_path: Path) -> None:
+    certificates(tmp_path)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    who = {
+        n: Identity(tmp_path / f"{n}.pem", tmp_path / f"{n}.key", tmp_path / "ca.pem") for n in ("bank", "shop", "x")
+    }
+    there = bank()
+    threading.Thread(target=serve, args=(there, "127.0.0.1", port, who["bank"]), daemon=True).start()
+    address = {"bank": ("127.0.0.1", port)}
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()  # a stranger who hangs up stops nothing
+            break
+    for stranger in (who["x"], Identity(tmp_path / "shop.pem", tmp_path / "shop.key", tmp_path / "x.pem")):
+        with pytest.raises(RetryError, match=r"cannot be reached|does not answer"):
+            connected(address, stranger).ask("bank", "blind", {})
+    ids, x, _, y = tables(200)
+    own, here = Party("shop", ids, x), bank()
+    with connected(address, who["shop"]) as others:
+        model = JointClassifier(epochs=2).fit(own, y, others)
+        p = model.predict_proba(own, others)
+        with pytest.raises(DataError, match="what no party does"):
+            others.ask("bank", "show me", {})
+    again = Party("shop", ids, x)
+    same = JointClassifier(epochs=2).fit(again, y, Here({"bank": here}))
+    np.testing.assert_array_equal(same.predict_proba(again, Here({"bank": here})), p)
+    with pytest.raises(RetryError, match="cannot be reached"):
+        connected({"bank": ("127.0.0.1", port + 1 if port < 65535 else port - 1)}, who["shop"])

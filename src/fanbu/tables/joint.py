@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fanbu.errors import DataError, UsageError
+from fanbu.errors import DataError, IntegrityError, UsageError
 from fanbu.files import write_text
 from fanbu.model import read_json
 from fanbu.tables.alignment import Array, common
@@ -100,7 +100,7 @@ class JointClassifier:
         self.classes_, codes = np.unique(truth[rows], return_inverse=True)
         if len(rows) < 20 or len(self.classes_) < 2:
             raise DataError(
-                "too-few-rows", "there is too little that all parties have", allowed="20 entities, of two classes",
+                "too-few-shared", "there is too little that all parties have", allowed="20 entities, of two classes",
                 got=f"{len(rows)} entities, {len(self.classes_)} classes", remedy="compare how parties name entities",
             )  # fmt: skip
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "joint"))
@@ -192,7 +192,7 @@ class JointClassifier:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """As it was saved. Raises IntegrityError or DataError for files that are broken."""
+        """As it was saved. Raises IntegrityError for files that are broken."""
         facts, tensors = read_json(folder / "joint.json", "party-broken"), load_tensors(folder / "joint.safetensors")
         try:
             made = cls(hidden=facts["hidden"], seed=facts["seed"])
@@ -200,7 +200,7 @@ class JointClassifier:
             made._top = made._fresh()
             made._top.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
+            raise IntegrityError(
                 "party-broken", f"{folder} holds no joint classifier: {str(error)[:200]}", got=str(folder),
                 remedy="ask for the files again",
             ) from None  # fmt: skip

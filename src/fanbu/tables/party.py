@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fanbu.errors import DataError, UsageError
+from fanbu.errors import DataError, IntegrityError, UsageError
 from fanbu.files import write_text
 from fanbu.model import read_json
 from fanbu.tables.alignment import Array, blinded, points
@@ -183,8 +183,8 @@ class Party:
 
     @classmethod
     def load(cls, folder: Path, ids: Sequence[str], x: Any) -> Self:
-        """A party as it was saved, with entities. Raises IntegrityError for files that are broken, and DataError where
-        they are of other columns."""
+        """A party as it was saved, with entities. Raises IntegrityError for files that are broken, or
+        of other columns."""
         facts = read_json(folder / "party.json", "party-broken")
         tensors = load_tensors(folder / "party.safetensors")
         try:
@@ -193,7 +193,7 @@ class Party:
             made.network.load_state_dict({n: t for n, t in tensors.items() if n not in {"centre", "spread"}})
             made.centre, made.spread = (tensors[n].numpy() for n in ("centre", "spread"))
         except (TypeError, KeyError, RuntimeError) as error:
-            raise DataError(
+            raise IntegrityError(
                 "party-broken", f"{folder} holds no party of these columns: {str(error)[:200]}", got=str(folder),
                 remedy="give the columns that it was trained on, in their order",
             ) from None  # fmt: skip
