@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
 LAYERS = [
-    {"errors", "types", "lang", "machine"},
+    {"errors", "types", "lang", "machine", "chance"},
     {"files", "tensors", "readers", "model_card", "model"},
     {"data"},
     {"domain", "contribution", "boundary"},

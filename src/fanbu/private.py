@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fanbu.chance import Chance
 from fanbu.contribution import Contribution
 from fanbu.errors import BoundaryError, UsageError, needs_extra
 from fanbu.files import write_text
@@ -92,12 +92,11 @@ def noise_for(privacy: Privacy, rate: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class OwnerNoise:
-    """Noise that hides a whole owner, in inner round ``number`` of ``times``. Its numbers are ``privacy.norm`` long at
-    most.
+    """Noise that hides which rows an owner has, in inner round ``number`` of ``times``; that it takes part is no secret.
 
-    What crosses alone must look alike for any rows that the owner may have: these are 2 norm apart at most. In a secure
-    sum of ``among`` owners at least, each adds its share, to every number, of the noise that hides whether one of them
-    takes part.
+    Its numbers are ``privacy.norm`` long at most, so for any other rows they would be 2 norm away at most. In a secure
+    sum of ``among`` owners at least, each adds to every number its share of the noise that this takes, such that
+    there is enough without what any one of them knows of it: its own.
     """
 
     privacy: Privacy
@@ -113,7 +112,7 @@ class OwnerNoise:
     @property
     def deviation(self) -> float:
         """The standard deviation of the noise that the owner adds to each of its numbers."""
-        return self.each.noise * self.privacy.norm * (2 if self.among < 2 else 1 / math.sqrt(self.among))
+        return self.each.noise * 2 * self.privacy.norm / math.sqrt(max(1, self.among - 1))
 
     def paid(self, sent: Contribution) -> Contribution:
         """A contribution that has this noise, with what it costs."""
@@ -139,8 +138,8 @@ def train_privately(
     ``privacy.norm`` and adds noise to their sum. Noise suffices for all inner rounds together.
 
     Neighbours differ in one row; how many there are is told. Batches and noise are drawn from the system's entropy, not
-    from the run's seed: who knows the seed could take the noise away again. So two runs differ, and after a kill
-    training begins anew. The generator is not a cryptographic one. ``head`` names the label rows, and how many of them
+    from the run's seed: who knows the seed could take the noise away again (``chance``). So two runs differ, and after
+    a kill training begins anew. ``head`` names the label rows, and how many of them
     learn.
 
     Raises UsageError where there are fewer rows than two.
@@ -158,19 +157,19 @@ def train_privately(
     steps = min(plan.epochs * math.ceil(rows / plan.batch_size), plan.max_steps or 2**62)
     rate, inner = min(1.0, plan.batch_size / rows), context.inner
     mechanism = Mechanism(noise_for(privacy, rate, steps * (inner.of if inner else 1)), rate, steps)
-    draw = torch.Generator().manual_seed(secrets.randbits(63))
-    noise = torch.Generator(context.device).manual_seed(secrets.randbits(63))
+    chance = Chance()
     wrapped, plain = GradSampleModule(learning), optimizer_of(learning, head and head[0], plan)
     optimizer: Any = DPOptimizer(
         plain, noise_multiplier=mechanism.noise, max_grad_norm=privacy.norm,
-        expected_batch_size=max(1, round(rate * rows)), generator=noise,
+        expected_batch_size=max(1, round(rate * rows)),
     )  # fmt: skip
+    optimizer.add_noise = partial(_add_noise, optimizer, chance)
     rates = [group["lr"] for group in plain.param_groups]
     learning.train()
     for step in range(steps):
         for group, base in zip(plain.param_groups, rates, strict=True):
             group["lr"] = base * schedule(plan, step / steps)
-        chosen = (torch.rand(rows, generator=draw) < rate).nonzero().flatten().tolist()
+        chosen = (chance.uniform(rows) < rate).nonzero().flatten().tolist()
         optimizer.zero_grad()
         if chosen:
             with warnings.catch_warnings():  # features and tokens want no gradient
@@ -184,6 +183,14 @@ def train_privately(
     wrapped.to_standard_module()
     learning.eval()
     return mechanism
+
+
+def _add_noise(optimizer: Any, chance: Chance) -> None:
+    """As Opacus adds it, whose own comes from a seed of 32 bits on CPUs."""
+    for p in optimizer.params:
+        noise = chance.normal(p.summed_grad, optimizer.noise_multiplier * optimizer.max_grad_norm)
+        p.grad = (p.summed_grad + noise).view_as(p)
+        p.summed_grad._processed = True
 
 
 def _only_first(p: Any, head: tuple[nn.Module, int] | None, any_row: bool) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fanbu.chance import Chance
 from fanbu.contribution import Contribution
 from fanbu.heads import Head
 from fanbu.merging.sources import SUM
@@ -24,7 +24,7 @@ def noised(c: Contribution, base: Model, norm: float, deviation: float, out: Pat
     too; written to the file ``out``.
 
     So what an owner adds is ``norm`` long at most, whatever its rows are. Noise is drawn from the system's entropy, not
-    from the run's seed: who knows the seed could take it away again. The generator is not a cryptographic one.
+    from the run's seed: who knows the seed could take it away again (``chance``).
 
     Reference: McMahan et al. 2018, "Learning differentially private recurrent language models" (differential privacy
     of a user).
@@ -67,7 +67,7 @@ class _Noised(ByRows):
     def __init__(self, changes: _Changes, factor: float, deviation: float) -> None:
         self.changes, self.factor, self.deviation = changes, factor, deviation
         self.names = changes.names
-        self.generator = torch.Generator().manual_seed(secrets.randbits(63))
+        self.chance = Chance()
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
@@ -76,7 +76,7 @@ class _Noised(ByRows):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor, with other noise each time: they are asked for once."""
         rows = self.changes.rows(name, start, stop) * self.factor
-        rows += self.deviation * torch.randn(rows.shape, generator=self.generator, dtype=torch.float64)
+        rows += self.chance.normal(rows, self.deviation)
         return (rows + self.changes.start[name][start:stop] if name in self.changes.start else rows).float()
 
 
@@ -86,7 +86,7 @@ class Shaken(ByRows):
 
     def __init__(self, numbers: ByRows, deviation: float) -> None:
         self.numbers, self.deviation, self.names = numbers, deviation, numbers.names
-        self.generator = torch.Generator().manual_seed(secrets.randbits(63))
+        self.chance = Chance()
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
@@ -97,7 +97,7 @@ class Shaken(ByRows):
         rows = self.numbers.rows(name, start, stop)
         if name in {WEIGHT, KNOWN}:
             return rows
-        return rows + self.deviation * torch.randn(rows.shape, generator=self.generator, dtype=torch.float64)
+        return rows + self.chance.normal(rows, self.deviation)
 
 
 def _start(base: Model, labels: list[str]) -> dict[str, Tensor]:

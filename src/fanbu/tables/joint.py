@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fanbu.chance import Chance
 from fanbu.errors import DataError, IntegrityError, UsageError
 from fanbu.files import write_text
 from fanbu.model import read_json
@@ -53,7 +54,8 @@ class JointClassifier:
         batch_size: rows an exchange.
         lr: learning rate at the top (AdamW).
         patience: epochs.
-        label_epsilon: what gradients may tell of any one label (label differential privacy); 0: no bound.
+        label_epsilon: what gradients of one ``fit`` may tell of any one label (label differential privacy); each fit
+            spends it anew. 0: no bound.
         seed: of weights, batches and held-out rows.
 
     Attributes:
@@ -146,9 +148,9 @@ class JointClassifier:
             return codes, torch.eye(count)
         rest = 1 / (math.exp(min(self.label_epsilon, 700.0)) + count - 1)
         response = torch.full((count, count), rest).fill_diagonal_(1 - (count - 1) * rest)
-        fresh = torch.Generator()
-        fresh.seed()  # who knows the run's seed could take the noise away
-        return torch.multinomial(response[codes], 1, generator=fresh)[:, 0], response
+        below = response.double().cumsum(1)[codes]  # who knows the run's seed could take other noise away
+        told = (Chance().uniform(len(codes))[:, None] >= below).sum(1).clamp(max=count - 1)
+        return told, response
 
     def _logits(self, parts: Sequence[Tensor]) -> Tensor:
         found: Tensor = self._top(torch.cat(list(parts), 1))
