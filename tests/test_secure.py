@@ -208,9 +208,11 @@ def test_the_centre_holds_no_owners_numbers(tmp_path: Path, monkeypatch: pytest.
             assert 0.4 < share < 0.6
             assert float(value.double().abs().mean()) > 2.0**61
     assert not [p for p in (tmp_path / "ws").rglob("*") if p.name == "kept"]
-    notes = [json.loads(p.read_text()) for p in (tmp_path / "owners").rglob("secure/*.json")]
+    notes = [json.loads(p.read_text()) for p in (tmp_path / "owners").rglob("secure/[0-9a-f]*.json")]
     assert len(notes) == 6
     assert not any("secrets" in note or "held" in note for note in notes)
+    remembered = [json.loads(p.read_text()) for p in (tmp_path / "owners").rglob("secure/sums-*.json")]
+    assert [len(sums) for sums in remembered] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_an_owner_who_is_lost_is_not_in_the_sum(tmp_path: Path, function: str) -
     lost = [] if function == "unmask" else ["rail@south"]
     assert made["domains"] == [n for n in line.owners if n not in lost]
     [told] = [w for w in record["warnings"] if "alone in the secure sum" in w]
-    assert "labels of food:" in told
+    assert "labels of food: the rows" in told
 
 
 def test_an_owner_opens_one_sum_once(tmp_path: Path) -> None:
@@ -284,3 +286,48 @@ def test_what_looks_at_single_ones_takes_no_sum(step: dict[str, Any], tmp_path: 
     value = {**tiny_recipe(tmp_path), "references": [], "feedback": {**step, "secure": True}}
     with pytest.raises(FitError, match="a secure sum shows none of it"):
         run(load_recipe(value))
+
+
+def test_no_masks_serve_twice(tmp_path: Path) -> None:
+    """A centre that asks for masked numbers again, weighed or made otherwise, gets nothing: their difference would be
+    an owner's own."""
+    recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1})
+    asked: dict[str, Any] = {}
+    ask = line.ask
+
+    def spied(requests: Mapping[str, Any], seconds: float) -> Any:
+        asked.update({n: r for n, r in requests.items() if r[0]["function"] == "mask"})
+        return ask(requests, seconds)
+
+    line.ask = spied  # type: ignore[method-assign]
+    run(load_recipe(recipe), line=line)
+    first, files = asked["food"]
+    *head, weighing = first["call"]
+    other = {**first, "call": [*head, {**weighing, "scale": 2 * weighing["scale"]}]}
+    [(_, (said, _))] = line.ask({"food": (other, files)}, 1.0)
+    assert "asks twice" in said["error"]
+
+
+def test_sums_of_other_owners_are_not_opened_beside_each_other(tmp_path: Path) -> None:
+    """The difference of two sums of the same contributions, with and without an owner, would be that owner's."""
+    recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1})
+    first = run(load_recipe(recipe), line=line)
+    assert first["decision"] == "refused"  # so the large model is the same, and so is what owners contribute
+    value = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**value, "rounds": 2}))
+    line.deaf = {("food", "greeting")}
+    with pytest.raises(RetryError, match="differs from one before by so few owners"):
+        run(load_recipe(recipe), line=line)
+    line.deaf = set()
+    assert run(load_recipe(recipe), line=line)["round"] == 2
+
+
+def test_a_sum_that_came_to_nothing_is_begun_anew(tmp_path: Path) -> None:
+    recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1}, transport={"kind": "flower", "quorum": 0.3})
+    line.deaf = {("rail@north", "mask"), ("rail@south", "mask")}
+    with pytest.raises(RetryError, match="a sum of so few owners is not opened"):
+        run(load_recipe(recipe), line=line)
+    line.deaf = set()
+    record = run(load_recipe(recipe), line=line)
+    made = open_model(Path(record["candidate"]["path"])).manifest["parameters"]
+    assert made["domains"] == list(line.owners)

@@ -230,9 +230,9 @@ def test_scaffold_keeps_the_mean_gradient(
     incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path
 ) -> None:
     way, folders = method("scaffold"), {n: tmp_path / n for n in ("own", "said", "own2")}
-    train = {"batch_size": 8, "lr": 1e-4, "clip": 0.0, "dropout": 0.0}
+    given = {"train": {"batch_size": 8, "lr": 1e-4, "clip": 0.0, "dropout": 0.0}, "learns": {"rivals": "industry"}}
     food = Specialist(incumbent, domains["food"], incumbent)
-    first = way.contribute(food, incumbent, replace(context, inner=Inner(0, after=folders["own"])), train=train)
+    first = way.contribute(food, incumbent, replace(context, inner=Inner(0, after=folders["own"])), **given)
     control = {n: first.tensors[f"control:{n}"] for n in body_of(incumbent) if f"control:{n}" in first.tensors}
     before, steps = body_of(incumbent), first.meta["steps"]
     for name, mean in control.items():  # no other correction yet: theta_base - theta is lr times the sum of gradients
@@ -244,9 +244,9 @@ def test_scaffold_keeps_the_mean_gradient(
     torch.testing.assert_close(told[name], control[name])
     # its own control is what the centre tells: nothing is corrected, and the same seed gives the same update
     alike = Inner(0, before=folders["own"], after=folders["own2"], said=folders["said"])
-    again = way.contribute(food, incumbent, replace(context, inner=alike), train=train)
+    again = way.contribute(food, incumbent, replace(context, inner=alike), **given)
     torch.testing.assert_close(again.tensors[name], first.tensors[name])
-    alone = way.contribute(food, incumbent, replace(context, inner=replace(alike, said=None)), train=train)
+    alone = way.contribute(food, incumbent, replace(context, inner=replace(alike, said=None)), **given)
     push = 1e-4 * steps * control[name]  # g - c_i: held back by what it did before
     assert float((alone.tensors[name] - first.tensors[name] - push).norm()) < 0.2 * float(push.norm())
     with pytest.raises(UsageError, match="SGD"):
@@ -375,7 +375,7 @@ def test_labels_of_others_compete_and_do_not_move(
         def look(network: Any, chosen: Any) -> Tensor:
             value = inner(network, chosen)
             kept.append(all(torch.equal(p[count:], b) for p, b in zip(head.parameters(), before, strict=True)))
-            kept.append(before[0].shape[0] == len(food.labels) - 2)
+            kept.append(before[0].shape[0] == len(incumbent.labels) - 2)
             return value
 
         return look

@@ -22,7 +22,7 @@ from fanbu.merging.noise import noised
 from fanbu.model import Model, copy_model, open_model, said_anew
 from fanbu.private import OwnerNoise
 from fanbu.recipe import Step
-from fanbu.secure import Session, begun, summed, tell_keys
+from fanbu.secure import Session, begun, least_of, summed, tell_keys
 from fanbu.turn import Turn
 from fanbu.types import Context, Inner
 
@@ -53,13 +53,18 @@ def _gathered(
         found = [c for _, c in turn.at_owners(contribute, [(*call, noise) for call in calls])]
         return [c for c, _ in found], {c.domain: folder for c, folder in found}
     base, inner = calls[0][3], calls[0][4]
-    what = {"way": way.name, "arguments": plain(way.check(step.arguments)), "base": base.digest, **_numbered(inner)}
-    session = begun(turn, {**what, **turn.settings(probe=True)}, [call[2] for call in calls])
-    noise = _noise(step, calls, session["least"])
-    told = turn.at_owners(prepare, [(*call, noise, session) for call in calls])
-    prepared = [(call[2], keys, folder) for call, (keys, folder) in told]
-    by_rows = bool(way.own("absorb", step.arguments).get("by_rows"))
-    one = summed(turn, way, {"by_rows": by_rows, "noise": noise}, base, session, prepared)
+    noise = _noise(step, calls, least_of(len(calls)))
+    work = [_work(turn, *call, noise) for call in calls]
+    what = {
+        "way": way.name, "arguments": plain(way.check(step.arguments)), **turn.settings(probe=True),
+        "code": [code_digest(m) for m in (way.module, "fanbu.boundary", "fanbu.secure")],
+        "work": [[name, inputs, d.share.as_dict()] for name, _, inputs, d, _ in work],
+    }  # fmt: skip
+    with begun(turn, what, [call[2].domain.name for call in calls], inner.number if inner else None) as session:
+        told = turn.at_owners(prepare, [(*call, noise, session) for call in calls])
+        prepared = [(call[2], keys, folder) for call, (keys, folder) in told]
+        by_rows = bool(way.own("absorb", step.arguments).get("by_rows"))
+        one = summed(turn, way, {"by_rows": by_rows, "noise": noise}, base, session, prepared)
     return [one], {s.domain.name: folder for s, _, folder in prepared if s.domain.name in one.meta["of"]}
 
 

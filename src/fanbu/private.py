@@ -92,7 +92,8 @@ def noise_for(privacy: Privacy, rate: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class OwnerNoise:
-    """Noise that hides which rows an owner has, in inner round ``number`` of ``times``; that it takes part is no secret.
+    """Noise that hides which rows an owner has, in inner round ``number`` of ``times``; that it takes
+    part is no secret.
 
     Its numbers are ``privacy.norm`` long at most, so for any other rows they would be 2 norm away at most. In a secure
     sum of ``among`` owners at least, each adds to every number its share of the noise that this takes, such that

@@ -10,8 +10,10 @@ import json
 import math
 import os
 import secrets
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,22 +38,32 @@ from fanbu.types import Context, digest
 
 Session = Mapping[str, Any]  # name, owners and the least of them that it opens with: what all know of one sum
 _SEED, _OWN, _FOR, _KEYS = "seed:", "own:", "for:", "keys"
-_DESKS = 4  # sums of one domain whose notes stay at the owner
+_STALE = 60.0  # seconds after which a half-written file is nobody's
+_DESKS, _SUMS = 4, 1000  # of one domain: sums whose notes stay at the owner, and contributions that it remembers
 
 
-def begun(turn: Turn, what: Mapping[str, Any], specialists: Sequence[Specialist]) -> Session:
-    """A sum that has a name of its own, the same again after a kill; ``what`` is summed."""
-    owners = sorted(s.domain.name for s in specialists)
+def least_of(owners: int) -> int:
+    """How many of so many owners a sum opens with: a majority."""
+    return max(2, owners // 2 + 1)
+
+
+@contextmanager
+def begun(turn: Turn, what: Mapping[str, Any], names: Iterable[str], inner: int | None) -> Iterator[Session]:
+    """A sum that has a name of its own, the same again after a kill. ``what`` says all that decides what each owner
+    contributes: where any of it is another, so is the sum, and no masks serve twice. One that cannot be opened is given
+    up, and the next run begins another."""
+    owners = sorted(names)
     key = digest({**what, "owners": owners})
     desk = _folder(turn) / f"{key[:20]}.json"
     if not desk.exists():
         write_text(desk, json.dumps({"nonce": secrets.token_hex(16)}))
-    return {
-        "name": digest([key, json.loads(desk.read_text())["nonce"]]),
-        "owners": owners,
-        "least": max(2, len(owners) // 2 + 1),
-        "key": key[:20],
-    }
+    name = digest([key, json.loads(desk.read_text())["nonce"]])
+    numbered = {} if inner is None else {"inner": inner}
+    try:
+        yield {"name": name, "owners": owners, "least": least_of(len(owners)), "key": key[:20], **numbered}
+    except (IntegrityError, RetryError):
+        desk.unlink(missing_ok=True)
+        raise
 
 
 # Owners
@@ -68,9 +80,10 @@ def tell_keys(turn: Turn, way: Method, s: Specialist, session: Session) -> Contr
         kept = {"seed": own.seed.hex(), "own": own.own.hex(), "letters": own.letters.hex()}
         if not desk.exists():
             _note(desk, {"secrets": kept})
-        for old in sorted(desk.parent.glob(f"*-{s.domain.name}.json"), key=os.path.getmtime)[:-_DESKS]:
+        own_desks = [p for p in desk.parent.iterdir() if p.name[20:] == desk.name[20:]]
+        for old in sorted(own_desks, key=os.path.getmtime)[:-_DESKS]:
             old.unlink(missing_ok=True)
-        told = [list(bytes.fromhex(part)) for part in _secrets(_read(desk)).public()]
+        told = [list(bytes.fromhex(part)) for part in _secrets(json.loads(desk.read_text())).public()]
         return _message(way, s, {_KEYS: torch.tensor(told, dtype=torch.uint8)})
 
     return turn.contribution(f"{way.name} keys {s.domain.name}", __name__, dict(session), s.domain, make)[0]
@@ -81,12 +94,11 @@ def share_out(turn: Turn, way: Method, s: Specialist, session: Session, public: 
     inputs = {**session, "public": public}
 
     def make(out: Path, context: Context) -> Contribution:
-        desk = _desk(turn, session, s)
-        notes = _once(_read(desk), "public", public)
-        own = _secrets(notes)
-        if list(public[s.domain.name]) != own.public():
-            raise masks.broken(f"the keys of {s.domain.name} are not those that it told", s.domain.name)
-        _note(desk, notes)
+        with _opened(turn, session, s) as notes:
+            _once(notes, "public", public)
+            own = _secrets(notes)
+            if list(public[s.domain.name]) != own.public():
+                raise masks.broken(f"the keys of {s.domain.name} are not those that it told", s.domain.name)
         letters = masks.shares_for(_ring(session), s.domain.name, own, public)
         return _message(way, s, {_FOR + name: _bytes(letter) for name, letter in letters.items()})
 
@@ -102,12 +114,12 @@ def mask(
     ring, name = _ring(session), s.domain.name
 
     def make(out: Path, context: Context) -> Contribution:
-        desk = _desk(turn, session, s)
-        notes = _once(_read(desk), "letters", digest(letters))
-        own, public = _secrets(notes), notes["public"]
-        found = masks.opened(ring, name, own, {d: bytes.fromhex(v) for d, v in letters.items()}, public)
-        notes["held"] = {d: [place, seed.hex(), mine.hex()] for d, (place, seed, mine) in found.items()}
-        _note(desk, notes)
+        with _opened(turn, session, s) as notes:
+            _once(notes, "masked", digest([letters, weighing, folder.name, base.digest]))
+            own, public = _secrets(notes), notes["public"]
+            found = masks.opened(ring, name, own, {d: bytes.fromhex(v) for d, v in letters.items()}, public)
+            notes["held"] = {d: [place, seed.hex(), mine.hex()] for d, (place, seed, mine) in found.items()}
+            notes["kept"] = folder.name
         kept = open_contribution(folder / "kept")
         by_rows = weighing["scale"] and kept.kind == "updates"
         weight = int(kept.meta["rows"]) / float(weighing["scale"]) if by_rows else 1.0
@@ -133,17 +145,19 @@ def unmask(turn: Turn, way: Method, s: Specialist, session: Session, heard: Sequ
     inputs = {**session, "heard": list(heard), "lost": list(lost)}
 
     def make(out: Path, context: Context) -> Contribution:
-        desk = _desk(turn, session, s)
-        notes = _once(_read(desk), "opened", [list(heard), list(lost)])
-        if set(heard) & set(lost) or s.domain.name not in heard:
-            raise masks.broken("who was heard and who was lost is not to be told apart", s.domain.name)
-        _check_many(s, len(set(heard)), session)
-        if "answer" not in notes:
-            held = notes.get("held", {})
-            answer = {_OWN + d: [held[d][0], held[d][2]] for d in heard if d in held}
-            answer |= {_SEED + d: [held[d][0], held[d][1]] for d in lost if d in held}
-            notes = {"opened": notes["opened"], "answer": answer}
-            _note(desk, notes)
+        with _opened(turn, session, s) as notes:
+            _once(notes, "opened", [list(heard), list(lost)])
+            if set(heard) & set(lost) or s.domain.name not in heard:
+                raise masks.broken("who was heard and who was lost is not to be told apart", s.domain.name)
+            _check_many(s, len(set(heard)), session)
+            if "answer" not in notes:
+                held = notes.get("held", {})
+                _check_apart(turn, s, notes["kept"], heard, session)
+                answer = {_OWN + d: [held[d][0], held[d][2]] for d in heard if d in held}
+                answer |= {_SEED + d: [held[d][0], held[d][1]] for d in lost if d in held}
+                for secret in ("secrets", "held", "public"):
+                    notes.pop(secret, None)
+                notes["answer"] = answer
         sent = {
             n: _bytes(int(place).to_bytes(2, "big") + bytes.fromhex(v)) for n, (place, v) in notes["answer"].items()
         }
@@ -166,6 +180,7 @@ def summed(
     is begun.
     """
     ring, owners = _ring(session), {s.domain.name: (s, folder) for s, _, folder in prepared}
+    _settled(turn, session, "keys", owners)
     public = {s.domain.name: _public(c) for s, c, _ in prepared}
 
     def known(name: str) -> dict[str, list[str]]:
@@ -173,19 +188,20 @@ def summed(
 
     asked: list[tuple[Any, ...]] = [(way, s, session, known(n)) for n, (s, _) in owners.items()]
     letters = {call[1].domain.name: c for call, c in turn.at_owners(share_out, asked)}
+    _settled(turn, session, "letters", letters)
     scale, labels = _scale(owners) if how["by_rows"] else 0, _labels(owners)
     weighing = {"scale": scale, "labels": labels, "noise": how["noise"]}
     asked = [
         (way, owners[n][0], session, base, owners[n][1], _letters_to(n, letters), weighing) for n in letters
     ]  # fmt: skip
     sent = _alike(turn, {call[1].domain.name: c for call, c in turn.at_owners(mask, asked)})
-    heard = _settled(turn, session, list(sent))
-    lost = sorted(letters.keys() - set(heard))
-    if len(heard) < session["least"]:
+    if len(sent) < session["least"]:
         raise RetryError(
-            "too-few-owners", "a sum of so few owners is not opened", allowed=session["least"], got=heard,
+            "too-few-owners", "a sum of so few owners is not opened", allowed=session["least"], got=sorted(sent),
             remedy="run again when more of them are there",
         )  # fmt: skip
+    heard = _settled(turn, session, "heard", sent)
+    lost = sorted(letters.keys() - set(heard))
     asked = [(way, owners[n][0], session, heard, lost) for n in heard]
     answers = [c for _, c in turn.at_owners(unmask, asked)]
     numbers = {n: sent[n] for n in heard}
@@ -198,11 +214,7 @@ def summed(
         one = as_one(sums, labels, meta_of(first), first, heard, scale or 1)
         write_contribution(one, out / "contribution")
 
-    try:
-        done = turn.stage(f"{way.name} sum", __name__, inputs, produce)
-    except (IntegrityError, RetryError):
-        (_folder(turn) / f"{session['key']}.json").unlink(missing_ok=True)  # the next run begins another sum
-        raise
+    done = turn.stage(f"{way.name} sum", __name__, inputs, produce)
     return replace(open_contribution(done.path / "contribution"), owners=len(heard))
 
 
@@ -241,14 +253,21 @@ def _alike(turn: Turn, sent: dict[str, Contribution]) -> dict[str, Contribution]
     return sent
 
 
-def _settled(turn: Turn, session: Session, names: Sequence[str]) -> list[str]:
-    """Whose numbers are in the sum: written down before any owner opens its share of it, since none does so twice."""
+def _settled(turn: Turn, session: Session, what: str, names: Iterable[str]) -> list[str]:
+    """Who has told ``what``, written down before any owner is told of it: after a kill it is the same. RetryError where
+    one of them is gone by then."""
     desk = _folder(turn) / f"{session['key']}.json"
-    notes = json.loads(desk.read_text())
-    if "heard" not in notes:
-        notes["heard"] = sorted(names)
+    notes, here = json.loads(desk.read_text()), sorted(names)
+    if what not in notes:
+        notes[what] = here
         write_text(desk, json.dumps(notes))
-    return [name for name in notes["heard"] if name in names]
+    known: list[str] = notes[what]
+    if known != here:
+        raise RetryError(
+            "too-few-owners", f"since {what} of a sum were settled, owners have come or gone", allowed=known, got=here,
+            remedy="run again: a new sum is begun with those who are there",
+        )  # fmt: skip
+    return known
 
 
 def _scale(owners: Mapping[str, tuple[Specialist, Path]]) -> int:
@@ -340,6 +359,9 @@ def _bytes(content: bytes) -> Tensor:
 def _folder(turn: Turn) -> Path:
     folder = turn.workspace.root / "secure"
     folder.mkdir(mode=0o700, exist_ok=True)
+    for old in folder.glob(".*.tmp"):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > _STALE:
+            old.unlink(missing_ok=True)
     return folder
 
 
@@ -347,16 +369,39 @@ def _desk(turn: Turn, session: Session, s: Specialist) -> Path:
     return _folder(turn) / f"{session['name'][:20]}-{s.domain.name}.json"
 
 
-def _read(desk: Path) -> dict[str, Any]:
-    if not desk.exists():
-        raise masks.broken("an owner has lost its secrets of this sum", desk.name)
-    notes: dict[str, Any] = json.loads(desk.read_text())
-    return notes
+@contextmanager
+def _opened(turn: Turn, session: Session, s: Specialist) -> Iterator[dict[str, Any]]:
+    """An owner's notes of a sum, which nobody else changes meanwhile; what is changed in them is kept, durably, before
+    anything that was made of it can cross."""
+    desk = _desk(turn, session, s)
+    with turn.workspace.lock(desk.stem):
+        if not desk.exists():
+            raise masks.broken("an owner has lost its secrets of this sum", desk.name)
+        notes: dict[str, Any] = json.loads(desk.read_text())
+        yield notes
+        _note(desk, notes)
 
 
 def _note(desk: Path, notes: Mapping[str, Any]) -> None:
     write_text(desk, json.dumps(notes))
     desk.chmod(0o600)
+
+
+def _check_apart(turn: Turn, s: Specialist, kept: str, heard: Sequence[str], session: Session) -> None:
+    """BoundaryError where this owner's contribution was opened before in the sum of other owners, so few of them that
+    the difference of both sums would show theirs."""
+    file = _folder(turn) / f"sums-{s.domain.name}.json"
+    known: dict[str, list[list[str]]] = json.loads(file.read_text()) if file.exists() else {}
+    before = known.setdefault(kept, [])
+    for other in before:
+        if 0 < len(set(other) ^ set(heard)) < int(session["least"]):
+            raise BoundaryError(
+                "not-shared", f"{s.domain.name} opens no sum that differs from one before by so few owners",
+                allowed="the same owners, or many others", got=sorted(set(other) ^ set(heard)),
+                remedy="run again when the same owners are there, or when rows or the large model are others",
+            )  # fmt: skip
+    before.append(sorted(heard))
+    write_text(file, json.dumps(dict(list(known.items())[-_SUMS:])))
 
 
 def _secrets(notes: Mapping[str, Any]) -> Secrets:

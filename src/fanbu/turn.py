@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,15 +221,16 @@ class Turn:
                     _sent_by(domain, out)  # raises where it is none, before it counts as done
                 return
             sent = make(out, context)
-            if self.spent and context.scratch:
-                # noise that is drawn anew is paid anew; what was cut off before it crossed is paid once
-                drawn = context.scratch / "drawn"
+            drawn = context.scratch / "drawn" if context.scratch else out / "drawn"
+            if self.spent:  # noise that is drawn anew is paid anew; what was cut off before it crossed is paid once
                 if not drawn.exists():
                     write_text(drawn, secrets.token_hex(16))
                 key = digest([name, inputs, drawn.read_text()])
-                spend(self.spent / f"{domain.name}.json", key, sent, domain.share.budget)
+                with self.workspace.lock(f"privacy-{domain.name}"):
+                    spend(self.spent / f"{domain.name}.json", key, sent, domain.share.budget)
             through, folder = (keep, "kept") if stays else (cross, "contribution")
             through(sent, domain.share, out / folder, domain.every_text)
+            drawn.unlink(missing_ok=True)
 
         rules = {"share": domain.share.as_dict(), "boundary": code_digest("fanbu.boundary")}
         return self.stage(name, module, {**inputs, **rules}, produce, shown).path
@@ -392,13 +394,12 @@ def domains_now(
 
 
 def _alone(turn: Turn) -> list[str]:
-    """Whose label rows are alone in a secure sum."""
-    industries = [d.industry for d in turn.feeding if d.task in CLASSIFYING]
-    alone = sorted(industry for industry in set(industries) if industries.count(industry) == 1)
-    names = ", ".join(alone)
+    """Whose label rows are alone in a secure sum, as far as all are heard."""
+    known = Counter(label for d in turn.feeding for label in d.full_labels)
+    alone = sorted(d.name for d in turn.feeding if any(known[label] == 1 for label in d.full_labels))
     return [
-        f"{step.called}: no other owner knows the labels of {names}: their label rows are alone in the secure sum, and "
-        f"the centre can read them"
+        f"{step.called}: no other owner knows all labels of {', '.join(alone)}: the rows of those that one owner alone "
+        f"knows are alone in the secure sum, and the centre can read them"
         for step in turn.recipe.feedback
         if step.secure and alone
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from fanbu.errors import DataError, needs_extra
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_SIZE = 32  # bytes of a point
+_SIZE, _P = 32, 2**255 - 19  # bytes of a point, and the field of its coordinates
 
 
 def points(ids: Sequence[str]) -> Array:
@@ -26,13 +26,22 @@ def points(ids: Sequence[str]) -> Array:
             "id-twice", "an entity has several rows", allowed="each name once", got=twice or "some twice",
             remedy="make one row of those that are of one entity",
         )  # fmt: skip
-    hashed = (hashlib.sha256(f"fanbu alignment {i}".encode()).digest() for i in ids)
-    return np.frombuffer(b"".join(hashed), dtype=np.uint8).reshape(len(ids), _SIZE)
+    return np.frombuffer(b"".join(map(_point, ids)), dtype=np.uint8).reshape(len(ids), _SIZE)
+
+
+def _point(name: str) -> bytes:
+    """A hash of a name that is a point of the curve and not of its twist: no blinding hides which of the two."""
+    for number in range(256):
+        hashed = hashlib.sha256(f"fanbu alignment {number} {name}".encode()).digest()
+        u = int.from_bytes(hashed, "little") % 2**255 % _P
+        if pow(u * (u * u + 486662 * u + 1), (_P - 1) // 2, _P) == 1:
+            return hashed
+    raise AssertionError("no point in 256 hashes")
 
 
 def blinded(points_n32: Array, secret: bytes) -> Array:
     """Each point times the secret. Blinding by several parties commutes: it is the same in whatever order they do it,
-    and nobody who lacks one of the secrets can tell from it which name a point was made of."""
+    and who lacks one of the secrets cannot try out which name a point was made of."""
     with needs_extra("secure"):
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 

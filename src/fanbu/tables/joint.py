@@ -212,21 +212,22 @@ class JointClassifier:
 def align(own: Party, others: Session) -> Array:
     """The rows of ``own`` that all parties have, in its order, which all of them know from now on.
 
-    Each party's names, as points, are blinded by all parties in turn; those that are equal in the end are common. Who
-    has the labels learns how many entities each party has, and which rows are common; the others which of theirs are,
-    and in what order.
+    Each party's names, as points in an order of no meaning, go once round all parties, who blind them; those that are
+    equal in the end are common. No two parties' points reach a third one blinded by the same parties, so it can match
+    none. Who has the labels learns how many entities each party has, which of its own rows each other party has, and
+    how many any of them share; the others which of theirs all have, in what order, and how many entities there are.
     """
-    talk, final = _Talk(own, others), {}
-    for name in talk.names:
-        final[name] = talk.ask(name, "blind", {})["points"]
-    for name in talk.names:
-        for other in talk.names:
-            if other != name:
-                final[name] = talk.ask(other, "reblind", {"points": final[name]})["points"]
+    talk = _Talk(own, others)
+    final = {name: talk.ask(name, "blind", {})["points"] for name in talk.names}
+    for place, name in enumerate(talk.names):
+        for other in [*talk.names[place + 1 :], *talk.names[:place]]:
+            final[name] = talk.ask(other, "reblind", {"points": final[name]})["points"]
     rows = common(final)
+    there = own.places[rows[own.name]]
+    order = np.argsort(there)
     for name in talk.names:
-        talk.ask(name, "order", {"rows": rows[name]})
-    return rows[own.name]
+        talk.ask(name, "order", {"rows": rows[name][order]})
+    return there[order]
 
 
 class _Talk:

@@ -81,13 +81,14 @@ class Party:
         self._points = points(self.ids)
         self.rows = np.zeros(0, dtype=np.int64)  # those that all have, in the common order
         self._secret = secrets.token_bytes(32)
+        self.places = np.arange(len(self.ids))  # which row each point is of: points leave in an order of no meaning
         self._pending: torch.Tensor | None = None
 
     def answer(self, what: str, arrays: Arrays) -> dict[str, Array]:
         """What the party says: ``blind``: its points, blinded; ``reblind``: others' ``points``, blinded; ``order``: it
-        takes ``rows`` as those that all have; ``begin``: its network begins anew, on the rows ``train``; ``forward``:
-        ``e`` of ``rows``, to learn from; ``backward``: it learns from ``g``, the gradient of that; ``embed``: ``e`` of
-        ``rows``; ``keep`` and ``back``: the network as it is is kept, and as it was kept is back.
+        takes ``rows`` of its points as those that all have; ``begin``: its network begins anew, on the rows ``train``;
+        ``forward``: ``e`` of ``rows``, to learn from; ``backward``: it learns from ``g``, the gradient of that;
+        ``embed``: ``e`` of ``rows``; ``keep`` and ``back``: the network as it is is kept, and as it was kept is back.
 
         Raises DataError for anything else, and for what is not of the right kind.
         """
@@ -102,7 +103,8 @@ class Party:
 
     def _blind(self, arrays: Arrays) -> dict[str, Array]:
         self._secret = secrets.token_bytes(32)  # of one alignment
-        return {"points": blinded(self._points, self._secret)}
+        self.places = np.array(sorted(range(len(self.ids)), key=lambda _: secrets.randbits(64)), dtype=np.int64)
+        return {"points": blinded(self._points[self.places], self._secret)}
 
     def _reblind(self, arrays: Arrays) -> dict[str, Array]:
         return {"points": blinded(_of(arrays, "points"), self._secret)}
@@ -113,7 +115,7 @@ class Party:
             raise broken(f"{self.name}: the common rows are none", rows.shape)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.ids)):
             raise broken(f"{self.name}: the common rows are not all there", len(self.ids))
-        self.rows = rows
+        self.rows = self.places[rows]
         return {}
 
     def _begin(self, arrays: Arrays) -> dict[str, Array]:
