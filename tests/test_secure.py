@@ -322,6 +322,7 @@ def test_sums_of_other_owners_are_not_opened_beside_each_other(tmp_path: Path) -
     assert run(load_recipe(recipe), line=line)["round"] == 2
 
 
+@pytest.mark.slow
 def test_a_sum_that_came_to_nothing_is_begun_anew(tmp_path: Path) -> None:
     recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1}, transport={"kind": "flower", "quorum": 0.3})
     line.deaf = {("rail@north", "mask"), ("rail@south", "mask")}
