@@ -197,6 +197,7 @@ def test_a_causal_student_learns_next_tokens(
     assert loss(made) < loss(small)
 
 
+@pytest.mark.slow
 def test_a_chain_in_a_recipe_is_taught_by_its_finetuned_model(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     short = {"epochs": 2, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}

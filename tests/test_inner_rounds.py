@@ -134,6 +134,7 @@ def test_ways_down_are_taken_once(tmp_path: Path) -> None:
     assert fanbu.feeding.STATE != fanbu.feeding.SAID
 
 
+@pytest.mark.slow
 def test_a_share_of_the_owners_takes_part_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[list[str]] = []
     absorb = Method.absorb

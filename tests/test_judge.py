@@ -49,6 +49,7 @@ def test_mcnemar_and_delta_by_hand() -> None:
     assert pair.low < pair.floor < 0.10 < pair.high
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     rng, covered = np.random.default_rng(0), 0
     for trial in range(120):
@@ -61,6 +62,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     assert covered / 120 > 0.88
 
 
+@pytest.mark.slow
 def test_equal_models_are_seldom_promoted() -> None:
     rng, promoted = np.random.default_rng(1), 0
     domains = {n: plain_domain(n) for n in ("a", "b")}

@@ -79,6 +79,7 @@ def test_a_process_that_dies_idle_is_replaced() -> None:
     assert sorted(side_by_side(TWO, square, [(2,), (3,)], 1)) == [4, 9]
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
