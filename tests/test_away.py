@@ -56,9 +56,9 @@ def plain(message: Message) -> Message:
     return json.loads(json.dumps(message[0])), dict(message[1])
 
 
-def elsewhere(folder: Path, **changes: Any) -> tuple[Path, Near]:
-    """A centre's recipe without rows, and the owners of its domains."""
-    value = tiny_recipe(folder)
+def elsewhere(folder: Path, value: dict[str, Any] | None = None, **changes: Any) -> tuple[Path, Near]:
+    """A centre's recipe without rows, and the owners of its domains; of the tiny one, or of another ``value``."""
+    value = value or tiny_recipe(folder)
     owners = {}
     for name, spec in value["domains"].items():
         part = folder / "owners" / name / "part.yaml"

@@ -86,7 +86,7 @@ def test_two_parties_learn_what_neither_could_alone(tmp_path: Path) -> None:
     back = Party.load(tmp_path / "shop", fresh_ids, fresh_x)
     there = Party.load(tmp_path / "bank", later.ids, later.x)
     np.testing.assert_array_equal(JointClassifier.load(tmp_path / "top").predict_proba(back, Here({"bank": there})), p)
-    with pytest.raises(IntegrityError, match="no party of these columns"):
+    with pytest.raises(IntegrityError, match="no party part of these columns"):
         Party.load(tmp_path / "bank", later.ids, later.x[:, :1])
     # an entity that one of them does not know
     own.hold([*fresh_ids, "stranger"], np.vstack([fresh_x, fresh_x[:1]]))

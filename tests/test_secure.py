@@ -143,16 +143,20 @@ def three(folder: Path, **changes: Any) -> tuple[Path, Near]:
     value = tiny_recipe(folder)
     rail = value["domains"].pop("rail")
     value["domains"] |= {"rail@north": rail, "rail@south": rail}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(value))
-    owners = {}
-    for name, spec in value["domains"].items():
-        part = folder / "owners" / name / "part.yaml"
-        part.parent.mkdir(parents=True)
-        part.write_text(yaml.safe_dump({"domains": {name: spec}}))
-        owners[name] = (part, folder / "owners" / name / "ws")
-    value |= {"domains": {name: {} for name in owners}, "transport": {"kind": "flower"}, "references": []}
-    (folder / "centre.yaml").write_text(yaml.safe_dump({**value, "feedback": FEDAVG, **changes}))
-    return folder / "centre.yaml", Near(owners)
+    return elsewhere(folder, value, **{"references": [], "feedback": FEDAVG, **changes})
+
+
+def asked_for(line: Near, function: str) -> dict[str, Any]:
+    """What owners are asked for, by domain, as it is asked from now on."""
+    asked: dict[str, Any] = {}
+    ask = line.ask
+
+    def spied(requests: Mapping[str, Any], seconds: float) -> Any:
+        asked.update({n: r for n, r in requests.items() if r[0]["function"] == function})
+        return ask(requests, seconds)
+
+    line.ask = spied  # type: ignore[method-assign]
+    return asked
 
 
 def here(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -233,14 +237,7 @@ def test_an_owner_who_is_lost_is_not_in_the_sum(tmp_path: Path, function: str) -
 def test_an_owner_opens_one_sum_once(tmp_path: Path) -> None:
     """A centre that asks again, and says that who was heard is lost, gets nothing."""
     recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1})
-    asked: dict[str, Any] = {}
-    ask = line.ask
-
-    def spied(requests: Mapping[str, Any], seconds: float) -> Any:
-        asked.update({n: r for n, r in requests.items() if r[0]["function"] == "unmask"})
-        return ask(requests, seconds)
-
-    line.ask = spied  # type: ignore[method-assign]
+    asked = asked_for(line, "unmask")
     run(load_recipe(recipe), line=line)
     first, files = asked["food"]
     way, s, session, heard, lost = first["call"]
@@ -292,14 +289,7 @@ def test_no_masks_serve_twice(tmp_path: Path) -> None:
     """A centre that asks for masked numbers again, weighed or made otherwise, gets nothing: their difference would be
     an owner's own."""
     recipe, line = three(tmp_path, feedback={**FEDAVG, "times": 1})
-    asked: dict[str, Any] = {}
-    ask = line.ask
-
-    def spied(requests: Mapping[str, Any], seconds: float) -> Any:
-        asked.update({n: r for n, r in requests.items() if r[0]["function"] == "mask"})
-        return ask(requests, seconds)
-
-    line.ask = spied  # type: ignore[method-assign]
+    asked = asked_for(line, "mask")
     run(load_recipe(recipe), line=line)
     first, files = asked["food"]
     *head, weighing = first["call"]
@@ -332,3 +322,16 @@ def test_a_sum_that_came_to_nothing_is_begun_anew(tmp_path: Path) -> None:
     record = run(load_recipe(recipe), line=line)
     made = open_model(Path(record["candidate"]["path"])).manifest["parameters"]
     assert made["domains"] == list(line.owners)
+
+
+def test_here_an_owner_may_leave_after_a_refusal(tmp_path: Path) -> None:
+    """Where all work in one workspace nothing is hidden from it, and the next sum may be of fewer owners."""
+    three(tmp_path)
+    value = {**yaml.safe_load((tmp_path / "centre.yaml").read_text()), "transport": {}}
+    parts = [yaml.safe_load(p.read_text())["domains"] for p in (tmp_path / "owners").glob("*/part.yaml")]
+    value["domains"] = {name: spec for part in parts for name, spec in part.items()}
+    value |= {"feedback": {**FEDAVG, "times": 1}, "rounds": 2}
+    value["domains"]["rail@south"]["leaves"] = 2
+    record = run(load_recipe(value))
+    assert record["round"] == 2
+    assert open_model(Path(record["candidate"]["path"])).manifest["parameters"]["domains"] == ["food", "rail@north"]

@@ -27,7 +27,7 @@ def test_messages_pass_through_as_they_are(tmp_path: Path) -> None:
         heard.append(request)
         return {"food": ({"stages": ["s"]}, {"s/file": bytes(3_000_000)}), "rail": ({"error": "no"}, {})}
 
-    threading.Thread(target=worker.stay, args=(tmp_path, answer, os.getpid()), daemon=True).start()
+    threading.Thread(target=worker.stay, args=(tmp_path, answer), daemon=True).start()
     end = time.monotonic() + 20
     while not worker._address(tmp_path).exists() and time.monotonic() < end:
         time.sleep(0.05)
@@ -46,7 +46,7 @@ def test_where_there_is_none_nobody_answers(tmp_path: Path) -> None:
     place.touch()
     assert worker.asked(REQUEST, tmp_path) is None
     with pytest.raises(UsageError, match="not this user's own folder"):
-        worker.stay(tmp_path, lambda request: {}, os.getpid())
+        worker.stay(tmp_path, lambda request: {})
 
 
 def test_it_is_started_again_where_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -
     synthetic (``data.synthetic.Corpus.hides``): this is looked at here, whoever made them."""
     if contribution.kind not in share.kinds:
         return f"{contribution.kind} stay with their owner"
-    if share.together and contribution.kind in ADDED and not _hidden(contribution):
+    if share.together and contribution.kind in ADDED and not _alone(contribution):
         return f"{contribution.kind} cross in a sum of {share.together} owners alone"
     texts = [row["text"] for row in contribution.rows if "text" in row]
     if texts and not (share.texts or (share.synthetic and own)):
@@ -74,8 +74,9 @@ def refusal(contribution: Contribution, share: Share, own: Sequence[str] = ()) -
     return None
 
 
-def _hidden(contribution: Contribution) -> bool:
-    """Whether there are only whole numbers (masked ones, keys, and shares of secrets), or only label rows."""
+def _alone(contribution: Contribution) -> bool:
+    """Whether it may cross alone where numbers cross in sums: whole numbers (masked ones, keys, and shares of secrets),
+    or label rows, and nothing else."""
     found = [layout(contribution.tensors, name) for name in contribution.tensors]
     labels = contribution.meta.get("labels")
     if contribution.kind == "statistics" and isinstance(labels, list):

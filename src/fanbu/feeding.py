@@ -18,7 +18,7 @@ from fanbu.errors import FitError, IntegrityError
 from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
 from fanbu.ledger import Workspace
-from fanbu.merging.noise import noised
+from fanbu.merging.noise import noised, shortened
 from fanbu.model import Model, copy_model, open_model, said_anew
 from fanbu.private import OwnerNoise
 from fanbu.recipe import Step
@@ -113,11 +113,12 @@ def _work(
 
 def _noised(sent: Contribution, base: Model, context: Context, noise: OwnerNoise) -> Contribution:
     """An owner's contribution, brought down to its length, with noise; in a sum that is added with the masks."""
-    assert context.scratch is not None
-    place, norm = context.scratch / "noised.safetensors", noise.privacy.norm
     if noise.among:
-        return noised(sent, base, norm, 0.0, place)
-    return noise.paid(noised(sent, base, norm, noise.deviation, place))
+        return shortened(sent, base, noise.privacy.norm)
+    assert context.scratch is not None
+    return noise.paid(
+        noised(sent, base, noise.privacy.norm, noise.deviation, context.scratch / "noised.safetensors")
+    )  # fmt: skip
 
 
 def absorb(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,88 +17,79 @@ from fanbu.merging.sources import SUM
 from fanbu.merging.summing import KNOWN, WEIGHT, Summands
 from fanbu.merging.task_vector import HEAD, head_tensors, rows_of
 from fanbu.model import Model
-from fanbu.tensors import ByRows, Tensors, chunks, save_tensors
+from fanbu.tensors import ByRows, Tensors, chunks, layout, read_rows, save_tensors
 
 
 def noised(c: Contribution, base: Model, norm: float, deviation: float, out: Path) -> Contribution:
-    """delta min(1, norm / |delta|) + N(0, deviation^2), delta all that the owner changed as one vector, its label rows
-    too; written to the file ``out``.
+    """What an owner changed, ``shortened``, with N(0, deviation^2) on every number; written to the file ``out``.
 
-    So what an owner adds is ``norm`` long at most, whatever its rows are. Noise is drawn from the system's entropy, not
-    from the run's seed: who knows the seed could take it away again (``chance``).
+    Noise is drawn from the system's entropy, not from the run's seed: who knows the seed could take it away again
+    (``chance``).
+    """
+    sent = shortened(c, base, norm)
+    save_tensors(out, Shaken(sent.tensors, deviation))
+    return replace(sent, tensors=Tensors(out))
+
+
+def shortened(c: Contribution, base: Model, norm: float) -> Contribution:
+    """delta min(1, norm / |delta|), delta all that the owner changed as one vector, its label rows too: so what it adds
+    is ``norm`` long at most, whatever its rows are.
 
     Reference: McMahan et al. 2018, "Learning differentially private recurrent language models" (differential privacy
     of a user).
     """
     changes = _Changes(c, base)
-    squares = (float(part.square().sum()) for name in changes.names for part in changes.parts(name))
+    squares = (
+        float(changes.change(name, start, stop).square().sum())
+        for name in changes.names
+        for start, stop in chunks(changes.layout(name)[0])
+    )
     length = math.sqrt(math.fsum(squares))
-    factor = min(1.0, norm / length) if length else 1.0
-    save_tensors(out, _Noised(changes, factor, deviation))
+    changes.factor = min(1.0, norm / length) if length else 1.0
     kept = {name: c.meta[name] for name in ("labels", "rows", "steps") if name in c.meta}
-    return Contribution(c.kind, c.domain, c.method, Tensors(out), meta={**kept, "form": SUM}, epsilon=c.epsilon)
+    return Contribution(c.kind, c.domain, c.method, changes, meta={**kept, "form": SUM}, epsilon=c.epsilon)
 
 
 class _Changes(ByRows):
-    """What an owner changed, in float64; of label rows the difference to the base's, zeros where it knows none."""
+    """What an owner changed, times ``factor``, in float32; label rows on top of the base's, or of zeros."""
 
     def __init__(self, c: Contribution, base: Model) -> None:
         labels = list(c.meta.get("labels") or ())
-        self.numbers = Summands(c, base, labels, 1.0)
+        self.numbers, self.factor = Summands(c, base, labels, 1.0), 1.0
         self.names = [n for n in self.numbers.names if n not in {WEIGHT, KNOWN}]
         self.start = _start(base, labels) if labels else {}
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
-        return self.numbers.layout(name)
+        return self.numbers.layout(name)[0], torch.float32
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of one tensor."""
+    def change(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one difference, in float64."""
         rows = self.numbers.rows(name, start, stop)
         return rows - self.start[name][start:stop] if name in self.start else rows
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        """All rows of one tensor, some at a time."""
-        return (self.rows(name, start, stop) for start, stop in chunks(self.layout(name)[0]))
-
-
-class _Noised(ByRows):
-    """The same, shortened, with noise, in float32; label rows on top of the base's."""
-
-    def __init__(self, changes: _Changes, factor: float, deviation: float) -> None:
-        self.changes, self.factor, self.deviation = changes, factor, deviation
-        self.names = changes.names
-        self.chance = Chance()
-
-    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of one tensor."""
-        return self.changes.layout(name)[0], torch.float32
-
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of one tensor, with other noise each time: they are asked for once."""
-        rows = self.changes.rows(name, start, stop) * self.factor
-        rows += self.chance.normal(rows, self.deviation)
-        return (rows + self.changes.start[name][start:stop] if name in self.changes.start else rows).float()
+        """Some rows of one tensor."""
+        rows = self.change(name, start, stop) * self.factor
+        return (rows + self.start[name][start:stop] if name in self.start else rows).float()
 
 
 class Shaken(ByRows):
-    """Numbers that are to be summed, with noise on every one of them but the weights: also where this owner has nothing
-    to say, so that the sum of all owners' noise is as large there as elsewhere."""
+    """Numbers with noise on every one of them but weights: in a sum also where this owner has nothing to say, so that
+    the noise of all owners together is as large there as elsewhere."""
 
-    def __init__(self, numbers: ByRows, deviation: float) -> None:
-        self.numbers, self.deviation, self.names = numbers, deviation, numbers.names
+    def __init__(self, numbers: Mapping[str, Tensor], deviation: float) -> None:
+        self.numbers, self.deviation, self.names = numbers, deviation, list(numbers)
         self.chance = Chance()
 
     def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
-        return self.numbers.layout(name)
+        return layout(self.numbers, name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor, with other noise each time: they are asked for once."""
-        rows = self.numbers.rows(name, start, stop)
-        if name in {WEIGHT, KNOWN}:
-            return rows
-        return rows + self.chance.normal(rows, self.deviation)
+        rows = read_rows(self.numbers, name, start, stop)
+        return rows if name in {WEIGHT, KNOWN} else rows + self.chance.normal(rows, self.deviation)
 
 
 def _start(base: Model, labels: list[str]) -> dict[str, Tensor]:

@@ -12,13 +12,12 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, NoReturn
 
 from fanbu.errors import UsageError
 from fanbu.transport.centre import Message
@@ -40,9 +39,8 @@ def asked(request: Message, root: Path) -> Answers | None:
         return None
 
 
-def stay(root: Path, answer: Callable[[Message], Answers], parent: int) -> None:
-    """Answers until the process ``parent`` has ended."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def stay(root: Path, answer: Callable[[Message], Answers]) -> NoReturn:
+    """Answers for ever."""
     address = _address(root)
     address.parent.mkdir(mode=0o700, exist_ok=True)
     place = address.parent.lstat()
@@ -81,8 +79,8 @@ def kept(part: Path, root: Path) -> Iterator[None]:
 
     def keep() -> None:
         while not ended.is_set():
-            command = [sys.executable, "-m", "fanbu.serve.worker", str(part), str(root), str(os.getpid())]
-            running[:] = [subprocess.Popen(command)]
+            command = [sys.executable, "-m", "fanbu.serve.worker", str(part), str(root)]
+            running[:] = [subprocess.Popen(command, stdin=subprocess.PIPE)]
             running[0].wait()
             ended.wait(_AGAIN)
 
@@ -95,11 +93,9 @@ def kept(part: Path, root: Path) -> Iterator[None]:
             process.terminate()
 
 
-def _end_with(parent: int) -> None:
-    import psutil
-
-    while psutil.pid_exists(parent):
-        time.sleep(1.0)
+def _end_with_parent() -> None:
+    """The pipe from who started this process ends with it, however that ends."""
+    sys.stdin.buffer.read()
     os._exit(1)
 
 
@@ -117,13 +113,14 @@ def _received(line: Connection[Any, Any]) -> Message:
 
 
 def main() -> None:
-    """``python -m fanbu.serve.worker PART WORKSPACE PARENT``."""
+    """``python -m fanbu.serve.worker PART WORKSPACE``, until its standard input ends."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a centre names no model that an owner would fetch
     from fanbu.owner import answer
     from fanbu.progress import log
 
     part, root = Path(sys.argv[1]), Path(sys.argv[2])
-    stay(root, lambda request: answer(request, part, root, log=log), int(sys.argv[3]))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stay(root, lambda request: answer(request, part, root, log=log))
 
 
 if __name__ == "__main__":

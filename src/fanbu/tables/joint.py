@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fanbu.chance import Chance
-from fanbu.errors import DataError, IntegrityError, UsageError
+from fanbu.errors import DataError, UsageError
 from fanbu.files import write_text
-from fanbu.model import read_json
 from fanbu.tables.alignment import Array, common
-from fanbu.tables.party import Arrays, Party, Session, broken
-from fanbu.tensors import load_tensors, save_tensors
+from fanbu.tables.party import Arrays, Party, Session, broken, read_part
+from fanbu.tensors import save_tensors
 from fanbu.types import Progress, canonical, derived_seed, silent
 
 
@@ -195,17 +194,11 @@ class JointClassifier:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """As it was saved. Raises IntegrityError for files that are broken."""
-        facts, tensors = read_json(folder / "joint.json", "party-broken"), load_tensors(folder / "joint.safetensors")
-        try:
+        with read_part(folder, "joint") as (facts, tensors):
             made = cls(hidden=facts["hidden"], seed=facts["seed"])
             made.classes_, made._widths = np.array(facts["classes"]), list(map(int, facts["widths"]))
             made._top = made._fresh()
             made._top.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise IntegrityError(
-                "party-broken", f"{folder} holds no joint classifier: {str(error)[:200]}", got=str(folder),
-                remedy="ask for the files again",
-            ) from None  # fmt: skip
         return made
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -187,19 +188,25 @@ class Party:
     def load(cls, folder: Path, ids: Sequence[str], x: Any) -> Self:
         """A party as it was saved, with entities. Raises IntegrityError for files that are broken, or
         of other columns."""
-        facts = read_json(folder / "party.json", "party-broken")
-        tensors = load_tensors(folder / "party.safetensors")
-        try:
+        with read_part(folder, "party") as (facts, tensors):
             made = cls(ids=ids, x=x, **facts)
             made.network = made._fresh()
             made.network.load_state_dict({n: t for n, t in tensors.items() if n not in {"centre", "spread"}})
             made.centre, made.spread = (tensors[n].numpy() for n in ("centre", "spread"))
-        except (TypeError, KeyError, RuntimeError) as error:
-            raise IntegrityError(
-                "party-broken", f"{folder} holds no party of these columns: {str(error)[:200]}", got=str(folder),
-                remedy="give the columns that it was trained on, in their order",
-            ) from None  # fmt: skip
         return made
+
+
+@contextmanager
+def read_part(folder: Path, name: str) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """The facts and tensors of a saved part of the network, to make it of; IntegrityError where that fails."""
+    facts, tensors = read_json(folder / f"{name}.json", "party-broken"), load_tensors(folder / f"{name}.safetensors")
+    try:
+        yield facts, tensors
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise IntegrityError(
+            "party-broken", f"{folder} holds no {name} part of these columns: {str(error)[:200]}", got=str(folder),
+            remedy="give the columns that it was trained on, in their order, or ask for the files again",
+        ) from None  # fmt: skip
 
 
 def _of(arrays: Arrays, name: str) -> Array:

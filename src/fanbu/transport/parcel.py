@@ -179,10 +179,11 @@ def away(told: Mapping[str, Any]) -> Domain:
         if not DOMAIN_NAME.fullmatch(told["name"]) or told["task"] not in TASKS or told["role"] not in _ROLES:
             raise ValueError("its name, task or role")
         labels, warnings = ([_short(v) for v in told[key]] for key in ("labels", "warnings"))
-        if min(counts.values()) < 0 or len(labels) > _MOST or not set(share["kinds"]) <= set(KINDS):
+        together = int(share.get("together", 0))
+        sizes = [*counts.values(), together]
+        if min(sizes) < 0 or max(len(labels), together) > _MOST or not set(share["kinds"]) <= set(KINDS):
             raise ValueError("its counts, labels or kinds")
         budget = None if share.get("budget") is None else (float(share["budget"][0]), float(share["budget"][1]))
-        together = int(share.get("together", 0))
         yes = {key: bool(share[key]) for key in ("texts", "labels", "private", "synthetic")}
         return Domain(
             told["name"], told["task"], tuple(labels), Rows(), Rows(), Rows(), Rows(), _short(told["metric"]),
