@@ -74,8 +74,10 @@ TWICE = {"method": "scaffold", "times": 2, "train": {"epochs": 1, "batch_size": 
 
 
 @pytest.mark.parametrize(
-    "ways", [{"rounds": 2}, {"feedback": TWICE, "references": []}], ids=["distill", "scaffold"]
-)  # fmt: skip
+    "ways",
+    [{"rounds": 2}, pytest.param({"feedback": TWICE, "references": []}, marks=pytest.mark.slow)],
+    ids=["distill", "scaffold"],
+)
 def test_the_same_champion_as_with_rows_at_the_centre(tmp_path: Path, ways: dict[str, Any]) -> None:
     recipe, line = elsewhere(tmp_path, **ways)
     there = run(load_recipe(recipe), line=line)

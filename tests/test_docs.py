@@ -313,6 +313,7 @@ def write_csv(path: Path, topic: str, count: int, seed: int) -> None:
 AREAS = {"banking": "food", "curekart": "rail", "headlines": "food", "legal": "rail"}
 
 
+@pytest.mark.slow
 def test_a_newcomers_page_can_be_walked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[list[str]], int]
 ) -> None:

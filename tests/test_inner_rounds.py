@@ -81,6 +81,7 @@ def test_killed_in_an_inner_round_it_ends_with_the_same_model(
     assert made.manifest["parents"] == [whole["incumbent"]["digest"]]
 
 
+@pytest.mark.slow
 def test_the_record_tells_of_all_inner_rounds(tmp_path: Path) -> None:
     once, thrice = (
         ended(recipe_in(tmp_path, {"method": "fedavg", "times": n, "train": SHORT}, f"ws{n}")) for n in (1, 3)

@@ -105,7 +105,7 @@ def test_every_number_of_a_sum_has_the_noise_of_all(
             assert (noise.reshape(len(labels), -1) != 0).all()
 
 
-@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("secure", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_round_with_noise_says_what_was_spent(secure: bool, tmp_path: Path) -> None:
     value = tiny_recipe(tmp_path)
     noise = {"epsilon": 4.0, "norm": 0.1}

@@ -96,7 +96,7 @@ def test_noise_is_as_large_as_promised_and_not_the_seed_s() -> None:
     assert float(one.std()) == pytest.approx(wanted, rel=0.1)
 
 
-@pytest.mark.parametrize("layers", ["head", "lora"])
+@pytest.mark.parametrize("layers", ["head", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_update_says_what_it_cost_so_far(
     incumbent: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, layers: str
 ) -> None:

@@ -810,6 +810,7 @@ retokenize(open_model(model), open_model(target), out, Context(threads=1), k=2)
 """
 
 
+@pytest.mark.slow
 def test_embeddings_are_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     """A model of 164 MB gets 100 new tokens by OMP, in a process that may have 110 MB more than it had before."""
     for name, first in (("model", 0), ("target", 100)):
