@@ -23,7 +23,8 @@ from fanbu.judge.compare import Paired, average, compare
 from fanbu.model import Model, open_model
 from fanbu.progress import bar as progress_bar
 from fanbu.progress import log
-from fanbu.recipe import Step, load_recipe
+from fanbu.recipe import load_recipe
+from fanbu.recipe_parts import Step
 from fanbu.record import make_record
 from fanbu.round import Result, evaluated, raise_incumbent, turn_once
 from fanbu.turn import Turn, open_turn

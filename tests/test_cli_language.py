@@ -18,7 +18,10 @@ from test_cli import Command, error_of
 from test_cli import fanbu as fanbu
 
 ROOT = Path(__file__).parents[1] / "src" / "fanbu"
-SPOKEN = [*(ROOT / room / name for room in ("cli", "init", "doctor") for name in ["*.py"]), ROOT / "report" / "text.py"]
+SPOKEN = [
+    *(ROOT / room / "*.py" for room in ("cli", "init", "doctor")),
+    *(ROOT / "report" / name for name in ("text.py", "candidates.py")),
+]
 # words that reach the translator from a record or a domain
 FROM_VALUES = {
     "started", "promoted", "refused", "rolled back", "left", "feeds", "guard", "texts", "labels", "neither",

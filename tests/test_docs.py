@@ -30,7 +30,8 @@ from fanbu.catalogue import method, methods
 from fanbu.cli import commands, main
 from fanbu.domain import Domain
 from fanbu.model import Model, open_model
-from fanbu.recipe import Arrival, DomainSpec, GateSpec, ProbeSpec, PublicTexts, Recipe, ShareSpec
+from fanbu.recipe import Recipe
+from fanbu.recipe_parts import Arrival, CompareSpec, DomainSpec, GateSpec, ProbeSpec, PublicTexts, ShareSpec
 from fanbu.tensors import Tensors
 from fanbu.types import Context, Train
 
@@ -117,7 +118,7 @@ def test_the_recipes_that_ship_are_recipes() -> None:
 
 def test_every_key_and_every_method_is_documented() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text()
-    parts = (Recipe, DomainSpec, Arrival, ProbeSpec, PublicTexts, ShareSpec, GateSpec)
+    parts = (Recipe, DomainSpec, Arrival, ProbeSpec, PublicTexts, ShareSpec, GateSpec, CompareSpec)
     for name in [*(f for m in parts for f in m.model_fields), *Train.__dataclass_fields__]:
         assert f"`{name}`" in text, name
     pages = "".join((ROOT / "docs" / page).read_text() for page in ("choose.md", "merging.md"))

@@ -19,7 +19,8 @@ from fanbu.errors import FanbuError, IntegrityError, RetryError, UsageError
 from fanbu.generations import leave, run
 from fanbu.ledger import Workspace
 from fanbu.model import open_model
-from fanbu.recipe import DomainSpec, load_domains, load_recipe
+from fanbu.recipe import load_domains, load_recipe
+from fanbu.recipe_parts import DomainSpec
 from fanbu.record import read_records
 from fanbu.tensors import Tensors
 from fanbu.turn import open_turn

@@ -17,7 +17,8 @@ from fanbu.doctor import plan
 from fanbu.errors import UsageError
 from fanbu.generations import run
 from fanbu.model import open_model
-from fanbu.recipe import Step, load_recipe
+from fanbu.recipe import load_recipe
+from fanbu.recipe_parts import Step
 
 SHORT = {"epochs": 1, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
 SGD = {**SHORT, "optimizer": "SGD"}

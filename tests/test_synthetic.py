@@ -16,7 +16,7 @@ from fanbu.data.synthetic import LEAST, Corpus, synthetic
 from fanbu.domain import Domain, Rows
 from fanbu.errors import BoundaryError, DataError
 from fanbu.probe_set import synthetic_texts
-from fanbu.recipe import ProbeSpec
+from fanbu.recipe_parts import ProbeSpec
 from fanbu.types import PRESETS, Share
 
 WORDS = ("my card was lost", "my card was stolen", "my new card is lost", "a new card was sent", "my pin is lost")

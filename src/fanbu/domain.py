@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,19 @@ class Rows:
     def digest(self) -> str:
         """sha256 over ids, texts and labels."""
         return digest([self.ids, self.texts, self.labels])
+
+    def first(self, count: int) -> Rows:
+        """So many of the rows, chosen by the hash of their texts; each label once before any comes twice, and fewer
+        rows are always among more."""
+        seen: Counter[int] = Counter()
+        order: list[tuple[int, int, int]] = []
+        for number in sorted(range(len(self)), key=lambda i: (digest(self.texts[i]), i)):
+            label = self.labels[number] if self.labels else 0
+            seen[label] += 1
+            order.append((seen[label], len(order), number))
+        kept = sorted(number for *_, number in sorted(order)[:count])
+        labels = None if self.labels is None else tuple(self.labels[i] for i in kept)
+        return Rows(tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept), labels)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fanbu.ledger import Workspace
 from fanbu.merging.noise import noised, shortened
 from fanbu.model import Model, copy_model, open_model, said_anew
 from fanbu.private import OwnerNoise
-from fanbu.recipe import Step
+from fanbu.recipe_parts import Step
 from fanbu.secure import Session, begun, least_of, summed, tell_keys
 from fanbu.turn import Turn
 from fanbu.types import Context, Inner

@@ -10,7 +10,8 @@ from fanbu.catalogue import Method, method, methods
 from fanbu.domain import Domain, is_target
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
-from fanbu.recipe import Recipe, Step
+from fanbu.recipe import Recipe
+from fanbu.recipe_parts import Step
 from fanbu.types import CLASSIFYING
 
 
@@ -20,8 +21,7 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
     if len(tasks) > 1:
         raise UsageError("mixed-tasks", "all domains of a round have one task", got=tasks, remedy="make two recipes")
     for step in recipe.ways:
-        way, owners = method(step.method, "feedback"), list(domains.values())
-        reason = misfit(way, recipe.shrink, owners, recipe, step.arguments) or unsummable(way, owners, step)
+        reason = refusal(step, recipe, list(domains.values()))
         if reason and step in recipe.feedback:
             raise reason
         if reason:
@@ -45,6 +45,12 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
         reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
         if reason:
             raise reason
+
+
+def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
+    """Why a step of a recipe, a way back, cannot work with these domains; None where it can."""
+    way = method(step.method, "feedback")
+    return misfit(way, recipe.shrink, domains, recipe, step.arguments) or unsummable(way, domains, step)
 
 
 def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError | BoundaryError | None:

@@ -22,7 +22,8 @@ from fanbu.errors import DataError
 from fanbu.files import write_text
 from fanbu.model import load_network, load_tokenizer
 from fanbu.predict import written
-from fanbu.recipe import PublicTexts, Recipe, open_domain
+from fanbu.recipe import Recipe, open_domain
+from fanbu.recipe_parts import PublicTexts
 from fanbu.types import MEDIA, Context, ProbeRow, ProbeSet, Task
 
 if TYPE_CHECKING:

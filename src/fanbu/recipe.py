@@ -13,245 +13,32 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     FieldSerializationInfo,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
-    model_serializer,
-    model_validator,
 )
 
 from fanbu.catalogue import method, suggestion
-from fanbu.domain import Arrived, Domain, load_domain
+from fanbu.domain import Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
 from fanbu.machine import resolve_machine
+from fanbu.recipe_parts import (
+    SPLITS,
+    Arrival,
+    CompareSpec,
+    DomainSpec,
+    GateSpec,
+    Part,
+    ProbeSpec,
+    PublicTexts,
+    ShareSpec,
+    Step,
+    TransportSpec,
+)
 from fanbu.recipe_text import apply_change, read_yaml
-from fanbu.types import PRESETS, Context, Precision, Privacy, Progress, Share, Task, Transport, silent
-
-SPLITS = ("train", "valid", "test", "unlabelled")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BudgetSpec(_Part):
-    """What all noised contributions of an owner may cost together: (epsilon, delta)-differential privacy."""
-
-    epsilon: float = Field(gt=0, allow_inf_nan=False)
-    delta: float = Field(default=1e-5, gt=0, lt=1)
-
-
-class ShareSpec(_Part):
-    """What may leave the owner: a preset, and changes to it; ``together`` is how many owners' numbers a sum must be of,
-    of which this owner's are a part."""
-
-    preset: Literal["open", "internal", "private"] = "open"
-    kinds: list[Literal["weights", "updates", "predictions", "samples", "modules", "statistics", "scores"]] | None = (
-        None
-    )
-    texts: bool | None = None
-    labels: bool | None = None
-    synthetic: bool | None = None
-    budget: BudgetSpec | None = None
-    together: Annotated[int, Field(ge=2, le=10_000)] | None = None
-
-    def share(self) -> Share:
-        """The value that the boundary checks."""
-        base = PRESETS[self.preset]
-        return Share(
-            base.kinds if self.kinds is None else frozenset(self.kinds),
-            base.texts if self.texts is None else self.texts,
-            base.labels if self.labels is None else self.labels,
-            base.private,
-            base.synthetic if self.synthetic is None else self.synthetic,
-            None if self.budget is None else (self.budget.epsilon, self.budget.delta),
-            self.together or 0,
-        )
-
-
-class Arrival(_Part):
-    """Files of a domain that are there from a round, or from a day, on."""
-
-    round: PositiveInt | None = None
-    date: datetime.date | None = None
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
-    unlabelled: str | None = None
-
-    @model_validator(mode="after")
-    def _one_moment(self) -> Arrival:
-        if (self.round is None) == (self.date is None):
-            raise ValueError("give either round or date")
-        if not any(getattr(self, split) for split in SPLITS):
-            raise ValueError(f"name a file under one of {', '.join(SPLITS)}")
-        return self
-
-    def is_there(self, number: int, today: datetime.date) -> bool:
-        """Whether its files belong to round ``number``, run on the day ``today``."""
-        return self.round <= number if self.round else bool(self.date and self.date <= today)
-
-
-class DomainSpec(_Part):
-    """One domain: where its rows are, when they arrive, and what may leave its owner."""
-
-    task: Task = "text-classification"
-    train: str | list[str] | None = None
-    valid: str | list[str] | float = 0.1
-    test: str | list[str] | float | None = None
-    unlabelled: str | list[str] | None = None
-    arrivals: PositiveInt | list[Arrival] = Field(default_factory=list)
-    joins: PositiveInt = 1
-    leaves: PositiveInt | None = None
-    python: str | None = None
-    columns: dict[str, str] | None = None
-    labels: list[str] | dict[str | int, str] | None = None
-    limit: dict[Literal["train", "valid", "test", "unlabelled"], PositiveInt] = Field(default_factory=dict)
-    metric: str | None = None
-    share: Literal["open", "internal", "private"] | ShareSpec = "open"
-
-    @model_validator(mode="after")
-    def _in_time(self) -> DomainSpec:
-        if self.leaves is not None and self.leaves <= self.joins:
-            raise ValueError(f"leaves must come after joins ({self.joins})")
-        for split in ("valid", "test"):
-            if isinstance(getattr(self, split), float) and any(getattr(a, split) for a in self.files):
-                raise ValueError(f"{split} is a share of train, so no {split} file can arrive")
-        return self
-
-    @property
-    def files(self) -> list[Arrival]:
-        """The files that arrive."""
-        return self.arrivals if isinstance(self.arrivals, list) else []
-
-    def takes_part(self, number: int) -> bool:
-        """Whether the domain has joined by round ``number`` and not left."""
-        return self.joins <= number and (self.leaves is None or number < self.leaves)
-
-    def at(self, number: int, today: datetime.date) -> tuple[DomainSpec, Arrived]:
-        """The domain as it is in round ``number``: with the files that have arrived, and how much is yet to come."""
-        here = [a for a in self.files if a.is_there(number, today)]
-        grown = {s: _joined(getattr(self, s), [getattr(a, s) for a in here]) for s in SPLITS}
-        arrived = Arrived(more=len(here) < len(self.files))
-        if isinstance(self.arrivals, int):
-            arrived = Arrived(min(number - self.joins + 1, self.arrivals), self.arrivals)
-        return self.model_copy(update=grown), arrived
-
-
-def _joined(first: Any, more: list[str | None]) -> Any:
-    added = [m for m in more if m is not None]
-    return first if not added else [*([first] if isinstance(first, str) else first or []), *added]
-
-
-class Step(BaseModel):
-    """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
-    taken so often, each time on what it made of the large model before (inner rounds), by a share of the owners
-    (``participation``), drawn anew each time. ``secure``: what owners send is masked, and the centre reads the sum of
-    all of them alone (linear ways). ``noise``: what an owner changed is brought down to a length (``norm``), and noise
-    is added, so that it tells little of the owner as a whole: (epsilon, delta)-differential privacy."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    method: str
-    times: Annotated[int, Field(ge=1, le=10_000)] = 1
-    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
-    secure: bool = False
-    noise: Privacy | None = None
-
-    @model_validator(mode="after")
-    def _some_of_many(self) -> Step:
-        if self.participation < 1 and self.times == 1:
-            raise ValueError("participation is of inner rounds: say how many times, too")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"times": 1, "participation": 1, "secure": False, "noise": None}
-        return {k: v for k, v in handler(self).items() if k not in usual or v != usual[k]}
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The parameters."""
-        return dict(self.model_extra or {})
-
-    @property
-    def called(self) -> str:
-        """What a report calls it."""
-        return self.method if self.times == 1 else f"{self.method} x{self.times}"
-
-
-class PublicTexts(_Part):
-    """A file of texts that belong to no domain."""
-
-    path: str | None = None
-    python: str | None = None
-    columns: dict[str, str] | None = None
-    limit: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> PublicTexts:
-        if (self.path is None) == (self.python is None):
-            raise ValueError("give either path or python")
-        return self
-
-
-class ProbeSpec(_Part):
-    """The texts that specialists are asked about: of the domains that share texts, public ones, and of each domain
-    whose own do not join so many ``synthetic`` ones; and for causal models so many of each domain's that the large
-    model has ``written`` to the end."""
-
-    domains: bool = True
-    limit: PositiveInt | None = None
-    public: list[PublicTexts] = Field(default_factory=list)
-    synthetic: int = Field(default=0, ge=0)
-    written: int = Field(default=0, ge=0)
-
-    def from_domain(self, share: Share) -> Literal["own", "synthetic"] | None:
-        """What a feeding domain that shares so gives to the probe set."""
-        if self.domains and share.texts:
-            return "own"
-        return "synthetic" if self.synthetic and (share.texts or share.synthetic) else None
-
-
-class TransportSpec(_Part):
-    """Where owners work: one after the other (the default), side by side in ``processes`` of this machine, or on a Ray
-    cluster, that of ``address`` or one of this machine; or on machines of their own, by Flower, which hold their rows:
-    those who have not answered ``arrive`` seconds after a round began, or ``seconds`` after they were asked, are left
-    out of it, and the round goes on while a ``quorum`` of those who feed is left."""
-
-    kind: Literal["local", "ray", "flower"] = "local"
-    processes: int = Field(default=1, ge=1, le=1024)
-    address: str | None = None
-    arrive: float = Field(default=60.0, gt=0, le=86400)
-    seconds: float = Field(default=3600.0, gt=0, le=30 * 86400)
-    quorum: float = Field(default=0.5, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _an_address_of_ray(self) -> TransportSpec:
-        if self.address is not None and self.kind != "ray":
-            raise ValueError("address is that of a Ray cluster: give kind: ray")
-        return self
-
-    def transport(self) -> Transport:
-        """The value that the round takes."""
-        return Transport(self.kind, self.processes, self.address, self.arrive, self.seconds)
-
-
-class GateSpec(_Part):
-    """See ``fanbu.judge.gate.Gate``."""
-
-    margin: float = Field(default=0.05, ge=0, le=1)
-    margins: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    mode: Literal["told", "untold"] = "told"
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
-
-    def gate(self) -> Gate:
-        """The value that the judge takes."""
-        return Gate(self.margin, self.margins, self.mode, self.confidence)
+from fanbu.types import PRESETS, Context, Precision, Progress, silent
 
 
 def _listed(value: Any) -> Any:
@@ -259,7 +46,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (Mapping, Step)) else value
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """Everything that the rounds need. ``feedback`` is a way back, or several: each on what the one before made of the
     large model. ``references`` are compared and never promoted."""
 
@@ -283,6 +70,7 @@ class Recipe(_Part):
     references: list[Literal["tfidf"] | Step] = Field(default_factory=list)
     gate: GateSpec = GateSpec()
     transport: TransportSpec = TransportSpec()
+    compare: CompareSpec = CompareSpec()
 
     @field_serializer("feedback")
     def _as_written(self, steps: list[Step], info: FieldSerializationInfo) -> Any:
@@ -326,7 +114,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
                 "repeats", f"shrink: {step.method} is a way down, and taken once", allowed="times with a way back",
                 got=step.times, remedy="list the step as often as it is to be taken",
             )  # fmt: skip
-    for step in recipe.ways:
+    for step in [*recipe.ways, *recipe.compare.ways]:
         method(step.method, "feedback").check(step.arguments)
     twice = set(recipe.domains) & set(recipe.guards)
     if twice:
@@ -367,6 +155,8 @@ def _model_at(place: tuple[int | str, ...]) -> type[BaseModel] | None:
         "guards": DomainSpec,
         "probe": ProbeSpec,
         "gate": GateSpec,
+        "transport": TransportSpec,
+        "compare": CompareSpec,
     }
     if not place:
         return Recipe

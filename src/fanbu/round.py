@@ -22,7 +22,7 @@ from fanbu.judge.gate import judge
 from fanbu.ledger import Workspace
 from fanbu.model import Model, load_network, load_tokenizer, open_model, provenance, read_json, save_network
 from fanbu.predict import validation_value
-from fanbu.recipe import Step
+from fanbu.recipe_parts import Step
 from fanbu.tensors import load_tensors, save_tensors
 from fanbu.turn import Turn
 from fanbu.types import Context, industry_of, silent

@@ -308,7 +308,7 @@ def made_of(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
 
 _NOT_MADE_OF = {
     "rounds", "workspace", "name", "model", "domains", "guards", "probe", "checkpoint_seconds", "device", "precision",
-    "threads", "transport",
+    "threads", "transport", "compare",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from fanbu.cli import align, extract, federation, feed, models, rounds, start, steps, ways
+from fanbu.cli import align, choosing, extract, federation, feed, models, rounds, start, steps, ways
 from fanbu.cli.language import language, localised
 from fanbu.errors import FanbuError, UsageError
 
@@ -30,9 +30,9 @@ app = typer.Typer(
     help="Specialists are born from a large model, and what they learn goes back into it, judged before it counts.",
 )
 for command in (
-    start.init, start.doctor, rounds.run, federation.serve_center, federation.join, rounds.report, rounds.watch,
-    rounds.track, steps.shrink, feed.feed, steps.judge, steps.audit, align.align, extract.extract, models.history,
-    models.promote, models.rollback, models.leave, models.export, models.predict,
+    start.init, start.doctor, choosing.plan, choosing.compare, rounds.run, federation.serve_center, federation.join,
+    rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed, steps.judge, steps.audit, align.align,
+    extract.extract, models.history, models.promote, models.rollback, models.leave, models.export, models.predict,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ways.app, name="methods")

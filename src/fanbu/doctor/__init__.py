@@ -69,6 +69,7 @@ def _recipe(
     path: Path, found: Findings, packages: Sequence[Mapping[str, Any]], progress: Progress
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """What can be said of a recipe; what depends on something that is broken is left out."""
+    from fanbu.doctor.ways import ways
     from fanbu.model import open_model
     from fanbu.plan import check_plan
     from fanbu.recipe import load_recipe
@@ -91,7 +92,7 @@ def _recipe(
     if domains and len(domains) == len({**recipe.domains, **recipe.guards}):
         found.attempt("plan", lambda: check_plan(recipe, domains))
     if domains:
-        told["methods"] = _methods(recipe, domains)
+        told["methods"] = ways(recipe, domains)
     if model is not None and domains:
         _lengths(recipe, domains, model, found)
         if not found.problems:
@@ -156,21 +157,6 @@ def _domains(recipe: Recipe, found: Findings, told: dict[str, Any]) -> dict[str,
                 "warnings": warnings_of(d, recipe.gate.margins.get(name, recipe.gate.margin), recipe.gate.confidence),
             }  # fmt: skip
     return loaded
-
-
-def _methods(recipe: Recipe, domains: Mapping[str, Domain]) -> list[dict[str, Any]]:
-    """Every way back: whether it fits these domains, and if not, why."""
-    from fanbu.catalogue import methods
-    from fanbu.plan import misfit
-
-    found = []
-    for way in methods():
-        if way.family != "shrink":
-            reason = misfit(way, recipe.shrink, list(domains.values()), recipe)
-            why = "" if reason is None else f"{reason.what}; {reason.remedy}"
-            chosen = way.name in [step.method for step in recipe.feedback]
-            found.append({"name": way.name, "fits": reason is None, "why": why, "chosen": chosen})
-    return found
 
 
 def _lengths(recipe: Recipe, domains: Mapping[str, Domain], model: Model, found: Findings) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.model import Model
-from fanbu.recipe import Recipe, Step
+from fanbu.recipe import Recipe
+from fanbu.recipe_parts import Step
 from fanbu.types import CLASSIFYING, Context, Progress, Train, silent
 
 _BATCHES = 6  # that are timed, after one to warm up

@@ -66,6 +66,36 @@ def _methods(methods: list[Mapping[str, Any]], t: Words) -> list[str]:
     return ["", *aligned([[" " + t("way back"), t("fits"), t("why not")], *rows], 3)] if rows else []
 
 
+def ways_page(found: Mapping[str, Any], t: Words = str) -> str:
+    """Every way back: whether it fits, and why not; what may be wrong with the domains."""
+    rows = [
+        [("*" if m["chosen"] else " ") + m["name"] + (" (experimental)" if m["experimental"] else ""), m["family"]]
+        for m in found["ways"]
+        if m["fits"]
+    ]
+    lines = [
+        f"{t('ways back that fit')} ({len(rows)}):",
+        *aligned([[" " + t("way back"), t("what crosses")], *rows], 2),
+    ]
+    unfit = [[" " + m["name"], m["why"], m["would"]] for m in found["ways"] if not m["fits"]]
+    if unfit:
+        heading = [" " + t("way back"), t("does not fit because"), t("would fit if")]
+        lines += ["", *aligned([heading, *unfit], 3)]
+    return "\n".join([*lines, "", *(f"{t('warning')}: {w}" for w in found["warnings"])])
+
+
+def costs_page(costs: Mapping[str, Mapping[str, Any]], t: Words = str) -> str:
+    """What ways back will take in a round, the quickest first."""
+    known = sorted((c["seconds"], name) for name, c in costs.items() if "seconds" in c)
+    rows = [
+        [name, seconds(took), size(costs[name]["peak_bytes"]), size(costs[name]["crossed_bytes"])]
+        for took, name in known
+    ]
+    heading = [t("way back"), t("time"), t("memory"), t("what crosses")]
+    failed = [f"{t('could not be tried')}: {name}: {c['error']}" for name, c in costs.items() if "error" in c]
+    return "\n".join([*aligned([heading, *rows]), *failed])
+
+
 def estimate_lines(estimate: Mapping[str, Any] | None, t: Words) -> list[str]:
     """The time by stage and in all, with memory and disk."""
     if estimate is None:

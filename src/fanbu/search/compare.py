@@ -1,0 +1,277 @@
+"""``fanbu compare``: candidates for the way back side by side, with growing shares of the rows, on validation rows.
+
+The specialists are grown once. Each trial is a way back as in a round, by the same stages, with a share of each owner's
+rows; the best one with all rows is what a round would make. Test rows play no part: the winner is judged on them once,
+in a round of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fanbu.catalogue import method, methods
+from fanbu.contribution import Contribution
+from fanbu.domain import Domain, Specialist
+from fanbu.errors import UsageError
+from fanbu.feeding import feed
+from fanbu.files import write_text
+from fanbu.generations import run
+from fanbu.judge.compare import compare as paired
+from fanbu.ledger import COST, Workspace
+from fanbu.model import Model, open_model
+from fanbu.plan import refusal
+from fanbu.probe_set import gather_probe
+from fanbu.recipe import Recipe
+from fanbu.recipe_parts import Step
+from fanbu.record import read_records
+from fanbu.round import bear, evaluated, forerunner, raise_incumbent
+from fanbu.search.costs import reads_rows, steps_of
+from fanbu.search.halving import Arm, History, Trial, halving
+from fanbu.turn import Log, Turn, domains_now, made_of, start
+from fanbu.types import ProbeSet, Progress, digest, silent
+
+_LEAST_ROWS = 12  # of a domain that a trial works with
+_JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
+TIMES = 6  # inner rounds of a federated way that a recipe does not name
+FOLDER = "compare"
+_BEFORE = "incumbent"
+
+
+def candidates(recipe: Recipe, domains: Mapping[str, Domain]) -> dict[str, Step]:
+    """What is compared, by name: the steps that the recipe lists, or every way that fits and is not experimental; the
+    recipe's own way back is among them, where it is one step."""
+    steps = list(recipe.compare.ways)
+    if not steps:
+        known = [m for m in methods() if m.family != "shrink" and not m.experimental]
+        own = {s.method: s for s in recipe.feedback} if len(recipe.feedback) == 1 else {}
+        usual = [own.get(m.name) or Step(method=m.name, times=TIMES if m.family == "updates" else 1) for m in known]
+        steps = [s for s in usual if refusal(s, recipe, list(domains.values())) is None]
+    found: dict[str, Step] = {}
+    for step in steps:
+        same = sum(name.partition(" #")[0] == step.called for name in found)
+        found[f"{step.called} #{same + 1}" if same else step.called] = step
+    if len(found) < 2:
+        raise UsageError(
+            "nothing-to-compare", "a comparison needs two candidates at least", allowed="two ways that fit",
+            got=list(found), remedy="see which ways fit with `fanbu plan`, and name them under compare.ways",
+        )  # fmt: skip
+    return found
+
+
+@dataclass
+class _Bench:
+    """Where trials are made: what stands before them, and what they left."""
+
+    turn: Turn
+    incumbent: Model
+    specialists: Sequence[Specialist]
+    steps: Mapping[str, Step]
+    by_steps: bool
+    shares: dict[float, Turn] = field(default_factory=dict)
+    seen: set[Path] = field(default_factory=set)  # stages that were paid for
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: dict[str, dict[str, Contribution]] = field(default_factory=dict)  # with all rows, by candidate
+
+    def __call__(self, name: str, share: float) -> Trial:
+        """One candidate with a share of the rows."""
+        turn, step = self._at(share), self.steps[name]
+        fresh = replace(turn, costs=[], crossed={}, used=[])
+        specialists = [Specialist(s.model, turn.domains[s.domain.name], s.origin) for s in self.specialists]
+        model = feed(fresh, step, specialists, self.incumbent)
+        told = {d.name: self._valued(fresh, name, model, d, share) for d in self.turn.feeding}
+        changes = {d: new - old for d, (new, old) in told.items()}
+        score = scored(self.turn, changes, {d: old for d, (_, old) in told.items()})
+        seconds = self._paid(fresh)
+        took = float(steps_of(turn.recipe, step, turn.feeding)) if self.by_steps else seconds
+        self.rows.append({
+            "candidate": name, "step": step.model_dump(mode="json"), "share": share, "score": score,
+            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": took,
+            "crossed_bytes": sum(c["bytes"] for by in fresh.crossed.values() for c in by.values()
+                                 if c["what"].startswith(step.method)),
+            "peak_bytes": max((c.get("peak_bytes", 0) for c in fresh.costs), default=0), "model": model.digest,
+        })  # fmt: skip
+        self.turn.log(f"{name}, {share:.0%} of the rows: {100 * score:+.2f}")
+        return Trial(name, share, score, took)
+
+    def _at(self, share: float) -> Turn:
+        """The round with a share of each owner's rows, and the probe set that these make."""
+        if share not in self.shares:
+            cut = {n: _portion(d, share) if d.role == "feeds" else d for n, d in self.turn.domains.items()}
+            sub = replace(self.turn, domains=cut)
+            if self.turn.context.probe.rows and share < 1:
+                bare = replace(sub, context=replace(self.turn.context, probe=ProbeSet()))
+                sub = replace(sub, context=replace(self.turn.context, probe=gather_probe(bare)))
+            self.shares[share] = self.turn if share == 1 else sub
+        return self.shares[share]
+
+    def _valued(self, turn: Turn, name: str, model: Model, d: Domain, share: float) -> tuple[float, float]:
+        """The values of a candidate and of the incumbent on a domain's validation rows."""
+        rows = d.valid if share == 1 else d.valid.first(max(_JUDGED, math.ceil(share * len(d.valid))))
+        found = []
+        for who, judged in ((name, model), (_BEFORE, self.incumbent)):
+            outcomes, _ = evaluated(turn, who, judged, replace(d, test=rows))
+            if share == 1:
+                self.outcomes.setdefault(who, {})[d.name] = outcomes
+            column = outcomes.tensors.get(self.turn.recipe.gate.mode, outcomes.tensors["told"])
+            found.append(float(column.sum() / outcomes.tensors["weight"].sum()))
+        return found[0], found[1]
+
+    def _paid(self, turn: Turn) -> float:
+        """Seconds of the stages that no trial before this one has paid for."""
+        fresh = set(turn.used) - self.seen
+        self.seen |= fresh
+        costs = [path / COST for path in sorted(fresh) if path.parent == turn.workspace.root / "stages"]
+        return sum(float(json.loads(cost.read_text()).get("seconds", 0.0)) for cost in costs if cost.exists())
+
+
+def _portion(d: Domain, share: float) -> Domain:
+    def part(count: int) -> int:
+        return max(_LEAST_ROWS, math.ceil(share * count))
+
+    train, valid, unlabelled = (rows.first(part(len(rows))) for rows in (d.train, d.valid, d.unlabelled))
+    return replace(d, train=train, valid=valid, unlabelled=unlabelled)
+
+
+def scored(turn: Turn, changes: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """The mean change over the feeding domains, less what any lost beyond its margin; losses as shares of the
+    incumbent's."""
+    gate, parts = turn.recipe.gate, []
+    for name, change in changes.items():
+        relative = change / abs(before[name]) if turn.domains[name].metric == "loss" else change
+        margin = gate.margins.get(name, gate.margin)
+        parts.append(relative - max(0.0, -relative - margin) * len(changes))
+    return float(np.mean(parts))
+
+
+def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
+    """Tries the candidates within the budget, and judges the winner on test rows, in a round of its own.
+
+    All that is made is a stage of the workspace, so a comparison that was stopped goes on where it was; one that is
+    finished is only read, until another round is made or recipe or rows change. Returns what ``compare/ROUND.json`` of
+    the workspace holds, and the ``record`` of the round.
+    """
+    if found := _finished(recipe):
+        return found
+    bench = _opened(recipe, progress, log)
+    spec = recipe.compare
+    costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
+    budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
+    arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
+    history = halving(arms, bench, budget, spec.eta)
+    if history.best is None:
+        raise UsageError(
+            "budget-too-small", "no candidate could be tried with all rows", allowed="a larger budget", got=budget,
+            remedy="raise compare.seconds or compare.runs, or name fewer ways under compare.ways",
+        )  # fmt: skip
+    found = _summary(bench, history, budget)
+    ledger = bench.turn.workspace
+    winner = recipe.model_copy(update={
+        "feedback": [bench.steps[history.best.arm]], "rounds": len(ledger.rounds()) + 1,
+    })  # fmt: skip
+    record = run(winner, progress, log)
+    found |= {"asked": _asked(recipe, bench.turn.domains, bench.turn.base), "round": record["key"]}
+    (ledger.root / FOLDER).mkdir(exist_ok=True)
+    write_text(_file(ledger, record["key"]), json.dumps(found, indent=1, sort_keys=True))
+    return {**found, "record": record}
+
+
+def _finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The comparison that made the last round, where nothing has changed since."""
+    ledger = Workspace(Path(recipe.workspace))
+    done = ledger.rounds()
+    if not done or not (file := _file(ledger, str(done[-1]["round"]))).exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    domains, _ = domains_now(recipe, len(done), ledger.left(), None)
+    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)):
+        return None
+    record = read_records(ledger.root, done)[-1]
+    return {**found, "record": {**record, "workspace": str(ledger.root)}}
+
+
+def _asked(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
+    return digest([made_of(recipe, domains, base), recipe.compare.model_dump(mode="json")])
+
+
+def _file(ledger: Workspace, key: str) -> Path:
+    return ledger.root / FOLDER / f"{key[:20]}.json"
+
+
+def _opened(recipe: Recipe, progress: Progress, log: Log) -> _Bench:
+    """The incumbent and the specialists of the next round, and the candidates."""
+    if recipe.transport.transport().away:
+        raise UsageError(
+            "owners-elsewhere", "a comparison works with rows that are here", allowed="a recipe whose owners are here",
+            got=recipe.transport.kind, remedy="run rounds with one way after the other, and compare their records",
+        )  # fmt: skip
+    turn = start(recipe, progress, log)
+    steps = candidates(recipe, turn.domains)
+    for step in steps.values():
+        if reason := refusal(step, recipe, list(turn.domains.values())):
+            raise reason
+    if not turn.context.probe.rows and any(method(s.method, "feedback").needs.probe for s in steps.values()):
+        turn.context = replace(turn.context, probe=gather_probe(turn))
+    incumbent = raise_incumbent(turn)
+    births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
+    return _Bench(turn, incumbent, [b.specialist for _, b in births], steps, recipe.compare.seconds is None)
+
+
+def _summary(bench: _Bench, history: History, budget: float) -> dict[str, Any]:
+    """The table, its Pareto front, and how sure the winner is."""
+    assert history.best
+    whole = [row for row in bench.rows if row["share"] == 1]
+    told = sureness(bench, [row["candidate"] for row in whole], history.best.arm)
+    for row in whole:
+        row |= told[row["candidate"]]
+    return {
+        "name": bench.turn.recipe.name, "budget": budget, "in": "steps" if bench.by_steps else "seconds",
+        "spent": history.seconds, "winner": history.best.arm, "trials": bench.rows, "left_out": history.left_out,
+        "front": [row["candidate"] for row in front(whole)],
+    }  # fmt: skip
+
+
+def sureness(bench: _Bench, names: Sequence[str], winner: str) -> dict[str, dict[str, float]]:
+    """By candidate: the interval of its mean change, ``wins`` (the share of bootstrap draws over validation rows in
+    which it is the best), and ``corrected``: the mean change less what choosing the best of so many adds by chance, the
+    mean over draws of (the draw's best in the draw - the same one on all rows) (Tibshirani and Tibshirani 2009)."""
+    mode, seed = bench.turn.recipe.gate.mode, bench.turn.recipe.seed
+    draws, means = [], []
+    for name in names:
+        pairs = [
+            paired(bench.outcomes[name][d.name], bench.outcomes[_BEFORE][d.name], mode, seed)
+            for d in bench.turn.feeding
+        ]
+        draws.append(np.mean([p.draws for p in pairs], 0))
+        means.append(float(np.mean([p.delta for p in pairs])))
+    drawn, mean = np.stack(draws), np.array(means)
+    best = drawn.argmax(0)
+    optimism = float(np.mean(drawn[best, np.arange(drawn.shape[1])] - mean[best]))
+    found = {}
+    for i, name in enumerate(names):
+        low, high = np.quantile(drawn[i], [0.025, 0.975])
+        found[name] = {"mean": means[i], "low": float(low), "high": float(high), "wins": float((best == i).mean()),
+                       "corrected": means[i] - (optimism if name == winner else 0.0)}  # fmt: skip
+    return found
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that no other beats in one of mean change, worst domain, bytes crossed and seconds without losing in
+    another, the best first."""
+
+    def values(row: Mapping[str, Any]) -> tuple[float, ...]:
+        return (row["score"], row["worst"], -row["crossed_bytes"], -row["seconds"])
+
+    def beaten(row: Mapping[str, Any]) -> bool:
+        own = values(row)
+        return any(
+            all(a >= b for a, b in zip(values(other), own, strict=True)) and values(other) != own for other in rows
+        )
+
+    return sorted((row for row in rows if not beaten(row)), key=lambda row: -row["score"])

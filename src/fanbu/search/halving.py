@@ -1,0 +1,124 @@
+"""Successive halving over candidates that cost unlike: few rows for many of them, all rows for the few that are left.
+
+A candidate that reads no rows is tried once, as a whole: what it cost is spent, and it stands until the end. Others are
+tried with a growing share of the rows, and of those of one rung the best 1 in ``eta`` go on (Jamieson and Talwalkar
+2016). Nothing that would end above the budget is begun. What a trial will take is read off the line through its earlier
+ones; after the first, that of the cheapest candidate counts as the part that does not grow with the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+LEAST = 3  # rungs below the whole: the least share of the rows is eta to the minus this
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A candidate by name; ``grows`` says that more rows change what it makes."""
+
+    name: str
+    grows: bool = True
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate with a share of the rows: its score on validation rows (more is better), and its seconds."""
+
+    arm: str
+    share: float
+    score: float
+    seconds: float
+
+
+@dataclass
+class History:
+    """What was tried, in its order, and what was not begun, with the reason."""
+
+    trials: list[Trial] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """What all trials took."""
+        return sum(t.seconds for t in self.trials)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best of those that were tried with all rows; None where none was."""
+        whole = [t for t in self.trials if t.share == 1]
+        return max(whole, key=lambda t: (t.score, t.arm), default=None)
+
+    def of(self, arm: str) -> list[Trial]:
+        """One candidate's trials, the smallest share first."""
+        return sorted((t for t in self.trials if t.arm == arm), key=lambda t: t.share)
+
+
+Run = Callable[[str, float], Trial]
+
+
+def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: int = LEAST) -> History:
+    """Tries candidates until the budget (seconds) is spent; ``run`` makes one trial of a candidate with a share of the
+    rows. The order of ``arms`` is that of their promise: where the budget does not do for all, the last are left out.
+
+    Candidates that would not fit the budget with all rows are left out after their first trial, and until then so much
+    is kept as the best of a rung would take with all.
+    """
+    history, shares = History(), [float(eta) ** -k for k in range(least, -1, -1)]
+    standing = []
+    for arm in arms:
+        share = shares[0] if arm.grows else 1.0
+        if history.seconds >= budget or history.seconds + _usual(history, share) > budget:
+            history.left_out[arm.name] = "the budget was spent before its first trial"
+            continue
+        history.trials.append(run(arm.name, share))
+        standing += [arm.name] if arm.grows else []
+    for share in shares[1:]:
+        standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
+        if share < 1:
+            standing = standing[: math.ceil(len(standing) / eta)]
+        standing = _rung(history, run, standing, share, budget)
+    return history
+
+
+def _rung(history: History, run: Run, standing: Sequence[str], share: float, budget: float) -> list[str]:
+    """Tries those that stand, the best first, while the budget lasts. Returns those that go on."""
+    done: list[str] = []
+    for name in standing:
+        left = budget - history.seconds
+        kept = seconds(history, (done or [name])[0], 1.0) if share < 1 else 0.0
+        if seconds(history, name, 1.0) > left:
+            history.left_out[name] = "it would take more than the budget with all rows"
+        elif seconds(history, name, share) + kept > left:
+            history.left_out[name] = f"the budget did not do for {share:.0%} of the rows"
+        else:
+            history.trials.append(run(name, share))
+            done.append(name)
+    affordable = [n for n in standing if seconds(history, n, 1.0) <= budget - history.seconds]
+    return done or affordable[:1]
+
+
+def seconds(history: History, arm: str, share: float) -> float:
+    """What a candidate will take with a share of the rows."""
+    known = history.of(arm)
+    last = known[-1]
+    if len(known) > 1:
+        first = known[-2]
+        slope = max(0.0, (last.seconds - first.seconds) / (last.share - first.share))
+        return last.seconds + slope * (share - last.share)
+    fixed = min(t.seconds for t in history.trials if t.share == last.share)
+    return fixed + (last.seconds - fixed) * share / last.share
+
+
+def _usual(history: History, share: float) -> float:
+    """The mean of what trials with this share took so far; 0 where there were none."""
+    known = [t.seconds for t in history.trials if t.share == share]
+    return sum(known) / len(known) if known else 0.0
+
+
+def rungs(history: History) -> Iterator[tuple[float, Mapping[str, float]]]:
+    """Each share that was tried, with the scores of those tried with it."""
+    for share in sorted({t.share for t in history.trials}):
+        yield share, {t.arm: t.score for t in history.trials if t.share == share}

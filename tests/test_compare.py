@@ -1,0 +1,165 @@
+"""``fanbu compare``: candidates side by side within a budget, to the same table after a kill, and the winner judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import tiny_recipe
+from fanbu.catalogue import Method
+from fanbu.domain import Domain
+from fanbu.errors import UsageError
+from fanbu.recipe import Recipe, load_domains, load_recipe
+from fanbu.recipe_parts import Step
+from fanbu.report.candidates import compared_page
+from fanbu.search.compare import candidates, compare, front, scored
+from fanbu.search.costs import steps_of
+from test_cli import Command
+from test_cli import fanbu as fanbu
+
+SHORT = {"epochs": 2, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
+WAYS = ["average", "ties", {"method": "distill", "train": SHORT}, {"method": "multitask", "train": SHORT}]
+
+
+def recipe_in(folder: Path, workspace: str = "ws", **spec: Any) -> Recipe:
+    value = tiny_recipe(folder) | {"references": [], "workspace": str(folder / workspace)}
+    value["compare"] = {"ways": WAYS, "runs": 2, **spec}
+    (folder / f"{workspace}.yaml").write_text(json.dumps(value))
+    return load_recipe(value)
+
+
+class Killed(BaseException):
+    """As kill -9: nothing is tidied up."""
+
+
+def plain(found: dict[str, Any]) -> dict[str, Any]:
+    """What does not hang on the clock."""
+    rows = [{k: v for k, v in t.items() if k not in {"seconds", "peak_bytes"}} for t in found["trials"]]
+    return {"trials": rows, **{k: found[k] for k in ("winner", "spent", "left_out")}}
+
+
+def test_the_best_is_found_judged_and_told_after_a_kill_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(recipe_in(tmp_path))
+    assert whole["spent"] <= whole["budget"] == 2 * max(t["steps"] for t in whole["trials"])
+    shares = {t["candidate"]: [u["share"] for u in whole["trials"] if u["candidate"] == t["candidate"]]
+              for t in whole["trials"]}  # fmt: skip
+    assert shares["average"] == shares["ties"] == [1.0]
+    assert shares["distill"][0] == shares["multitask"][0] == pytest.approx(1 / 27)
+    full = {t["candidate"]: t for t in whole["trials"] if t["share"] == 1}
+    assert whole["winner"] == max(full, key=lambda name: full[name]["score"])
+    record = whole["record"]
+    assert record["candidate"]["digest"] == full[whole["winner"]]["model"]  # the round makes what was tried
+    assert record["candidate"]["method"] == whole["winner"].partition(" #")[0]
+    assert full[whole["winner"]]["corrected"] <= full[whole["winner"]]["mean"]
+    assert sum(t["wins"] for t in full.values()) == pytest.approx(1)
+
+    count, absorb = [0], Method.absorb
+
+    def dying(self: Method, *args: Any, **kwargs: Any) -> Any:
+        count[0] += self.name != "probe"
+        if count[0] in {3, 6}:
+            count[0] += 1
+            raise Killed
+        return absorb(self, *args, **kwargs)
+
+    monkeypatch.setattr(Method, "absorb", dying)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            compare(recipe_in(tmp_path, "killed"))
+    again = compare(recipe_in(tmp_path, "killed"))
+    assert plain(again) == plain(whole)
+    assert again["record"]["candidate"]["digest"] == record["candidate"]["digest"]
+    read = compare(recipe_in(tmp_path, "killed"))  # finished: it is only read
+    assert plain(read) == plain(whole)
+    assert read["record"]["round"] == 1
+    page = compared_page(read)
+    assert f"winner: {whole['winner']}" in page
+    assert page.count("\n") >= 5
+
+
+def test_what_is_compared(tmp_path: Path, domains: dict[str, Domain]) -> None:
+    recipe = recipe_in(tmp_path, ways=["average", {"method": "ties", "density": 0.2}, "ties"])
+    assert list(candidates(recipe, domains)) == ["average", "ties", "ties #2"]
+    everything = candidates(recipe_in(tmp_path, ways=[]), domains)
+    assert everything["distill"].arguments["train"]["epochs"] == 3  # the recipe's own, as it stands there
+    assert everything["fedavg x6"].times == 6
+    assert "reptile x6" not in everything  # experimental
+    assert "adapt" not in everything  # does not fit
+    with pytest.raises(UsageError, match="nothing-to-compare"):
+        candidates(recipe_in(tmp_path, ways=["average"]), domains)
+    with pytest.raises(UsageError, match="did you mean 'ties'"):
+        recipe_in(tmp_path, ways=["tie", "average"])
+    with pytest.raises(UsageError, match=r"compare\.seconds"):
+        recipe_in(tmp_path, seconds=0)
+    away = recipe.transport.model_copy(update={"kind": "flower"})
+    with pytest.raises(UsageError, match="owners-elsewhere"):
+        compare(recipe.model_copy(update={"transport": away}))
+
+
+def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:
+    ways = [{"method": "distill", "train": SHORT}, {"method": "multitask", "train": SHORT}]
+    with pytest.raises(UsageError, match="budget-too-small"):
+        compare(recipe_in(tmp_path, ways=ways, runs=0.2))
+
+
+def test_steps_are_counted_before_anything_is_made(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    domains = list(load_domains(recipe).values())  # 144 training rows each
+    train = {"epochs": 2, "batch_size": 32}
+    assert steps_of(recipe, Step(method="average"), domains) == 0
+    assert steps_of(recipe, Step(method="multitask", train=train), domains) == 2 * 9
+    assert steps_of(recipe, Step(method="fedavg", times=3, train=train), domains) == 3 * 2 * 2 * 5
+    assert steps_of(recipe, Step(method="multitask", train={**train, "max_steps": 4}), domains) == 4
+    limited = recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"limit": 32})})
+    assert steps_of(limited, Step(method="distill", train=train), domains) == 2 * 2
+
+
+def test_a_domain_that_loses_more_than_its_margin_weighs(tmp_path: Path, domains: dict[str, Domain]) -> None:
+    recipe = recipe_in(tmp_path)
+    recipe = recipe.model_copy(update={"gate": recipe.gate.model_copy(update={"margin": 0.05})})
+    turn: Any = type("T", (), {"recipe": recipe, "domains": domains})
+    before = {"food": 0.8, "rail": 0.8}
+    assert scored(turn, {"food": 0.1, "rail": -0.05}, before) == pytest.approx(0.025)
+    assert scored(turn, {"food": 0.1, "rail": -0.09}, before) == pytest.approx(0.005 - 0.04)
+    losses: Any = type(
+        "T", (), {"recipe": recipe, "domains": {n: replace(d, metric="loss") for n, d in domains.items()}}
+    )
+    assert scored(losses, {"food": 0.2, "rail": 0.2}, {"food": -2.0, "rail": -1.0}) == pytest.approx(0.15)
+
+
+def test_the_front() -> None:
+    def row(name: str, score: float, worst: float, crossed: int, seconds: float) -> dict[str, Any]:
+        return {"candidate": name, "score": score, "worst": worst, "crossed_bytes": crossed, "seconds": seconds}
+
+    rows = [row("a", 0.1, 0.0, 10, 5), row("b", 0.2, 0.0, 10, 9), row("c", 0.1, 0.0, 20, 5), row("d", 0.0, 0.0, 1, 1)]
+    assert [r["candidate"] for r in front(rows)] == ["b", "a", "d"]
+
+
+def test_fewer_rows_are_among_more(domains: dict[str, Domain]) -> None:
+    rows = domains["food"].train
+    parts = [rows.first(n) for n in (3, 9, 20, len(rows))]
+    assert [len(p) for p in parts] == [3, 9, 20, len(rows)]
+    assert all(set(a.ids) < set(b.ids) for a, b in pairwise(parts))
+    assert parts[-1] == rows
+    assert len(set(parts[0].labels or ())) == 3  # each label once before any comes twice
+    counts = np.bincount(parts[2].labels or ())
+    assert counts.max() - counts.min() <= 1
+
+
+def test_the_command(fanbu: Command, tmp_path: Path) -> None:
+    recipe_in(tmp_path)
+    line = ("compare", str(tmp_path / "ws.yaml"), "--way", "average", "--way", "ties", "--runs", "1")
+    code, text = fanbu(*line)
+    assert code in {0, 3}
+    assert "best in" in text
+    assert "report:" in text
+    code, found = fanbu(*line, "--json")
+    assert found["compared"]["winner"] in {"average", "ties"}
+    [kept] = (tmp_path / "ws" / "compare").glob("*.json")
+    assert json.loads(kept.read_text())["winner"] == found["compared"]["winner"]

@@ -1,0 +1,90 @@
+"""Successive halving: what it spends, what it leaves out, and how often it finds the best."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fanbu.search.halving import Arm, History, Trial, halving, seconds
+
+
+class Bench:
+    """Candidates whose score grows with the rows, with noise that more rows lessen."""
+
+    def __init__(self, count: int, seed: int, noise: float = 0.01, whole: float = 100.0) -> None:
+        rng = random.Random(seed)
+        self.final = {f"w{i}": rng.uniform(0.0, 0.1) for i in range(count)}
+        self.whole = {name: whole * rng.uniform(0.5, 1.0) for name in self.final}
+        self.rng, self.noise = rng, noise
+        self.arms = [Arm(name) for name in self.final]
+
+    def __call__(self, arm: str, share: float) -> Trial:
+        score = self.final[arm] * share**0.2 + self.rng.gauss(0, self.noise * (1 - share))
+        return Trial(arm, share, score, 2.0 + self.whole[arm] * share)
+
+
+def test_it_finds_a_good_one_within_its_budget() -> None:
+    near = 0
+    for seed in range(50):
+        bench = Bench(16, seed)
+        found = halving(bench.arms, bench, budget=300.0)
+        assert found.seconds <= 300
+        assert found.best
+        near += max(bench.final.values()) - bench.final[found.best.arm] < 0.01
+    assert near >= 40
+
+
+def test_it_beats_trying_some_with_all_rows() -> None:
+    def loss(seed: int, halved: bool) -> float:
+        bench = Bench(16, seed)
+        if halved:
+            best = halving(bench.arms, bench, budget=300.0).best
+        else:
+            tried = History([bench(arm.name, 1.0) for arm in bench.arms[:3]])
+            best = tried.best
+        assert best
+        return max(bench.final.values()) - bench.final[best.arm]
+
+    assert sum(loss(s, True) for s in range(30)) < 0.5 * sum(loss(s, False) for s in range(30))
+
+
+def test_one_that_reads_no_rows_is_tried_once_and_stands_to_the_end() -> None:
+    bench = Bench(4, 1)
+    arms = [*bench.arms, Arm("merge", grows=False)]
+
+    def run(arm: str, share: float) -> Trial:
+        return Trial("merge", share, 0.5, 3.0) if arm == "merge" else bench(arm, share)
+
+    found = halving(arms, run, budget=400.0)
+    assert [t.share for t in found.of("merge")] == [1.0]
+    assert found.best
+    assert found.best.arm == "merge"
+
+
+def test_the_budget_is_kept_and_what_is_left_out_is_told() -> None:
+    bench = Bench(12, 3)
+    for budget in (5.0, 40.0, 120.0, 1000.0):
+        found = halving(bench.arms, bench, budget)
+        assert found.seconds <= budget + 8  # the first trials are begun before anything is known of their cost
+        tried = {t.arm for t in found.trials}
+        assert tried | found.left_out.keys() == {arm.name for arm in bench.arms}
+    assert found.best  # a large budget reaches all rows
+
+
+def test_what_is_too_costly_does_not_stop_the_others() -> None:
+    bench = Bench(6, 5, noise=0.0)
+    best = max(bench.final, key=lambda name: bench.final[name])
+    bench.whole[best] = 5000.0
+    found = halving(bench.arms, bench, budget=400.0)
+    assert "more than the budget" in found.left_out[best]
+    assert found.best
+    assert found.best.arm != best
+
+
+def test_costs_are_read_off_the_line() -> None:
+    history = History([Trial("a", 1 / 27, 0, 6.0), Trial("b", 1 / 27, 0, 2.0)])
+    assert seconds(history, "b", 1.0) == pytest.approx(2.0)
+    assert seconds(history, "a", 1.0) == pytest.approx(2.0 + 4 * 27)
+    history.trials.append(Trial("a", 1 / 9, 0, 14.0))
+    assert seconds(history, "a", 1.0) == pytest.approx(14 + 8 / (2 / 27) * (8 / 9))
