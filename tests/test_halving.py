@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from fanbu.errors import FitError, RetryError
 from fanbu.search.halving import Arm, History, Trial, halving, seconds
 
 
@@ -88,3 +89,24 @@ def test_costs_are_read_off_the_line() -> None:
     assert seconds(history, "a", 1.0) == pytest.approx(2.0 + 4 * 27)
     history.trials.append(Trial("a", 1 / 9, 0, 14.0))
     assert seconds(history, "a", 1.0) == pytest.approx(14 + 8 / (2 / 27) * (8 / 9))
+
+
+def test_one_that_fails_stops_no_other_and_a_full_disk_stops_all() -> None:
+    bench = Bench(5, 7, noise=0.0)
+    best = max(bench.final, key=lambda name: bench.final[name])
+
+    def run(arm: str, share: float) -> Trial:
+        if arm == best and share > 0.1:
+            raise FitError("diverged", "the loss is no longer finite", remedy="lower lr")
+        return bench(arm, share)
+
+    found = halving(bench.arms, run, budget=500.0)
+    assert "the loss is no longer finite [diverged]" in found.left_out[best]
+    assert found.best
+    assert found.best.arm != best
+
+    def full(arm: str, share: float) -> Trial:
+        raise RetryError("disk-full", "no room", remedy="free some")
+
+    with pytest.raises(RetryError):
+        halving(bench.arms, full, budget=500.0)

@@ -20,7 +20,9 @@ def compared_page(found: Mapping[str, Any], t: Words = str) -> str:
     heading = [" " + t("candidate"), *(f"{share:.0%}" for share in shares), t("interval"), t("best in"),
                t("worst domain"), t("what crosses"), t("time")]  # fmt: skip
     rows = [_row(name, by_name[name], shares, found) for name in order]
-    lines = [t("Change on validation rows, in points, by share of the rows:"), *aligned([heading, *rows])]
+    points = t("Change on validation rows, in points, by share of the rows:")
+    percent = t("Change on validation rows, in percent of the loss, by share of the rows:")
+    lines = [points if found["metric"] == "accuracy" else percent, *aligned([heading, *rows])]
     lines += [f"{t('left out')}: {name}: {t(why)}" for name, why in found["left_out"].items()]
     spent = [seconds(value) if found["in"] == "seconds" else f"{value:.0f} {t('steps')}"
              for value in (found["spent"], found["budget"])]  # fmt: skip

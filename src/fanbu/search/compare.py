@@ -154,8 +154,8 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     """Tries the candidates within the budget, and judges the winner on test rows, in a round of its own.
 
     All that is made is a stage of the workspace, so a comparison that was stopped goes on where it was; one that is
-    finished is only read, until another round is made or recipe or rows change. Returns what ``compare/ROUND.json`` of
-    the workspace holds, and the ``record`` of the round.
+    finished is only read, until another round is made or recipe or rows change. Returns what ``compare/NUMBER.json`` of
+    the workspace holds (of the round's number), and the ``record`` of the round.
     """
     if found := _finished(recipe):
         return found
@@ -170,38 +170,33 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
             "budget-too-small", "no candidate could be tried with all rows", allowed="a larger budget", got=budget,
             remedy="raise compare.seconds or compare.runs, or name fewer ways under compare.ways",
         )  # fmt: skip
-    found = _summary(bench, history, budget)
-    ledger = bench.turn.workspace
-    winner = recipe.model_copy(update={
-        "feedback": [bench.steps[history.best.arm]], "rounds": len(ledger.rounds()) + 1,
-    })  # fmt: skip
-    record = run(winner, progress, log)
-    found |= {"asked": _asked(recipe, bench.turn.domains, bench.turn.base), "round": record["key"]}
+    found, ledger = _summary(bench, history, budget), bench.turn.workspace
+    found["asked"] = _asked(recipe, bench.turn.domains, bench.turn.base)
     (ledger.root / FOLDER).mkdir(exist_ok=True)
-    write_text(_file(ledger, record["key"]), json.dumps(found, indent=1, sort_keys=True))
-    return {**found, "record": record}
+    write_text(_file(ledger, bench.turn.number), json.dumps(found, indent=1, sort_keys=True))
+    chosen = {"feedback": [bench.steps[history.best.arm]], "rounds": bench.turn.number}
+    return {**found, "record": run(recipe.model_copy(update=chosen), progress, log)}
 
 
 def _finished(recipe: Recipe) -> dict[str, Any] | None:
     """The comparison that made the last round, where nothing has changed since."""
     ledger = Workspace(Path(recipe.workspace))
     done = ledger.rounds()
-    if not done or not (file := _file(ledger, str(done[-1]["round"]))).exists():
+    if not done or not (file := _file(ledger, len(done))).exists():
         return None
     found: dict[str, Any] = json.loads(file.read_text())
     domains, _ = domains_now(recipe, len(done), ledger.left(), None)
     if found["asked"] != _asked(recipe, domains, open_model(recipe.model)):
         return None
-    record = read_records(ledger.root, done)[-1]
-    return {**found, "record": {**record, "workspace": str(ledger.root)}}
+    return {**found, "record": {**read_records(ledger.root, done)[-1], "workspace": str(ledger.root)}}
 
 
 def _asked(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
     return digest([made_of(recipe, domains, base), recipe.compare.model_dump(mode="json")])
 
 
-def _file(ledger: Workspace, key: str) -> Path:
-    return ledger.root / FOLDER / f"{key[:20]}.json"
+def _file(ledger: Workspace, number: int) -> Path:
+    return ledger.root / FOLDER / f"{number}.json"
 
 
 def _opened(recipe: Recipe, progress: Progress, log: Log) -> _Bench:
@@ -231,9 +226,9 @@ def _summary(bench: _Bench, history: History, budget: float) -> dict[str, Any]:
     for row in whole:
         row |= told[row["candidate"]]
     return {
-        "name": bench.turn.recipe.name, "budget": budget, "in": "steps" if bench.by_steps else "seconds",
-        "spent": history.seconds, "winner": history.best.arm, "trials": bench.rows, "left_out": history.left_out,
-        "front": [row["candidate"] for row in front(whole)],
+        "name": bench.turn.recipe.name, "metric": bench.turn.feeding[0].metric, "budget": budget,
+        "in": "steps" if bench.by_steps else "seconds", "spent": history.seconds, "winner": history.best.arm,
+        "trials": bench.rows, "left_out": history.left_out, "front": [row["candidate"] for row in front(whole)],
     }  # fmt: skip
 
 
@@ -245,11 +240,12 @@ def sureness(bench: _Bench, names: Sequence[str], winner: str) -> dict[str, dict
     draws, means = [], []
     for name in names:
         pairs = [
-            paired(bench.outcomes[name][d.name], bench.outcomes[_BEFORE][d.name], mode, seed)
+            (paired(bench.outcomes[name][d.name], bench.outcomes[_BEFORE][d.name], mode, seed), d.metric == "loss")
             for d in bench.turn.feeding
         ]
-        draws.append(np.mean([p.draws for p in pairs], 0))
-        means.append(float(np.mean([p.delta for p in pairs])))
+        scales = [1 / abs(p.incumbent) if of_loss else 1.0 for p, of_loss in pairs]
+        draws.append(np.mean([scale * p.draws for (p, _), scale in zip(pairs, scales, strict=True)], 0))
+        means.append(float(np.mean([scale * p.delta for (p, _), scale in zip(pairs, scales, strict=True)])))
     drawn, mean = np.stack(draws), np.array(means)
     best = drawn.argmax(0)
     optimism = float(np.mean(drawn[best, np.arange(drawn.shape[1])] - mean[best]))

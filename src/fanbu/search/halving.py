@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fanbu.errors import FanbuError, RetryError
+
 LEAST = 3  # rungs below the whole: the least share of the rows is eta to the minus this
 
 
@@ -39,6 +41,7 @@ class History:
 
     trials: list[Trial] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     @property
     def seconds(self) -> float:
@@ -73,8 +76,8 @@ def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: i
         if history.seconds >= budget or history.seconds + _usual(history, share) > budget:
             history.left_out[arm.name] = "the budget was spent before its first trial"
             continue
-        history.trials.append(run(arm.name, share))
-        standing += [arm.name] if arm.grows else []
+        if _tried(history, run, arm.name, share) and arm.grows:
+            standing.append(arm.name)
     for share in shares[1:]:
         standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
         if share < 1:
@@ -93,11 +96,25 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
             history.left_out[name] = "it would take more than the budget with all rows"
         elif seconds(history, name, share) + kept > left:
             history.left_out[name] = f"the budget did not do for {share:.0%} of the rows"
-        else:
-            history.trials.append(run(name, share))
+        elif _tried(history, run, name, share):
             done.append(name)
-    affordable = [n for n in standing if seconds(history, n, 1.0) <= budget - history.seconds]
+    affordable = [
+        n for n in standing if n not in history.failed and seconds(history, n, 1.0) <= budget - history.seconds
+    ]
     return done or affordable[:1]
+
+
+def _tried(history: History, run: Run, arm: str, share: float) -> bool:
+    """Makes one trial; whether it came to an end. What a candidate itself cannot do stops no other."""
+    try:
+        history.trials.append(run(arm, share))
+    except RetryError:  # of the machine, not of the candidate
+        raise
+    except FanbuError as error:
+        history.left_out[arm] = f"it ended with an error: {error.what} [{error.code}]"
+        history.failed.add(arm)
+        return False
+    return True
 
 
 def seconds(history: History, arm: str, share: float) -> float:
