@@ -148,6 +148,8 @@ def test_what_ways_take_is_tried_once(tmp_path: Path, monkeypatch: pytest.Monkey
     found, _ = choices(recipe, ["average", "distill", "adapt"])
     first = dict(costs(recipe, domains, found))
     assert set(first) == {"average", "distill"}
+    few = trials._few(replace(domains["food"], labels=tuple(map(str, range(30)))), 12)
+    assert len(few.train) == 42  # with many labels there are rows of each
     assert first["average"]["crossed_bytes"] > 10 * first["distill"]["crossed_bytes"] > 0
     assert all(c["seconds"] > 0 and c["peak_bytes"] > 1e8 for c in first.values())
     assert not (Path(recipe.workspace) / "stages").exists()  # no trial is a part of a round
@@ -168,7 +170,7 @@ def test_a_line_through_the_trials() -> None:
     domain = Domain("d", "text-classification", ("x", "y"), many, few, few, Rows(), "accuracy", None)  # type: ignore[arg-type]
     recipe = load_recipe  # not asked for what it says of probes here
     step = Step(method="multitask")
-    tried = {10: cost(2.0), 20: cost(3.0)}
+    tried = {8: cost(2.0), 18: cost(3.0)}
     assert trials._of_all_rows(recipe, step, [domain], tried).seconds == pytest.approx(5.0)  # type: ignore[arg-type]
     assert trials._of_all_rows(recipe, step, [domain], tried).peak_bytes == 1e9  # type: ignore[arg-type]
     capped = Step(method="multitask", train={"epochs": 1, "batch_size": 10, "max_steps": 3})

@@ -30,9 +30,10 @@ app = typer.Typer(
     help="Specialists are born from a large model, and what they learn goes back into it, judged before it counts.",
 )
 for command in (
-    start.init, start.doctor, choosing.plan, choosing.compare, rounds.run, federation.serve_center, federation.join,
-    rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed, steps.judge, steps.audit, align.align,
-    extract.extract, models.history, models.promote, models.rollback, models.leave, models.export, models.predict,
+    start.init, start.doctor, choosing.plan, choosing.compare, choosing.worth, rounds.run, federation.serve_center,
+    federation.join, rounds.report, rounds.watch, rounds.track, steps.shrink, feed.feed, steps.judge, steps.audit,
+    align.align, extract.extract, models.history, models.promote, models.rollback, models.leave, models.export,
+    models.predict,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(ways.app, name="methods")

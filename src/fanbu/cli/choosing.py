@@ -1,4 +1,4 @@
-"""Which way back: ``fanbu plan`` and ``fanbu compare``."""
+"""Which way back, and whose: ``fanbu plan``, ``fanbu compare`` and ``fanbu worth``."""
 
 from __future__ import annotations
 
@@ -69,3 +69,23 @@ def compare(
         typer.echo(compared_page(found, shared.words()) + "\n")
     accepted = show_rounds({**record, "compared": found}, [record], False, as_json)
     raise typer.Exit(0 if accepted else 3)
+
+
+def worth(
+    recipe: RecipePath,
+    pairs: Annotated[
+        int | None,
+        typer.Option("--shapley", min=0, help="Shapley values, by so many pairs of orders; 0: all orders."),
+    ] = None,
+    change: Set = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """What each specialist was worth in the last round: the gain without it."""
+    from fanbu.progress import bar
+    from fanbu.recipe import load_recipe
+    from fanbu.report.candidates import worth_page
+    from fanbu.search.worth import worth as worth_of
+
+    loaded = load_recipe(recipe, change or [])
+    with bar(Path(loaded.workspace)) as show:
+        found = worth_of(loaded, pairs, show, show.log)
+    typer.echo(json.dumps(found) if as_json else worth_page(found, str(recipe), shared.words()))

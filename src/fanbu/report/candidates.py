@@ -1,4 +1,4 @@
-"""What a comparison tried, as plain text for the terminal."""
+"""What a comparison tried, and what specialists were worth, as plain text for the terminal."""
 
 from __future__ import annotations
 
@@ -45,6 +45,25 @@ def _row(
     interval = f"{_points(whole['low'])} {_points(whole['high'])}"
     costs = [size(whole["crossed_bytes"]), seconds(whole["seconds"])]
     return [mark + name, *scores, interval, f"{whole['wins']:.0%}", _points(whole["worst"]), *costs]
+
+
+def worth_page(found: Mapping[str, Any], recipe: str, t: Words = str) -> str:
+    """A line a specialist: what the round would have lost without it, and its Shapley value, with intervals."""
+
+    def part(of: Mapping[str, float]) -> list[str]:
+        return [_points(of["value"]), f"{_points(of['low'])} {_points(of['high'])}"]
+
+    values = found["shapley"]
+    heading = [t("specialist"), t("the gain without it is less by"), t("interval")]
+    heading += [t("Shapley value"), t("interval")] if values else []
+    order = sorted(found["left_out"], key=lambda d: -(values or found["left_out"])[d]["value"])
+    rows = [[d, *part(found["left_out"][d]), *(part(values[d]) if values else [])] for d in order]
+    lines = [
+        f"{t('round')} {found['round']}, {found['way']}: {t('mean change with all of them')} {_points(found['whole'])}",
+        *aligned([heading, *rows]),
+    ]
+    lines += [f"{t('harmful')}: {d}: fanbu leave {recipe} {d} --forget" for d in found["harmful"]]
+    return "\n".join(lines)
 
 
 def _points(change: float) -> str:

@@ -132,10 +132,11 @@ class _Bench:
 
 
 def _portion(d: Domain, share: float) -> Domain:
-    def part(count: int) -> int:
-        return max(_LEAST_ROWS, math.ceil(share * count))
-
-    train, valid, unlabelled = (rows.first(part(len(rows))) for rows in (d.train, d.valid, d.unlabelled))
+    """A share of a domain's rows, with all its labels."""
+    least = max(_LEAST_ROWS, len(d.labels))
+    train, valid, unlabelled = (
+        rows.first(max(least, math.ceil(share * len(rows)))) for rows in (d.train, d.valid, d.unlabelled)
+    )
     return replace(d, train=train, valid=valid, unlabelled=unlabelled)
 
 

@@ -34,7 +34,7 @@ from fanbu.round import grow, raise_incumbent
 from fanbu.turn import Log, Turn
 from fanbu.types import CLASSIFYING, Progress, Train, digest, silent
 
-SIZES = (12, 20, 60)  # rows of a domain that are tried
+SIZES = (12, 20, 60)  # rows of a domain that are tried, beside one of each label
 _TIMES = 2  # inner rounds that are tried
 _FILE = "costs.json"
 
@@ -119,7 +119,8 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 
 def _few(d: Domain, count: int) -> Domain:
-    """A domain with so many rows of each split at most."""
+    """A domain with so many rows of each split at most, and one more of each label, so that all labels are there."""
+    count += len(d.labels)
     train, valid, test, unlabelled = (rows.first(count) for rows in (d.train, d.valid, d.test, d.unlabelled))
     return replace(d, train=train, valid=valid, test=test, unlabelled=unlabelled)
 

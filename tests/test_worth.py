@@ -1,0 +1,105 @@
+"""What each specialist was worth: parts of games that are known, and of a round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import open_gate, tiny_recipe
+from fanbu.errors import UsageError
+from fanbu.generations import run
+from fanbu.recipe import load_recipe
+from fanbu.search.shares import Floats, Value, leave_one_out, shapley
+from fanbu.search.worth import worth
+from test_cli import Command
+from test_cli import fanbu as fanbu
+
+FIVE = tuple("abcde")
+
+
+def game(rows: int = 400, noise: float = 0.3) -> Value:
+    """Five players over two domains: a and its copy b bring 0.2 together or alone, c 0.1, d brings 0.1 where c is, e
+    loses 0.15."""
+    rng = np.random.default_rng(0)
+    spread = {d: rng.normal(0, noise, (5, rows)) for d in ("x", "y")}
+
+    def value(chosen: frozenset[str]) -> Mapping[str, Floats]:
+        mean = 0.2 * bool(chosen & set("ab")) + 0.1 * ("c" in chosen) + 0.1 * ({"c", "d"} <= chosen)
+        mean -= 0.15 * ("e" in chosen)
+        here = [i for i, player in enumerate(FIVE) if player in chosen]
+        return {d: mean + s[here].sum(0) - s[here].mean(1).sum() if here else np.zeros(rows) for d, s in spread.items()}
+
+    return value
+
+
+def test_shares_of_a_known_game() -> None:
+    parts = shapley(FIVE, game(), 0, seed=0)
+    wanted = {"a": 0.1, "b": 0.1, "c": 0.15, "d": 0.05, "e": -0.15}
+    for player, value in wanted.items():
+        assert parts[player].value == pytest.approx(value)
+        assert parts[player].low < value < parts[player].high
+    assert sum(p.value for p in parts.values()) == pytest.approx(0.2 + 0.1 + 0.1 - 0.15)
+    assert parts["e"].high < 0
+    alone = leave_one_out(FIVE, game())
+    assert alone["a"].value == pytest.approx(0)  # its copy does for it
+    assert alone["c"].value == pytest.approx(0.2)
+
+
+def test_drawn_orders_agree_with_all_of_them() -> None:
+    exact = shapley(FIVE, game(), 0, seed=0)
+    near = 0
+    for seed in range(20):
+        drawn = shapley(FIVE, game(), 6, seed=seed)
+        assert sum(p.value for p in drawn.values()) == pytest.approx(sum(p.value for p in exact.values()))
+        near += sum(drawn[p].low <= exact[p].value <= drawn[p].high for p in FIVE)
+    assert near >= 0.9 * 100
+    assert shapley(FIVE, game(), 6, seed=3) == shapley(tuple(reversed(FIVE)), game(), 6, seed=3)
+    assert shapley(FIVE, game(), 60, seed=0) == exact  # as many as there are
+    with pytest.raises(UsageError, match="too-many-orders"):
+        shapley(tuple("abcdef"), game(), 0, seed=0)
+
+
+def test_each_set_is_asked_for_once_where_it_is_kept() -> None:
+    asked: list[frozenset[str]] = []
+    known: dict[frozenset[str], Mapping[str, Floats]] = {}
+    whole = game()
+
+    def value(chosen: frozenset[str]) -> Mapping[str, Floats]:
+        if chosen not in known:
+            asked.append(chosen)
+            known[chosen] = whole(chosen)
+        return known[chosen]
+
+    shapley(FIVE, value, 0, seed=0)
+    assert len(asked) == 2**5
+
+
+def test_a_round(fanbu: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = tiny_recipe(tmp_path) | {"references": [], "feedback": {"method": "average"}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UsageError, match="no-rounds"):
+        worth(load_recipe(path))
+    with open_gate():
+        record = run(load_recipe(path))
+    found = worth(load_recipe(path), 0)
+    assert found["sets"] == 4  # nobody, each, both
+    assert found["whole"] == pytest.approx(record["verdict"]["average"]["delta"])
+    assert sum(p["value"] for p in found["shapley"].values()) == pytest.approx(found["whole"])
+    kept = json.loads((tmp_path / "ws" / "worth" / "1.json").read_text())
+    assert kept["left_out"] == found["left_out"]
+
+    def again(*_: Any, **__: Any) -> None:
+        pytest.fail("made again")
+
+    monkeypatch.setattr("fanbu.catalogue.Method.absorb", again)
+    code, text = fanbu("worth", str(path), "--shapley", "0")
+    assert code == 0
+    assert "Shapley value" in text
+    with pytest.raises(UsageError, match="other-recipe"):
+        worth(load_recipe(path, ["feedback={method: ties}"]))
