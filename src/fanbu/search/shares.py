@@ -47,7 +47,8 @@ def shapley(players: Sequence[str], value: Value, count: int, seed: int) -> dict
     if count == 0 and len(ordered) > EXACT:
         raise UsageError(
             "too-many-orders", f"all orders are taken of {EXACT} specialists at most",
-            allowed="pairs of orders, from 1", got=len(ordered), remedy="say how many pairs of orders are drawn, such as 8",
+            allowed="pairs of orders, from 1", got=len(ordered),
+            remedy="say how many pairs of orders are drawn, such as 8",
         )  # fmt: skip
     if len(ordered) <= EXACT and (count == 0 or 2 * count >= math.factorial(len(ordered))):
         pairs = [[order] for order in permutations(ordered)]
