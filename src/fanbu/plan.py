@@ -47,6 +47,16 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             raise reason
 
 
+def need_rows_here(recipe: Recipe, what: str) -> None:
+    """Raises UsageError where owners hold their rows elsewhere, and ``what`` is asked for depends on them."""
+    if recipe.transport.transport().away:
+        raise UsageError(
+            "owners-elsewhere", f"{what} depends on rows that are at their owners",
+            allowed="a recipe whose owners are here", got=recipe.transport.kind,
+            remedy="look at it with `fanbu doctor`",
+        )  # fmt: skip
+
+
 def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
     """Why a step of a recipe, a way back, cannot work with these domains; None where it can."""
     way = method(step.method, "feedback")

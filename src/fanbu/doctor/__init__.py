@@ -249,15 +249,10 @@ def _room(told: Mapping[str, Any], here: Mapping[str, Any], found: Findings) -> 
 def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     """What a run of the recipe would do: rounds, domains, ways, what crosses from whom, steps and time."""
     from fanbu.model import open_model
-    from fanbu.plan import check_plan
+    from fanbu.plan import check_plan, need_rows_here
     from fanbu.recipe import load_domains
 
-    if recipe.transport.transport().away:
-        raise UsageError(
-            "owners-elsewhere", "what a run would do depends on rows that are at their owners",
-            allowed="a recipe whose owners are here", got=recipe.transport.kind,
-            remedy="look at it with `fanbu doctor`",
-        )  # fmt: skip
+    need_rows_here(recipe, "what a run would do")
     root, (done, left) = Path(recipe.workspace), _finished(recipe)
     number = done + 1
     domains = load_domains(recipe, number, left)

@@ -12,9 +12,10 @@ from fanbu.doctor.overlap import overlaps, unhelpful
 from fanbu.doctor.warn import warnings_of
 from fanbu.doctor.ways import ways
 from fanbu.domain import Domain
-from fanbu.errors import FanbuError, UsageError
+from fanbu.errors import FanbuError
 from fanbu.ledger import Workspace
 from fanbu.model import open_model
+from fanbu.plan import need_rows_here
 from fanbu.recipe import Recipe, load_domains
 from fanbu.recipe_parts import Step
 from fanbu.record import read_records
@@ -28,12 +29,7 @@ def choices(recipe: Recipe, names: Sequence[str] = ()) -> tuple[dict[str, Any], 
 
     UsageError where rows are with owners elsewhere, or a name is unknown.
     """
-    if recipe.transport.transport().away:
-        raise UsageError(
-            "owners-elsewhere", "which ways fit depends on rows that are at their owners",
-            allowed="a recipe whose owners are here", got=recipe.transport.kind,
-            remedy="ask with rows like theirs, or look at what is known with `fanbu doctor`",
-        )  # fmt: skip
+    need_rows_here(recipe, "which ways fit")
     for name in names:
         method(name, "feedback")
     records, left = _finished(recipe)

@@ -26,7 +26,7 @@ from fanbu.generations import run
 from fanbu.judge.compare import compare as paired
 from fanbu.ledger import COST, Workspace
 from fanbu.model import Model, open_model
-from fanbu.plan import refusal
+from fanbu.plan import need_rows_here, refusal
 from fanbu.probe_set import gather_probe
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step
@@ -41,7 +41,7 @@ _LEAST_ROWS = 12  # of a domain that a trial works with
 _JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
 TIMES = 6  # inner rounds of a federated way that a recipe does not name
 FOLDER = "compare"
-_BEFORE = "incumbent"
+BEFORE = "incumbent"
 
 
 def candidates(recipe: Recipe, domains: Mapping[str, Domain]) -> dict[str, Step]:
@@ -66,7 +66,7 @@ def candidates(recipe: Recipe, domains: Mapping[str, Domain]) -> dict[str, Step]
 
 
 @dataclass
-class _Bench:
+class Bench:
     """Where trials are made: what stands before them, and what they left."""
 
     turn: Turn
@@ -77,14 +77,15 @@ class _Bench:
     shares: dict[float, Turn] = field(default_factory=dict)
     seen: set[Path] = field(default_factory=set)  # stages that were paid for
     rows: list[dict[str, Any]] = field(default_factory=list)
-    outcomes: dict[str, dict[str, Contribution]] = field(default_factory=dict)  # with all rows, by candidate
+    outcomes: dict[tuple[str, float], dict[str, Contribution]] = field(default_factory=dict)  # on validation rows
+    models: dict[tuple[str, float], Model] = field(default_factory=dict)
 
     def __call__(self, name: str, share: float) -> Trial:
         """One candidate with a share of the rows."""
         turn, step = self._at(share), self.steps[name]
         fresh = replace(turn, costs=[], crossed={}, used=[])
         specialists = [Specialist(s.model, turn.domains[s.domain.name], s.origin) for s in self.specialists]
-        model = feed(fresh, step, specialists, self.incumbent)
+        model = self.models[name, share] = feed(fresh, step, specialists, self.incumbent)
         told = {d.name: self._valued(fresh, name, model, d, share) for d in self.turn.feeding}
         changes = {d: new - old for d, (new, old) in told.items()}
         score = scored(self.turn, changes, {d: old for d, (_, old) in told.items()})
@@ -115,10 +116,9 @@ class _Bench:
         """The values of a candidate and of the incumbent on a domain's validation rows."""
         rows = d.valid if share == 1 else d.valid.first(max(_JUDGED, math.ceil(share * len(d.valid))))
         found = []
-        for who, judged in ((name, model), (_BEFORE, self.incumbent)):
+        for who, judged in ((name, model), (BEFORE, self.incumbent)):
             outcomes, _ = evaluated(turn, who, judged, replace(d, test=rows))
-            if share == 1:
-                self.outcomes.setdefault(who, {})[d.name] = outcomes
+            self.outcomes.setdefault((who, share), {})[d.name] = outcomes
             column = outcomes.tensors.get(self.turn.recipe.gate.mode, outcomes.tensors["told"])
             found.append(float(column.sum() / outcomes.tensors["weight"].sum()))
         return found[0], found[1]
@@ -158,9 +158,10 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     finished is only read, until another round is made or recipe or rows change. Returns what ``compare/NUMBER.json`` of
     the workspace holds (of the round's number), and the ``record`` of the round.
     """
+    need_rows_here(recipe, "a comparison")
     if found := _finished(recipe):
         return found
-    bench = _opened(recipe, progress, log)
+    bench = opened(recipe, progress, log)
     spec = recipe.compare
     costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
     budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
@@ -200,13 +201,8 @@ def _file(ledger: Workspace, number: int) -> Path:
     return ledger.root / FOLDER / f"{number}.json"
 
 
-def _opened(recipe: Recipe, progress: Progress, log: Log) -> _Bench:
+def opened(recipe: Recipe, progress: Progress, log: Log) -> Bench:
     """The incumbent and the specialists of the next round, and the candidates."""
-    if recipe.transport.transport().away:
-        raise UsageError(
-            "owners-elsewhere", "a comparison works with rows that are here", allowed="a recipe whose owners are here",
-            got=recipe.transport.kind, remedy="run rounds with one way after the other, and compare their records",
-        )  # fmt: skip
     turn = start(recipe, progress, log)
     steps = candidates(recipe, turn.domains)
     for step in steps.values():
@@ -216,10 +212,10 @@ def _opened(recipe: Recipe, progress: Progress, log: Log) -> _Bench:
         turn.context = replace(turn.context, probe=gather_probe(turn))
     incumbent = raise_incumbent(turn)
     births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
-    return _Bench(turn, incumbent, [b.specialist for _, b in births], steps, recipe.compare.seconds is None)
+    return Bench(turn, incumbent, [b.specialist for _, b in births], steps, recipe.compare.seconds is None)
 
 
-def _summary(bench: _Bench, history: History, budget: float) -> dict[str, Any]:
+def _summary(bench: Bench, history: History, budget: float) -> dict[str, Any]:
     """The table, its Pareto front, and how sure the winner is."""
     assert history.best
     whole = [row for row in bench.rows if row["share"] == 1]
@@ -233,7 +229,7 @@ def _summary(bench: _Bench, history: History, budget: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sureness(bench: _Bench, names: Sequence[str], winner: str) -> dict[str, dict[str, float]]:
+def sureness(bench: Bench, names: Sequence[str], winner: str) -> dict[str, dict[str, float]]:
     """By candidate: the interval of its mean change, ``wins`` (the share of bootstrap draws over validation rows in
     which it is the best), and ``corrected``: the mean change less what choosing the best of so many adds by chance, the
     mean over draws of (the draw's best in the draw - the same one on all rows) (Tibshirani and Tibshirani 2009)."""
@@ -241,7 +237,10 @@ def sureness(bench: _Bench, names: Sequence[str], winner: str) -> dict[str, dict
     draws, means = [], []
     for name in names:
         pairs = [
-            (paired(bench.outcomes[name][d.name], bench.outcomes[_BEFORE][d.name], mode, seed), d.metric == "loss")
+            (
+                paired(bench.outcomes[name, 1.0][d.name], bench.outcomes[BEFORE, 1.0][d.name], mode, seed),
+                d.metric == "loss",
+            )
             for d in bench.turn.feeding
         ]
         scales = [1 / abs(p.incumbent) if of_loss else 1.0 for p, of_loss in pairs]

@@ -16,6 +16,7 @@ from fanbu.feeding import feed
 from fanbu.files import write_text
 from fanbu.ledger import Workspace
 from fanbu.model import Model, open_model
+from fanbu.plan import need_rows_here
 from fanbu.recipe import Recipe
 from fanbu.record import read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
@@ -75,6 +76,7 @@ def worth(
 
 def _of_last_round(recipe: Recipe, progress: Progress, log: Log) -> Turn:
     """The last finished round, as it was before its verdict."""
+    need_rows_here(recipe, "what specialists were worth")
     ledger = Workspace(Path(recipe.workspace))
     done = ledger.rounds()
     records = read_records(ledger.root, done)

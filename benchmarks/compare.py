@@ -1,0 +1,263 @@
+"""How often `fanbu compare` finds a champion near the best, replayed on a table of what every candidate does.
+
+The table: real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of the
+rows (1/27, 1/9, 1/3, all), as `fanbu compare` tries it: right or wrong on each validation row, seconds, and with all
+rows also right or wrong on each test row. It is measured once and kept under --work, trial by trial, so a stopped run
+goes on; results/compare-table.json is what was measured, and --table takes it instead of measuring.
+
+The replays: 300 times, validation rows are drawn anew with replacement and candidates come in another order.
+`fanbu compare`'s halving, with a budget of three full runs (of the costliest candidate), chooses by them; beside it, on
+the same draws and budget: candidates in order of their coming, each with all rows (uniform); Optuna's median pruner;
+and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
+on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --table).
+
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE]. Six domains, at most 600 training
+rows each; --quick: three domains and 300 rows, and six candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from _common import HERE, bar, finish, parser, table, text_domains
+from _outcomes import BASE, usable
+from fanbu.files import write_text
+from fanbu.progress import log
+from fanbu.recipe import Recipe, load_domains, load_recipe
+from fanbu.round import evaluated
+from fanbu.search.compare import BEFORE, Bench, candidates, compare, opened
+from fanbu.search.costs import reads_rows
+from fanbu.search.halving import Arm, History, Trial, halving
+from fanbu.types import derived_seed, silent
+
+SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
+REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
+QUICK = ["average", "tsv_m", "ensemble", "probe", "multitask", "distill"]
+MORE: list[dict[str, Any]] = [
+    {"method": "task_arithmetic", "scale": 0.3}, {"method": "ties", "density": 0.5},
+    {"method": "distill", "train": {"lr": 3e-4}}, {"method": "distill", "train": {"lr": 3e-5}},
+    {"method": "multitask", "train": {"lr": 3e-4}}, {"method": "multitask", "train": {"lr": 3e-5}},
+    {"method": "fedavg", "times": 6, "train": {"epochs": 1, "lr": 3e-4}},
+]  # fmt: skip
+
+
+def recipe_of(data: Path, work: Path, quick: bool) -> Recipe:
+    """All domains in one place, one thread; ``compare`` lists the candidates."""
+    count, rows = (3, 300) if quick else (6, 600)
+    domains = {
+        name: {
+            **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
+            "limit": {"train": rows, "valid": 400, "test": 1000},
+        }
+        for name, folder in list(usable(text_domains(data)).items())[:count]
+    }
+    plain: dict[str, Any] = {
+        "fanbu": 1, "name": "compare", "model": BASE, "workspace": str(work / "workspace"), "threads": 1,
+        "device": "cpu", "precision": "fp32", "max_length": 64, "domains": domains, "feedback": {"method": "distill"},
+        "shrink": [{"method": "finetune", "train": {"epochs": 3, "lr": 2e-4}}],
+    }  # fmt: skip
+    if quick:
+        return load_recipe({**plain, "compare": {"ways": QUICK}})
+    every = [
+        s.model_dump(mode="json") for s in candidates(load_recipe(plain), load_domains(load_recipe(plain))).values()
+    ]
+    return load_recipe({**plain, "compare": {"ways": [*every, *MORE]}})
+
+
+def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
+    """The table: by candidate and share its seconds and outcomes, as strings of 0 and 1 by domain."""
+    bench = opened(recipe, silent, log)
+    bench.by_steps = False
+    found: dict[str, Any] = {"candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}}
+    for name, step in bench.steps.items():
+        for share in SHARES if reads_rows(step) else SHARES[-1:]:
+            kept = work / "trials" / f"{name.replace(' ', '_')}-{share:.3f}.json"
+            if not kept.exists():
+                log(f"== {name}, {share:.0%}")
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_text(kept, json.dumps(one(bench, name, share)))
+            found["candidates"].setdefault(name, {})[f"{share:.3f}"] = json.loads(kept.read_text())
+    return found
+
+
+def one(bench: Bench, name: str, share: float) -> dict[str, Any]:
+    """One trial."""
+    trial = bench(name, share)
+    row = bench.rows[-1]
+    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, "changes": row["changes"]}
+    for who, key in ((name, "valid"), (BEFORE, "before")):
+        told[key] = {d: bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
+    if share == 1:
+        tested = {d.name: evaluated(bench.turn, name, bench.models[name, share], d)[0] for d in bench.turn.feeding}
+        told["test"] = {d: bits(outcomes.tensors["told"]) for d, outcomes in tested.items()}
+    return told
+
+
+def bits(column: Any) -> str:
+    return "".join(str(int(v)) for v in column.tolist())
+
+
+def numbers(text: str) -> np.ndarray[Any, Any]:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.float64) - 48
+
+
+@dataclass
+class Replay:
+    """The table with its validation rows drawn anew."""
+
+    table: Mapping[str, Any]
+    seed: int
+
+    def __call__(self, name: str, share: float) -> Trial:
+        """A trial on rows that are drawn alike for all candidates."""
+        told = self.table["candidates"][name][f"{share:.3f}"]
+        means = []
+        for domain, text in sorted(told["valid"].items()):
+            change = numbers(text) - numbers(told["before"][domain])
+            rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
+            means.append(float(change[rng.integers(0, len(change), len(change))].mean()))
+        lost = [max(0.0, -m - 0.05) * len(means) for m in means]
+        return Trial(name, share, float(np.mean(means) - np.mean(lost)), told["seconds"])
+
+
+def whole_seconds(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: by[f"{1:.3f}"]["seconds"] for name, by in found["candidates"].items()}
+
+
+Way = Callable[[Mapping[str, Any], list[str], Replay, float, int], str | None]
+
+
+def by_halving(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+    best = halving([Arm(n, found["grows"][n]) for n in order], run, budget).best
+    return best.arm if best else None
+
+
+def uniform(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+    """Each with all rows, in order, while the budget lasts."""
+    history, costs = History(), whole_seconds(found)
+    for name in order:
+        if history.seconds + costs[name] <= budget:
+            history.trials.append(run(name, 1.0))
+    return history.best.arm if history.best else None
+
+
+def pruned(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+    """Candidates in order, share by share, ended early by Optuna's median pruner."""
+    import optuna
+
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
+    history = History()
+    for name in order:
+        trial = study.ask()
+        trial.set_user_attr("name", name)
+        shares = SHARES if found["grows"][name] else SHARES[-1:]
+        last, over = 0.0, False
+        for step, share in enumerate(shares, len(SHARES) - len(shares)):
+            cost = found["candidates"][name][f"{share:.3f}"]["seconds"]
+            if history.seconds + cost > budget:
+                over = True
+                break
+            done = run(name, share)
+            history.trials.append(done)
+            last = done.score
+            trial.report(last, step)
+            if share < 1 and trial.should_prune():
+                over = True
+                break
+        state = optuna.trial.TrialState.PRUNED if over else optuna.trial.TrialState.COMPLETE
+        study.tell(trial, None if over else last, state=state)
+    return history.best.arm if history.best else None
+
+
+def by_tpe(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+    """Optuna's tree-structured Parzen estimator over the candidates, each with all rows."""
+    import optuna
+
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
+    study, history, costs = optuna.create_study(direction="maximize", sampler=sampler), History(), whole_seconds(found)
+    for _ in range(3 * len(order)):
+        trial = study.ask()
+        name = trial.suggest_categorical("way", order)
+        known = history.of(name)
+        if not known:
+            if history.seconds + costs[name] > budget:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                continue
+            history.trials.append(run(name, 1.0))
+        study.tell(trial, history.of(name)[-1].score)
+    return history.best.arm if history.best else None
+
+
+WAYS: dict[str, Way] = {
+    "fanbu compare": by_halving, "uniform": uniform, "Optuna, median pruner": pruned, "Optuna, TPE": by_tpe,
+}  # fmt: skip
+
+
+def replayed(found: Mapping[str, Any], replays: int) -> dict[str, dict[str, float]]:
+    """By way of choosing: the share of replays with a champion within half a point of the best, and the mean loss."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    truth = {n: 100 * float(np.mean([numbers(t).mean() for t in by[f"{1:.3f}"]["test"].values()]))
+             for n, by in found["candidates"].items()}  # fmt: skip
+    budget, best = RUNS * max(whole_seconds(found).values()), max(truth.values())
+    lost: dict[str, list[float]] = {name: [] for name in WAYS}
+    for seed in range(replays):
+        order = list(truth)
+        random.Random(seed).shuffle(order)
+        for name, way in WAYS.items():
+            chosen = way(found, order, Replay(found, seed), budget, seed)
+            lost[name].append(best - truth[chosen] if chosen else best)
+    return {
+        name: {"near": float(np.mean(np.array(values) <= NEAR)), "lost": float(np.mean(values))}
+        for name, values in lost.items()
+    }
+
+
+def main() -> int:
+    flags = parser(__doc__ or "")
+    flags.add_argument("--table", type=Path, default=None, help="a table that was measured")
+    args = flags.parse_args()
+    name = "compare-quick" if args.quick else "compare"
+    work = args.work / name
+    if args.table:
+        found = json.loads(args.table.read_text())
+    else:
+        recipe = recipe_of(args.data, work, args.quick)
+        found = measured(recipe, work)
+        (HERE / "results").mkdir(exist_ok=True)
+        write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
+    told = replayed(found, REPLAYS)
+    whole = [[n, f"{100 * np.mean([numbers(t).mean() for t in by['1.000']['test'].values()]):.2f}",
+              f"{by['1.000']['seconds']:.0f}"] for n, by in found["candidates"].items()]  # fmt: skip
+    lines = [["chosen by", "within 0.5 points of the best", "points lost, mean"]]
+    lines += [[way, f"{100 * r['near']:.0f}%", f"{r['lost']:.2f}"] for way, r in told.items()]
+    ranked = sorted(whole, key=lambda row: -float(row[1]))
+    text = f"{table([['candidate', 'test accuracy, told', 'seconds'], *ranked])}\n\n{table(lines)}"
+    print(text, flush=True)
+    ours, others = told["fanbu compare"], [r for way, r in told.items() if way != "fanbu compare"]
+    bars = [
+        bar("near the best", f"{100 * ours['near']:.0f}% of replays", ">= 90%", ours["near"] >= 0.9),
+        bar("beside the others", f"{ours['near']:.2f} and {max(o['near'] for o in others):.2f}", "more",
+            ours["near"] > max(o["near"] for o in others)),
+    ]  # fmt: skip
+    if not args.table:
+        seconds = RUNS * max(whole_seconds(found).values())
+        spec = recipe.compare.model_copy(update={"seconds": seconds})
+        live = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)
+        best, chosen = float(ranked[0][1]), next(float(row[1]) for row in ranked if row[0] == live["winner"])
+        bars.append(bar("one live run", f"{live['winner']}: {best - chosen:.2f} points below the best", f"<= {NEAR}",
+                        best - chosen <= NEAR))  # fmt: skip
+    return finish(name, text, {"replays": told}, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
