@@ -102,6 +102,21 @@ def test_what_is_compared(tmp_path: Path, domains: dict[str, Domain]) -> None:
         compare(recipe.model_copy(update={"transport": away}))
 
 
+def test_the_best_is_tuned_with_what_is_left(tmp_path: Path) -> None:
+    spec = {"ways": ["average", {"method": "ties", "density": 0.4}], "tune": 0.5, "settings": 3, "sampler": "grid"}
+    found = compare(recipe_in(tmp_path, **spec, space={"scale": [0.2, 1.0]}))
+    names = [t["candidate"] for t in found["trials"]]
+    assert names[:2] == ["average", "ties"]
+    tuned = [t for t in found["trials"] if "~" in t["candidate"]]
+    assert len(tuned) == 3
+    best = max(found["trials"][:2], key=lambda t: t["score"])["candidate"]
+    assert all(t["candidate"].startswith(f"{best} ~") for t in tuned)
+    assert sorted(t["step"]["scale"] for t in tuned) == pytest.approx([0.2, 0.2**0.5, 1.0])
+    if best == "ties":
+        assert all(t["step"]["density"] == 0.4 for t in tuned)
+    assert found["record"]["candidate"]["digest"] in {t["model"] for t in found["trials"]}
+
+
 def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:
     ways = [{"method": "distill", "train": SHORT}, {"method": "multitask", "train": SHORT}]
     with pytest.raises(UsageError, match="budget-too-small"):

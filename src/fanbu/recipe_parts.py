@@ -249,12 +249,18 @@ class GateSpec(Part):
 class CompareSpec(Part):
     """What `fanbu compare` tries: ``ways``, steps or names (none: every way that fits and is not experimental), within
     a budget of ``seconds``, or of ``runs``, each of so many training steps as the costliest candidate takes with all
-    rows. Of the candidates of a rung, the best 1 in ``eta`` go on to ``eta`` times as many rows."""
+    rows. Of the candidates of a rung, the best 1 in ``eta`` go on to ``eta`` times as many rows. A share of the budget
+    (``tune``) is for ``settings`` other arguments of the best, at most, which ``sampler`` draws around its own, or from
+    ``space``."""
 
     ways: list[Step] = Field(default_factory=list)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     runs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     eta: int = Field(default=3, ge=2, le=10)
+    tune: float = Field(default=0.0, ge=0, lt=1)
+    settings: int = Field(default=20, ge=1, le=1000)
+    sampler: Literal["tpe", "cmaes", "random", "grid"] = "tpe"
+    space: dict[str, list[Any]] = Field(default_factory=dict)
 
     @field_validator("ways", mode="before")
     @classmethod

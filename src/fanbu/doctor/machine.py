@@ -20,7 +20,7 @@ EXTRAS = {
     "adapters": "low-rank factors: `lora`, and `layers: lora` at owners",
     "onnx": "ONNX files: `fanbu export --to onnx`",
     "quantize": "checkpoints in int8 and int4",
-    "search": "searching for a way down: `search`",
+    "search": "searching for a way down, tuning a way back",
     "privacy": "training with differential privacy at the owner: `learns.privacy`",
     "secure": "sums of masked contributions: `secure: true`",
     "ray": "owners side by side on a Ray cluster",

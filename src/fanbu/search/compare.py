@@ -29,11 +29,13 @@ from fanbu.model import Model, open_model
 from fanbu.plan import need_rows_here, refusal
 from fanbu.probe_set import gather_probe
 from fanbu.recipe import Recipe
-from fanbu.recipe_parts import Step
+from fanbu.recipe_parts import CompareSpec, Step
 from fanbu.record import read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.halving import Arm, History, Trial, halving
+from fanbu.search.spaces import space_of, with_values
+from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
 from fanbu.types import ProbeSet, Progress, digest, silent
 
@@ -72,7 +74,7 @@ class Bench:
     turn: Turn
     incumbent: Model
     specialists: Sequence[Specialist]
-    steps: Mapping[str, Step]
+    steps: dict[str, Step]
     by_steps: bool
     shares: dict[float, Turn] = field(default_factory=dict)
     seen: set[Path] = field(default_factory=set)  # stages that were paid for
@@ -166,7 +168,9 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
     budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
     arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
-    history = halving(arms, bench, budget, spec.eta)
+    history = halving(arms, bench, (1 - spec.tune) * budget, spec.eta)
+    if spec.tune and history.best:
+        _tuned(bench, history, spec, budget)
     if history.best is None:
         raise UsageError(
             "budget-too-small", "no candidate could be tried with all rows", allowed="a larger budget", got=budget,
@@ -178,6 +182,25 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     write_text(_file(ledger, bench.turn.number), json.dumps(found, indent=1, sort_keys=True))
     chosen = {"feedback": [bench.steps[history.best.arm]], "rounds": bench.turn.number}
     return {**found, "record": run(recipe.model_copy(update=chosen), progress, log)}
+
+
+def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> None:
+    """Other arguments of the best candidate, with the rest of the budget."""
+    assert history.best
+    winner = history.best.arm
+    step = bench.steps[winner]
+    space = space_of(method(step.method, "feedback"), step.arguments, spec.space)
+    if not space:
+        bench.turn.log(f"{winner} has nothing to tune")
+        return
+    draws = Draws(space, spec.sampler, bench.turn.context.seeded("tune", winner))
+
+    def new(values: Mapping[str, Any]) -> str:
+        name = f"{winner} ~{len(bench.steps)}"
+        bench.steps[name] = Step(**{**step.model_dump(), **with_values(step.arguments, values)})
+        return name
+
+    tuned(history, winner, reads_rows(step), new, bench, draws, budget, spec.settings)
 
 
 def _finished(recipe: Recipe) -> dict[str, Any] | None:

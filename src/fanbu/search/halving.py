@@ -76,7 +76,7 @@ def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: i
         if history.seconds >= budget or history.seconds + _usual(history, share) > budget:
             history.left_out[arm.name] = "the budget was spent before its first trial"
             continue
-        if _tried(history, run, arm.name, share) and arm.grows:
+        if attempt(history, run, arm.name, share) and arm.grows:
             standing.append(arm.name)
     for share in shares[1:]:
         standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
@@ -96,7 +96,7 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
             history.left_out[name] = "it would take more than the budget with all rows"
         elif seconds(history, name, share) + kept > left:
             history.left_out[name] = f"the budget did not do for {share:.0%} of the rows"
-        elif _tried(history, run, name, share):
+        elif attempt(history, run, name, share):
             done.append(name)
     affordable = [
         n for n in standing if n not in history.failed and seconds(history, n, 1.0) <= budget - history.seconds
@@ -104,7 +104,7 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
     return done or affordable[:1]
 
 
-def _tried(history: History, run: Run, arm: str, share: float) -> bool:
+def attempt(history: History, run: Run, arm: str, share: float) -> bool:
     """Makes one trial; whether it came to an end. What a candidate itself cannot do stops no other."""
     try:
         history.trials.append(run(arm, share))
