@@ -160,6 +160,7 @@ def test_smaller_numbers_are_smaller_files_and_agree(
     assert made.bytes < 1.3 * whole.bytes  # so small a network is mostly names of nodes
 
 
+@pytest.mark.slow
 def test_an_export_that_answers_otherwise_is_refused(
     small: Model, domains: dict[str, Domain], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_time_is_for_one_text_and_the_least_of_three() -> None:
     assert next(waits, None) is None
 
 
+@pytest.mark.slow
 def test_matrices_of_low_rank_become_two_thin_ones(
     small: Model, onnx_folder: Path, domains: dict[str, Domain], context: Context, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_record_tells_of_all_inner_rounds(tmp_path: Path) -> None:
     assert ended(tmp_path / "ws3.yaml")["candidate"]["digest"] == thrice["candidate"]["digest"]
 
 
+@pytest.mark.slow
 def test_others_repeat_too_and_the_plan_counts_it(tmp_path: Path) -> None:
     steps = [{"method": "distill", "times": 2, "train": SHORT}, {"method": "probe"}]
     path = recipe_in(tmp_path, steps)

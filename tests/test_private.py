@@ -166,6 +166,7 @@ def test_a_budget_is_kept_over_all_that_was_spent(tmp_path: Path) -> None:
     assert len(json.loads(ledger.read_text())) == 3
 
 
+@pytest.mark.slow
 def test_a_round_beyond_the_budget_ends_before_anything_crosses(tmp_path: Path) -> None:
     value = tiny_recipe(tmp_path)
     name = next(iter(value["domains"]))

@@ -166,6 +166,7 @@ def here(folder: Path, **changes: Any) -> dict[str, Any]:
     return run(load_recipe(folder / "here.yaml"))
 
 
+@pytest.mark.slow
 def test_owners_elsewhere_and_here_end_with_the_same_bits(tmp_path: Path) -> None:
     recipe, line = elsewhere(tmp_path, feedback=FEDAVG, references=[])
     there = run(load_recipe(recipe), line=line)

@@ -106,6 +106,7 @@ def test_methods_travel() -> None:
     assert list(side_by_side(TWO, summary, [(way,)], 1)) == [way.summary]
 
 
+@pytest.mark.slow
 def test_a_round_side_by_side_makes_the_same_champion(tmp_path: Path) -> None:
     federated = "feedback={method: fedavg, times: 2, train: {epochs: 1, batch_size: 8}}"
     alone = champion(tmp_path / "alone", federated)["record"]
