@@ -167,22 +167,35 @@ def test_what_ways_take_is_tried_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert dict(costs(recipe, domains, found)) == first
 
 
-def test_a_line_through_the_trials() -> None:
-    def cost(seconds: float) -> trials.Cost:
-        return trials.Cost(seconds, 1e9, 100.0)
+def test_off_the_trials_to_all_rows() -> None:
+    """f + p rows + t trained is found again; inner rounds are counted; peaks are no sums."""
 
-    few = Rows(tuple("abcd"), tuple("abcd"), (0, 1, 0, 1))
-    many = Rows(tuple(map(str, range(40))), tuple(map(str, range(40))), (0, 1) * 20)
-    domain = Domain("d", "text-classification", ("x", "y"), many, few, few, Rows(), "accuracy", None)  # type: ignore[arg-type]
-    recipe = load_recipe  # not asked for what it says of probes here
-    step = Step(method="multitask")
-    tried = {8: cost(2.0), 18: cost(3.0)}
-    assert trials._of_all_rows(recipe, step, [domain], tried).seconds == pytest.approx(5.0)  # type: ignore[arg-type]
-    assert trials._of_all_rows(recipe, step, [domain], tried).peak_bytes == 1e9  # type: ignore[arg-type]
-    capped = Step(method="multitask", train={"epochs": 1, "batch_size": 10, "max_steps": 3})
-    assert trials._of_all_rows(recipe, capped, [domain], tried).seconds == pytest.approx(4.0)  # type: ignore[arg-type]
-    often = Step(method="fedavg", times=6)
-    assert trials._of_all_rows(recipe, often, [domain], tried).seconds == pytest.approx(15.0)  # type: ignore[arg-type]
+    def took(work: trials.Work) -> trials.Cost:
+        seconds = 2.0 + 0.01 * work.rows + 0.05 * work.trained
+        return trials.Cost(seconds, 1e9 + 100 * work.rows, 10 * work.rows)
+
+    works = [trials.Work(20, 20), trials.Work(60, 60), trials.Work(60, 120)]
+    whole = trials.Work(900, 2700)
+    found = trials.of_all_rows(whole, [(w, took(w)) for w in works], Step(method="multitask"))
+    assert vars(found) == pytest.approx(vars(took(whole)))
+    often = trials.of_all_rows(whole, [(w, took(w)) for w in works], Step(method="fedavg", times=6))
+    assert often.seconds == pytest.approx(3 * found.seconds)
+    assert often.peak_bytes == pytest.approx(found.peak_bytes)
+    once = trials.of_all_rows(whole, [(works[1], took(works[1]))], Step(method="average"))
+    assert vars(once) == vars(took(works[1]))
+    untrained = [(w, took(w)) for w in (trials.Work(20, 0), trials.Work(60, 0))]
+    assert trials.of_all_rows(trials.Work(900, 0), untrained, Step(method="probe")).seconds == pytest.approx(11.0)
+
+
+def test_work_is_counted_as_far_as_training_goes(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    domains = load_domains(recipe)  # 144 training rows each
+    train = {"epochs": 3, "batch_size": 10}
+    assert trials.Work.of(recipe, Step(method="average"), domains) == trials.Work(288, 0)
+    assert trials.Work.of(recipe, Step(method="multitask", train=train), domains) == trials.Work(288, 864)
+    capped = Step(method="multitask", train={**train, "max_steps": 5})
+    assert trials.Work.of(recipe, capped, domains) == trials.Work(288, 50)
+    assert trials.Work.of(recipe, Step(method="fedavg", train={**train, "max_steps": 5}), domains).trained == 100
 
 
 def test_the_command(fanbu: Command, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a way back will take: seconds, memory and bytes that cross, found by trying it on a few rows on this machine.
 
-A way that reads rows is tried with two numbers of them, after a first trial that only loads libraries; what it takes
-with all rows is read off the line through both. One that works on weights alone is tried once, on the whole model. Each
+A way that reads rows is tried with two numbers of them, after a first trial that only loads libraries, and one that
+trains once more with two epochs: so what it takes is told apart into a part that does not grow, one for each row, and
+one for each row of each epoch. One that works on weights alone is tried once, on the whole model. Each
 way is tried in a process of its own, since memory that one has taken is not given back. What was found is kept, for
 this machine, in the workspace.
 """
@@ -34,7 +35,8 @@ from fanbu.round import grow, raise_incumbent
 from fanbu.turn import Log, Turn
 from fanbu.types import CLASSIFYING, Progress, Train, digest, silent
 
-SIZES = (12, 20, 60)  # rows of a domain that are tried, beside one of each label
+# (rows of a domain that are tried, beside one of each label; epochs), the first to load libraries
+TRIALS: tuple[tuple[int, int], ...] = ((4, 1), (20, 1), (60, 1), (60, 2))
 _TIMES = 2  # inner rounds that are tried
 _FILE = "costs.json"
 
@@ -60,36 +62,55 @@ def expected(
         log(f"trial of {step.method}")
         try:
             tried = _tried(ledger, recipe, domains, base, step, log)
-            yield step, _of_all_rows(recipe, step, list(domains.values()), tried)
+            yield step, of_all_rows(Work.of(recipe, step, domains), tried, step)
         except FanbuError as error:
             yield step, error
     progress("trials of ways back", len(steps), len(steps))
 
 
+@dataclass(frozen=True)
+class Work:
+    """How many rows a way back reads, and how many it trains on over all epochs."""
+
+    rows: float
+    trained: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, step: Step, domains: Mapping[str, Domain]) -> Work:
+        """That of a step: of all owners together, or of each by itself."""
+        parts, plan = _parts(recipe, step, list(domains.values())), _training(step)
+        if plan is None:
+            return cls(sum(parts), 0)
+        most = plan.max_steps * plan.batch_size or math.inf
+        return cls(sum(parts), sum(min(plan.epochs * part, most) for part in parts))
+
+
 def _tried(
     ledger: Workspace, recipe: Recipe, domains: Mapping[str, Domain], base: Model, step: Step, log: Log
-) -> dict[int, Cost]:  # fmt: skip
-    """The cost by rows of a domain, found once on a machine."""
-    way = method(step.method, "feedback")
-    sizes = SIZES if reads_rows(step) else SIZES[-1:]
-    brief = _brief(recipe, step, ledger.root)
-    small = [{name: _few(d, size) for name, d in domains.items()} for size in sizes]
+) -> list[tuple[Work, Cost]]:  # fmt: skip
+    """What trials took, found once on a machine; without the one that loads libraries."""
+    way, plan = method(step.method, "feedback"), _training(step)
+    trials = TRIALS if plan and plan.epochs > 1 else TRIALS[:-1]
+    trials = trials if reads_rows(step) else trials[-1:]
+    small = [{name: _few(d, size) for name, d in domains.items()} for size, _ in trials]
+    briefs = [_brief(recipe, step, epochs, ledger.root) for _, epochs in trials]
     inputs = {
-        "machine": [platform.node(), platform.machine()], "base": base.digest, "step": step.model_dump(mode="json"),
-        "shrink": [s.model_dump(mode="json") for s in brief.shrink], "arguments": plain(way.check(step.arguments)),
-        "domains": [[d.digest for d in few.values()] for few in small], "sizes": sizes,
+        "machine": [platform.node(), platform.machine()], "base": base.digest,
+        "recipes": [[s.model_dump(mode="json") for s in (*b.shrink, *b.feedback)] for b in briefs],
+        "arguments": plain(way.check(step.arguments)),
+        "domains": [[d.digest for d in few.values()] for few in small],
         "probe": digest(recipe.probe.model_dump(mode="json")), "pooling": recipe.pooling,
         "settings": [recipe.seed, recipe.device, recipe.precision, recipe.threads, recipe.max_length],
     }  # fmt: skip
 
     def produce(out: Path, scratch: Path) -> None:
-        found = _apart(brief, small, base)
+        found = _apart(list(zip(briefs, small, strict=True)), base)
         write_text(out / _FILE, json.dumps([asdict(cost) for cost in found]))
 
     done = ledger.stage(f"cost of {way.name}", way.module, inputs, produce, log)
     costs = [Cost(**c) for c in json.loads((done.path / _FILE).read_text())]
-    found = dict(zip(sizes, costs, strict=True))
-    return {size: found[size] for size in sizes[-2:]}
+    works = [Work.of(recipe, b.feedback[0], few) for b, few in zip(briefs, small, strict=True)]
+    return list(zip(works, costs, strict=True))[1:] if len(costs) > 1 else list(zip(works, costs, strict=True))
 
 
 def reads_rows(step: Step) -> bool:
@@ -99,7 +120,7 @@ def reads_rows(step: Step) -> bool:
     return needs.kind != "weights" or needs.probe or needs.texts or "train" in way.parameters()
 
 
-def _brief(recipe: Recipe, step: Step, root: Path) -> Recipe:
+def _brief(recipe: Recipe, step: Step, epochs: int, root: Path) -> Recipe:
     """The recipe of a trial: this way back alone, on specialists that have hardly learned."""
     shrink = []
     for down in recipe.shrink:
@@ -108,7 +129,10 @@ def _brief(recipe: Recipe, step: Step, root: Path) -> Recipe:
             less["train"] = {**_as_mapping(less.get("train")), "epochs": 1, "max_steps": 2}
         less |= {name: least for name, least in (("trials", 2), ("finalists", 1)) if name in known}
         shrink.append(Step(method=down.method, **less))
-    few = step.model_copy(update={"times": min(step.times, _TIMES), "participation": 1.0})
+    fewer: dict[str, Any] = {"times": min(step.times, _TIMES), "participation": 1.0}
+    if _training(step):
+        fewer["train"] = {**_as_mapping(step.arguments.get("train")), "epochs": epochs}
+    few = Step(**{**step.model_dump(), **fewer})
     return recipe.model_copy(update={
         "workspace": str(root), "shrink": shrink, "feedback": [few], "references": [], "transport": TransportSpec(),
     })  # fmt: skip
@@ -125,25 +149,25 @@ def _few(d: Domain, count: int) -> Domain:
     return replace(d, train=train, valid=valid, test=test, unlabelled=unlabelled)
 
 
-def _apart(brief: Recipe, small: Sequence[Mapping[str, Domain]], base: Model) -> list[Cost]:
+def _apart(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -> list[Cost]:
     """The trials of one way, in a process of its own. RetryError where it is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_trials, brief, small, base).result()
+            return pool.submit(_trials, trials, base).result()
         except BrokenProcessPool:
             raise RetryError(
-                "worker-killed", f"the trial of {brief.feedback[0].method} was killed", got=len(small[0]),
+                "worker-killed", f"the trial of {trials[0][0].feedback[0].method} was killed", got=len(trials[0][1]),
                 remedy="run again; where memory ran out, leave this way out",
             ) from None  # fmt: skip
 
 
-def _trials(brief: Recipe, small: Sequence[Mapping[str, Domain]], base: Model) -> list[Cost]:
+def _trials(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -> list[Cost]:
     import torch
 
-    torch.set_num_threads(brief.threads)
-    return [_trial(brief, domains, base) for domains in small]
+    torch.set_num_threads(trials[0][0].threads)
+    return [_trial(brief, domains, base) for brief, domains in trials]
 
 
 def _trial(brief: Recipe, domains: Mapping[str, Domain], base: Model) -> Cost:
@@ -169,27 +193,30 @@ def _trial(brief: Recipe, domains: Mapping[str, Domain], base: Model) -> Cost:
     return Cost(seconds, max(cost["peak_bytes"] for cost in turn.costs), sum(sent))
 
 
-def _of_all_rows(recipe: Recipe, step: Step, domains: Sequence[Domain], tried: Mapping[int, Cost]) -> Cost:
-    """Off the line through the trials, at all rows; and as often as the way is taken."""
-    sizes = sorted(tried)
-    work = [_work(recipe, step, [_few(d, size) for d in domains]) for size in sizes]
-    whole, last = _work(recipe, step, domains), tried[sizes[-1]]
+def of_all_rows(whole: Work, tried: Sequence[tuple[Work, Cost]], step: Step) -> Cost:
+    """What trials say of the whole work: f + p rows + t trained, and as often as the way is taken.
+
+    t is the slope between one epoch and two of as many rows, p that between two numbers of rows, less what is t's.
+    """
+    often = step.times * step.participation / min(step.times, _TIMES)
     found = {}
-    for name, value in asdict(last).items():
-        slope = 0.0
-        if len(sizes) > 1 and work[1] > work[0]:
-            slope = max(0.0, (value - getattr(tried[sizes[0]], name)) / (work[1] - work[0]))
-        often = 1.0 if name == "peak_bytes" else step.times * step.participation / min(step.times, _TIMES)
-        found[name] = often * (value + slope * (whole - work[-1]))
+    for name in asdict(tried[0][1]):
+        values, works = [getattr(cost, name) for _, cost in tried], [work for work, _ in tried]
+        at, value = works[min(1, len(works) - 1)], values[min(1, len(values) - 1)]
+        if len(tried) == 3:
+            trained = _slope(values[2] - value, works[2].trained - at.trained)
+            rows = _slope(value - values[0] - trained * (at.trained - works[0].trained), at.rows - works[0].rows)
+            value += rows * (whole.rows - at.rows) + trained * (whole.trained - at.trained)
+        elif len(tried) == 2 and at.trained:
+            value += _slope(value - values[0], at.trained - works[0].trained) * (whole.trained - at.trained)
+        elif len(tried) == 2:
+            value += _slope(value - values[0], at.rows - works[0].rows) * (whole.rows - at.rows)
+        found[name] = value if name == "peak_bytes" else often * value
     return Cost(**found)
 
 
-def _work(recipe: Recipe, step: Step, domains: Sequence[Domain]) -> float:
-    """Rows that a way reads, as far as its training goes."""
-    plan, most = _training(step), math.inf
-    if plan and plan.max_steps:
-        most = plan.max_steps * plan.batch_size / plan.epochs
-    return float(sum(min(part, most) for part in _parts(recipe, step, domains)))
+def _slope(rise: float, run: float) -> float:
+    return max(0.0, rise / run) if run > 0 else 0.0
 
 
 def steps_of(recipe: Recipe, step: Step, domains: Sequence[Domain]) -> int:
