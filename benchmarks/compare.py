@@ -32,8 +32,9 @@ from _outcomes import BASE, usable
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
+from fanbu.recipe_parts import GateSpec
 from fanbu.round import evaluated
-from fanbu.search.compare import BEFORE, Bench, candidates, compare, opened
+from fanbu.search.compare import BEFORE, Bench, candidates, compare, opened, scored
 from fanbu.search.costs import reads_rows
 from fanbu.search.halving import Arm, History, Trial, halving
 from fanbu.types import derived_seed, silent
@@ -119,13 +120,12 @@ class Replay:
     def __call__(self, name: str, share: float) -> Trial:
         """A trial on rows that are drawn alike for all candidates."""
         told = self.table["candidates"][name][f"{share:.3f}"]
-        means = []
+        changes = {}
         for domain, text in sorted(told["valid"].items()):
             change = numbers(text) - numbers(told["before"][domain])
             rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
-            means.append(float(change[rng.integers(0, len(change), len(change))].mean()))
-        lost = [max(0.0, -m - 0.05) * len(means) for m in means]
-        return Trial(name, share, float(np.mean(means) - np.mean(lost)), told["seconds"])
+            changes[domain] = float(change[rng.integers(0, len(change), len(change))].mean())
+        return Trial(name, share, scored(changes, GateSpec()), told["seconds"])
 
 
 def whole_seconds(found: Mapping[str, Any]) -> dict[str, float]:

@@ -79,10 +79,12 @@ def main() -> int:
     steps = [Step(method=w, times=2 if method(w, "feedback").needs.kind == "updates" else 1) for w in fitting]
     told = {s.method: c for s, c in expected(recipe, domains, open_model(recipe.model), steps, log=log)}
     found: dict[str, Any] = {}
+    failed: list[str] = []
     for step in steps:
         cost, kept = told[step.method], args.work / name / "measured" / f"{step.method}.json"
         if not isinstance(cost, Cost):
             log(f"{step.method}: {cost}")
+            failed.append(step.method)
             continue
         if not kept.exists():
             log(f"== {step.method}")
@@ -90,10 +92,10 @@ def main() -> int:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_text(kept, json.dumps(pool.submit(taken, recipe, step).result()))
         found[step.method] = {"told": asdict(cost), "took": json.loads(kept.read_text())}
-    return report(name, found, f"{count} domains, at most {rows} training rows each; one thread")
+    return report(name, found, failed, f"{count} domains, at most {rows} training rows each; one thread")
 
 
-def report(name: str, found: dict[str, Any], what: str) -> int:
+def report(name: str, found: dict[str, Any], failed: list[str], what: str) -> int:
     """The table, and how many predictions hold."""
 
     def ratio(way: str, key: str) -> float:
@@ -112,9 +114,10 @@ def report(name: str, found: dict[str, Any], what: str) -> int:
     print(text, flush=True)
     bars = []
     for key, factor in (("seconds", SECONDS), ("peak_bytes", MEMORY)):
-        off = [way for way in found if not 1 / factor <= ratio(way, key) <= factor]
-        got = f"{len(found) - len(off)} of {len(found)}" + (f"; not {', '.join(off)}" if off else "")
-        bars.append(bar(f"{key} within a factor of {factor}", got, "every way", not off))
+        off = [*(way for way in found if not 1 / factor <= ratio(way, key) <= factor), *failed]
+        count = len(found) + len(failed)
+        got = f"{count - len(off)} of {count}" + (f"; not {', '.join(off)}" if off else "")
+        bars.append(bar(f"{key} within a factor of {factor}", got, "every way", bool(count) and not off))
     return finish(name, text, found, bars)
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"feedback"},
     {"judge"},
     {"catalogue"},
-    {"recipe", "recipe_parts", "recipe_text", "plan"},
+    {"recipe", "recipe_parts", "recipe_text", "effort", "plan"},
     {"transport"},
     {"live", "record", "turn", "probe_set", "feeding", "secure", "round", "generations", "owner"},
     {"search"},

@@ -231,6 +231,7 @@ def test_killed_and_stopped_a_round_ends_with_the_same_champion(
 ) -> None:
     done, workspace = finished_round(tmp_path_factory), tmp_path / "ws"
     for stage, steps, number in (
+        ("shrink-finetune-food", 7, signal.SIGKILL),
         ("shrink-finetune-rail", 20, signal.SIGTERM),
         ("distill", 30, signal.SIGKILL),
     ):

@@ -11,7 +11,7 @@ import pytest
 from fanbu.catalogue import method, methods
 from fanbu.errors import UsageError
 from fanbu.search.halving import History, Trial
-from fanbu.search.spaces import Range, Space, space_of, with_values
+from fanbu.search.spaces import Range, Space, check_space, space_of, with_values
 from fanbu.search.tuning import Draws, Sampler, tuned
 
 BACK = [m.name for m in methods() if m.family != "shrink"]
@@ -30,8 +30,13 @@ def test_ranges_are_around_what_is_given() -> None:
     assert momentum.high < 1
     over = space_of(way, {}, {"density": [0.1, 0.3], "scope": ["model"]})
     assert over == {"density": Range(0.1, 0.3, log=True), "scope": ("model",)}
-    with pytest.raises(UsageError, match="has no parameter 'densty'"):
-        space_of(way, {}, {"densty": [0.1, 0.3]})
+    other = method("distill", "feedback")
+    assert space_of(other, {}, {"density": [0.1, 0.3]}) == {}  # no parameter of its own
+    check_space({"density": [0.1, 0.3], "train.lr": [1e-4, 1e-3]}, [way, other])
+    with pytest.raises(UsageError, match="has a parameter 'densty'"):
+        check_space({"densty": [0.1, 0.3]}, [way, other])
+    with pytest.raises(UsageError, match="'density'"):
+        check_space({"density": []}, [way])
 
 
 @pytest.mark.parametrize("name", BACK)
@@ -69,7 +74,7 @@ def tune(sampler: Sampler, budget: float = 1e9, count: int = 30, grows: bool = T
         return f"w ~{len(asked) - 1}"
 
     history = History([run("w", 1 / 3), run("w", 1.0)] if grows else [run("w", 1.0)])
-    tuned(history, "w", grows, new, run, Draws(SPACE, sampler, 3), budget, count)
+    tuned(history, "w", new, run, Draws(SPACE, sampler, 3), budget, count)
     return history, asked
 
 

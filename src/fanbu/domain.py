@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any, Literal, TypeGuard
 
 from fanbu.data.check import check_labels, check_split, without_overlap
 from fanbu.data.load import RawRow, load_rows
-from fanbu.data.split import cap, carve, not_carved, portion
+from fanbu.data.split import by_hash, cap, carve, not_carved, portion
 from fanbu.data.standard_library import function_bodies
 from fanbu.errors import DataError, FitError, UsageError
 from fanbu.model import Model
@@ -37,15 +36,10 @@ class Rows:
         return digest([self.ids, self.texts, self.labels])
 
     def first(self, count: int) -> Rows:
-        """So many of the rows, chosen by the hash of their texts; each label once before any comes twice, and fewer
-        rows are always among more."""
-        seen: Counter[int] = Counter()
-        order: list[tuple[int, int, int]] = []
-        for number in sorted(range(len(self)), key=lambda i: (digest(self.texts[i]), i)):
-            label = self.labels[number] if self.labels else 0
-            seen[label] += 1
-            order.append((seen[label], len(order), number))
-        kept = sorted(number for *_, number in sorted(order)[:count])
+        """So many of the rows, chosen by hash; each label once before all others, and fewer rows are always among
+        more."""
+        order = by_hash(list(zip(self.ids, self.texts, strict=True)), self.labels or (None,) * len(self))
+        kept = sorted(order[:count])
         labels = None if self.labels is None else tuple(self.labels[i] for i in kept)
         return Rows(tuple(self.ids[i] for i in kept), tuple(self.texts[i] for i in kept), labels)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fanbu.batches import evenly
+from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.data.check import normalised
 from fanbu.data.load import RawRow, load_rows
@@ -23,11 +24,23 @@ from fanbu.files import write_text
 from fanbu.model import load_network, load_tokenizer
 from fanbu.predict import written
 from fanbu.recipe import Recipe, open_domain
-from fanbu.recipe_parts import PublicTexts
-from fanbu.types import MEDIA, Context, ProbeRow, ProbeSet, Task
+from fanbu.recipe_parts import PublicTexts, Step
+from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Task
 
 if TYPE_CHECKING:
     from fanbu.turn import Turn
+
+
+def probe_of(turn: Turn, steps: Iterable[Step]) -> ProbeSet:
+    """The probe set that a round needs for these ways back and, in a classification round, for its label rows; else an
+    empty one."""
+    asking = any(method(step.method, "feedback").needs.probe for step in steps)
+    if not asking and not any(d.task in CLASSIFYING for d in turn.domains.values()):
+        return ProbeSet()
+    probe = gather_probe(turn)
+    if turn.recipe.probe.written:
+        probe = with_written(replace(turn, context=replace(turn.context, probe=probe)))
+    return probe
 
 
 def gather_probe(turn: Turn) -> ProbeSet:

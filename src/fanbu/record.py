@@ -229,3 +229,12 @@ def read_records(workspace: Path, finished: Sequence[Mapping[str, Any]] | None =
                 got=record_folder(workspace, str(event["round"])), remedy="bring the folder back from a copy",
             )  # fmt: skip
     return [record for _, record in found if record is not None]
+
+
+def finished(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a workspace's finished rounds, oldest first, and the domains that have left it; none where nothing
+    was run."""
+    if not (root / "stages").is_dir():
+        return [], []
+    ledger = Workspace(root)
+    return read_records(root, ledger.rounds()), ledger.left()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fanbu.boundary import cross, keep
-from fanbu.catalogue import method
 from fanbu.contribution import Contribution, open_contribution
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import FanbuError, IntegrityError, RetryError, UsageError
@@ -22,13 +21,13 @@ from fanbu.live import Live
 from fanbu.model import Model, open_model
 from fanbu.plan import check_plan
 from fanbu.private import spend
-from fanbu.probe_set import gather_probe, public_texts, with_written
+from fanbu.probe_set import probe_of, public_texts
 from fanbu.recipe import Recipe, load_domains, taking_part
 from fanbu.record import read_records
 from fanbu.transport import side_by_side
 from fanbu.transport.centre import COST, Centre, Line
 from fanbu.transport.parcel import Packing
-from fanbu.types import CLASSIFYING, Context, Progress, digest, industry_of, silent
+from fanbu.types import Context, Progress, digest, industry_of, silent
 
 Log = Callable[[str], None]
 T = TypeVar("T")
@@ -356,11 +355,7 @@ def open_turn(
     for name, why in absent.items():
         turn.miss(name, f"at the beginning: {why}")
     turn.warnings += [*_unnamed(turn), *_alone(turn)]
-    asking = any(method(step.method, "feedback").needs.probe for step in recipe.ways)
-    if asking or any(d.task in CLASSIFYING for d in domains.values()):
-        turn.context = replace(context, probe=gather_probe(turn))
-        if recipe.probe.written:
-            turn.context = replace(context, probe=with_written(turn))
+    turn.context = replace(context, probe=probe_of(turn, recipe.ways))
     return turn
 
 

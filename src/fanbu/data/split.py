@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 from fanbu.data.check import normalised
 from fanbu.data.load import RawRow
@@ -61,16 +62,21 @@ def _by_label(rows: Sequence[RawRow], salt: str) -> dict[str | None, dict[str, l
     return groups
 
 
+def by_hash(keys: Sequence[Any], labels: Sequence[Hashable]) -> list[int]:
+    """Numbers of rows in the order of their keys' hashes, the first of each label before all others."""
+    seen: set[Hashable] = set()
+    firsts: list[int] = []
+    rest: list[int] = []
+    hashes = [digest(key) for key in keys]
+    for number in sorted(range(len(keys)), key=hashes.__getitem__):
+        (rest if labels[number] in seen else firsts).append(number)
+        seen.add(labels[number])
+    return [*firsts, *rest]
+
+
 def cap(rows: Sequence[RawRow], limit: int | None, salt: str) -> list[RawRow]:
     """At most ``limit`` rows, chosen by hash, every label kept as far as there is room; order is kept."""
     if limit is None or len(rows) <= limit:
         return list(rows)
-    ranked = sorted(rows, key=lambda row: digest([salt, row.id, row.text]))
-    seen: set[str | None] = set()
-    firsts: list[str] = []
-    rest: list[str] = []
-    for row in ranked:
-        (rest if row.label in seen else firsts).append(row.id)
-        seen.add(row.label)
-    chosen = set([*firsts, *rest][:limit])
-    return [row for row in rows if row.id in chosen]
+    order = by_hash([[salt, row.id, row.text] for row in rows], [row.label for row in rows])
+    return [rows[number] for number in sorted(order[:limit])]

@@ -187,9 +187,11 @@ def _lengths(recipe: Recipe, domains: Mapping[str, Domain], model: Model, found:
 def _estimate(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progress: Progress) -> dict[str, Any]:
     """Seconds by stage of the next round, and of all rounds that are still to come."""
     from fanbu.doctor.estimate import measure, work
+    from fanbu.record import finished
 
     speed = measure(recipe, domains, model, progress)
-    done, left = _finished(recipe)
+    records, left = finished(Path(recipe.workspace))
+    done = len(records)
     coming = list(range(done + 1, recipe.rounds + 1)) or [done + 1]
     each = {n: work(recipe, _in_round(recipe, n, domains, left), model) for n in coming[:_AHEAD]}
     totals = {n: sum(w.seconds(speed) for w in stages) for n, stages in each.items()}
@@ -205,17 +207,6 @@ def _estimate(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progr
         "round_seconds": round(totals[coming[0]], 1), "seconds": round(all_seconds, 1),
         "memory_bytes": round(1.5 * speed.peak_bytes) + model.bytes, "disk_bytes": kept,  # the best epoch is kept too
     }  # fmt: skip
-
-
-def _finished(recipe: Recipe) -> tuple[int, list[str]]:
-    """How many rounds the workspace has finished, and the domains that have left it."""
-    from fanbu.ledger import Workspace
-
-    root = Path(recipe.workspace)
-    if not (root / "stages").is_dir():
-        return 0, []
-    ledger = Workspace(root)
-    return len(ledger.rounds()), ledger.left()
 
 
 def _in_round(
@@ -251,10 +242,12 @@ def plan(recipe: Recipe, progress: Progress = silent) -> dict[str, Any]:
     from fanbu.model import open_model
     from fanbu.plan import check_plan, need_rows_here
     from fanbu.recipe import load_domains
+    from fanbu.record import finished
 
     need_rows_here(recipe, "what a run would do")
-    root, (done, left) = Path(recipe.workspace), _finished(recipe)
-    number = done + 1
+    root = Path(recipe.workspace)
+    records, left = finished(root)
+    done, number = len(records), len(records) + 1
     domains = load_domains(recipe, number, left)
     check_plan(recipe, domains)
     return {

@@ -13,12 +13,11 @@ from fanbu.doctor.warn import warnings_of
 from fanbu.doctor.ways import ways
 from fanbu.domain import Domain
 from fanbu.errors import FanbuError
-from fanbu.ledger import Workspace
 from fanbu.model import open_model
 from fanbu.plan import need_rows_here
 from fanbu.recipe import Recipe, load_domains
 from fanbu.recipe_parts import Step
-from fanbu.record import read_records
+from fanbu.record import finished
 from fanbu.search.costs import expected
 from fanbu.turn import Log
 from fanbu.types import Progress, silent
@@ -32,7 +31,7 @@ def choices(recipe: Recipe, names: Sequence[str] = ()) -> tuple[dict[str, Any], 
     need_rows_here(recipe, "which ways fit")
     for name in names:
         method(name, "feedback")
-    records, left = _finished(recipe)
+    records, left = finished(Path(recipe.workspace))
     domains = load_domains(recipe, len(records) + 1, left)
     gate = recipe.gate
     warnings = [
@@ -56,12 +55,3 @@ def costs(
     base = open_model(recipe.model)
     for step, cost in expected(recipe, domains, base, steps, progress, log):
         yield step.method, {"error": str(cost)} if isinstance(cost, FanbuError) else asdict(cost)
-
-
-def _finished(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of the workspace's rounds, and the domains that have left it."""
-    root = Path(recipe.workspace)
-    if not (root / "stages").is_dir():
-        return [], []
-    ledger = Workspace(root)
-    return read_records(root, ledger.rounds()), ledger.left()

@@ -13,6 +13,7 @@ from typing import Any
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain
+from fanbu.effort import asked, public, read_by, trained, training
 from fanbu.model import Model
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step
@@ -53,18 +54,16 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
     """What a round does, stage by stage, in its order."""
     feeding = [d for d in domains.values() if d.role == "feeds"]
     classes = feeding[0].task in CLASSIFYING
-    asked = {d.name: _asked(recipe, d) for d in feeding}
-    public = sum(p.limit or 1000 for p in recipe.probe.public)
     found = []
     if classes:
-        rows = sum(len(d.train) + len(d.valid) + min(asked[d.name], 500) for d in feeding)
+        rows = sum(len(d.train) + len(d.valid) + min(asked(recipe, d), 500) for d in feeding)
         fits = sum(_fit(len(d.train), len(d.labels), model) for d in feeding)
         found.append(Work("incumbent", predicted=rows, opened=2 + 2 * len(feeding), other=fits))
     for d in feeding:
         found += [_shrink(step, d, model) for step in recipe.shrink]
     for number, step in enumerate(recipe.ways):
         before = "" if number < len(recipe.feedback) else "reference "
-        found.append(_feed(before + step.called, step, feeding, asked, public))
+        found.append(_feed(before + step.called, recipe, step, feeding))
     tested = sum(len(d.test) for d in domains.values())
     own = sum(len(d.test) for d in feeding)
     models = 2 + len(recipe.ways) - len(recipe.feedback)
@@ -74,17 +73,6 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
     return found
 
 
-def _asked(recipe: Recipe, d: Domain) -> int:
-    """Probe rows that come from a domain."""
-    given = recipe.probe.from_domain(d.share)
-    if given != "own":
-        texts = recipe.probe.synthetic if given else 0
-    else:
-        texts = len(d.train) + len(d.unlabelled)
-        texts = min(texts, recipe.probe.limit or texts)
-    return texts + min(texts, recipe.probe.written)
-
-
 def _fit(rows: int, labels: int, model: Model) -> float:
     """Seconds of the logistic regressions of a probe, by rule of thumb."""
     return 1e-7 * rows * labels * int(model.config.get("hidden_size") or 768)
@@ -92,51 +80,33 @@ def _fit(rows: int, labels: int, model: Model) -> float:
 
 def _shrink(step: Step, d: Domain, model: Model) -> Work:
     """A way down; those that learn from a teacher read variants of texts too, and the teacher reads them once."""
-    plan, given = _plan(step, "shrink"), method(step.method, "shrink").check(step.arguments)
+    plan, given = training(step, "shrink"), method(step.method, "shrink").check(step.arguments)
     name = f"shrink {step.method} {d.name}"
     if plan is None:
         return Work(name, predicted=0, opened=2)
     taught, finalists, trials = step.method in {"distill", "search"}, given.get("finalists", 1), given.get("trials", 0)
     variants = given["extra"].augment if step.method == "distill" else given.get("augment", 0)
     rows = (1 + variants) * (len(d.train) + (len(d.unlabelled) if taught else 0))
-    batches, trained = _steps(plan, rows)
+    batches, learned = trained(plan, rows)
     kept = step.arguments.get("layers") if isinstance(step.arguments.get("layers"), int) else None
     all_layers = int(model.config.get("num_hidden_layers") or 0)
     smaller = kept / all_layers if kept and all_layers else 1.0
     epochs = batches / max(math.ceil(rows / plan.batch_size), 1)
     predicted = smaller * epochs * len(d.valid) + (rows if taught else 0)
-    return Work(name, finalists * batches, finalists * smaller * trained,
+    return Work(name, finalists * batches, finalists * smaller * learned,
                 finalists * predicted + trials * min(len(d.train), _TRIAL), 1 + finalists)  # fmt: skip
 
 
-def _feed(name: str, step: Step, feeding: Sequence[Domain], asked: Mapping[str, int], public: int) -> Work:
+def _feed(name: str, recipe: Recipe, step: Step, feeding: Sequence[Domain]) -> Work:
     """A way back, as often as it is taken: it trains on the probe set, or on labelled rows where those cross, or at
     each owner, or not at all."""
-    way, plan = method(step.method, "feedback"), _plan(step, "feedback")
-    rows = predicted = 0
-    if way.needs.probe:
-        rows = sum(asked.values()) + public
-        predicted = rows + public * len(feeding) + sum(2 * len(d.valid) for d in feeding)
-    elif way.needs.texts or way.needs.labels:
-        rows = sum(len(d.train) for d in feeding)
-    parts = [len(d.train) for d in feeding] if way.needs.kind == "updates" else [rows]  # each owner trains by itself
-    done = [_steps(plan, part) for part in parts] if plan else []
-    batches, trained = sum(b for b, _ in done), sum(t for _, t in done)
+    plan, parts, predicted = training(step), read_by(recipe, step, feeding), 0
+    if method(step.method, "feedback").needs.probe:
+        predicted = sum(parts) + public(recipe) * len(feeding) + sum(2 * len(d.valid) for d in feeding)
+    done = [trained(plan, part) for part in parts] if plan else []
+    batches, learned = sum(b for b, _ in done), sum(t for _, t in done)
     n = step.times
-    return Work(name, n * batches, n * trained, n * predicted, n * (2 + 2 * len(feeding)))
-
-
-def _plan(step: Step, way: str) -> Train | None:
-    """How a step trains; None where it does not."""
-    found = method(step.method, way).check(step.arguments).get("train")
-    return found if isinstance(found, Train) else None
-
-
-def _steps(plan: Train, rows: int) -> tuple[int, int]:
-    """(batches, rows) over all epochs; stopping early may save some."""
-    batches = plan.epochs * math.ceil(rows / plan.batch_size)
-    most = plan.max_steps or batches
-    return min(batches, most), min(plan.epochs * rows, most * plan.batch_size)
+    return Work(name, n * batches, n * learned, n * predicted, n * (2 + 2 * len(feeding)))
 
 
 class _EnoughError(Exception):
@@ -159,7 +129,7 @@ def measure(recipe: Recipe, domains: Mapping[str, Domain], model: Model, progres
         network = open_classifier(model, context, recipe.pooling, task) if classes else load_network(model)
         tokenizer = load_tokenizer(model)
         opened = time.monotonic() - started
-    plans = [*(_plan(s, "feedback") for s in recipe.feedback), *(_plan(s, "shrink") for s in recipe.shrink)]
+    plans = [*(training(s) for s in recipe.feedback), *(training(s, "shrink") for s in recipe.shrink)]
     plan = next(filter(None, plans), Train())
     texts = sample(domains, plan.batch_size * _BATCHES)
     sequences = encode(tokenizer, texts, limit(network, context))

@@ -27,17 +27,17 @@ from fanbu.judge.compare import compare as paired
 from fanbu.ledger import COST, Workspace
 from fanbu.model import Model, open_model
 from fanbu.plan import need_rows_here, refusal
-from fanbu.probe_set import gather_probe
+from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
-from fanbu.recipe_parts import CompareSpec, Step
+from fanbu.recipe_parts import CompareSpec, GateSpec, Step
 from fanbu.record import read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.halving import Arm, History, Trial, halving
-from fanbu.search.spaces import space_of, with_values
+from fanbu.search.spaces import check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
-from fanbu.types import ProbeSet, Progress, digest, silent
+from fanbu.types import Progress, digest, silent
 
 _LEAST_ROWS = 12  # of a domain that a trial works with
 _JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
@@ -90,28 +90,27 @@ class Bench:
         model = self.models[name, share] = feed(fresh, step, specialists, self.incumbent)
         told = {d.name: self._valued(fresh, name, model, d, share) for d in self.turn.feeding}
         changes = {d: new - old for d, (new, old) in told.items()}
-        score = scored(self.turn, changes, {d: old for d, (_, old) in told.items()})
-        seconds = self._paid(fresh)
-        took = float(steps_of(turn.recipe, step, turn.feeding)) if self.by_steps else seconds
+        score = scored(self._relative(changes, {d: old for d, (_, old) in told.items()}), turn.recipe.gate)
+        seconds, steps = self._paid(fresh), steps_of(turn.recipe, step, turn.feeding)
         self.rows.append({
             "candidate": name, "step": step.model_dump(mode="json"), "share": share, "score": score,
-            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": took,
+            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": steps,
             "crossed_bytes": sum(c["bytes"] for by in fresh.crossed.values() for c in by.values()
                                  if c["what"].startswith(step.method)),
             "peak_bytes": max((c.get("peak_bytes", 0) for c in fresh.costs), default=0), "model": model.digest,
         })  # fmt: skip
         self.turn.log(f"{name}, {share:.0%} of the rows: {100 * score:+.2f}")
-        return Trial(name, share, score, took)
+        return Trial(name, share, score, float(steps) if self.by_steps else seconds)
 
     def _at(self, share: float) -> Turn:
         """The round with a share of each owner's rows, and the probe set that these make."""
+        if share == 1:
+            return self.turn
         if share not in self.shares:
             cut = {n: _portion(d, share) if d.role == "feeds" else d for n, d in self.turn.domains.items()}
             sub = replace(self.turn, domains=cut)
-            if self.turn.context.probe.rows and share < 1:
-                bare = replace(sub, context=replace(self.turn.context, probe=ProbeSet()))
-                sub = replace(sub, context=replace(self.turn.context, probe=gather_probe(bare)))
-            self.shares[share] = self.turn if share == 1 else sub
+            sub.context = replace(sub.context, probe=probe_of(sub, self.steps.values()))
+            self.shares[share] = sub
         return self.shares[share]
 
     def _valued(self, turn: Turn, name: str, model: Model, d: Domain, share: float) -> tuple[float, float]:
@@ -124,6 +123,10 @@ class Bench:
             column = outcomes.tensors.get(self.turn.recipe.gate.mode, outcomes.tensors["told"])
             found.append(float(column.sum() / outcomes.tensors["weight"].sum()))
         return found[0], found[1]
+
+    def _relative(self, changes: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+        losses = {d.name for d in self.turn.feeding if d.metric == "loss"}
+        return {d: change / abs(before[d]) if d in losses else change for d, change in changes.items()}
 
     def _paid(self, turn: Turn) -> float:
         """Seconds of the stages that no trial before this one has paid for."""
@@ -142,15 +145,10 @@ def _portion(d: Domain, share: float) -> Domain:
     return replace(d, train=train, valid=valid, unlabelled=unlabelled)
 
 
-def scored(turn: Turn, changes: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """The mean change over the feeding domains, less what any lost beyond its margin; losses as shares of the
-    incumbent's."""
-    gate, parts = turn.recipe.gate, []
-    for name, change in changes.items():
-        relative = change / abs(before[name]) if turn.domains[name].metric == "loss" else change
-        margin = gate.margins.get(name, gate.margin)
-        parts.append(relative - max(0.0, -relative - margin) * len(changes))
-    return float(np.mean(parts))
+def scored(changes: Mapping[str, float], gate: GateSpec) -> float:
+    """The mean change over domains (of a loss, as a share of the incumbent's), less what any lost beyond its margin."""
+    lost = [max(0.0, -change - gate.margins.get(name, gate.margin)) for name, change in changes.items()]
+    return float(np.mean(list(changes.values()))) - sum(lost)
 
 
 def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
@@ -163,8 +161,10 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     need_rows_here(recipe, "a comparison")
     if found := _finished(recipe):
         return found
-    bench = opened(recipe, progress, log)
     spec = recipe.compare
+    if spec.tune:
+        Draws({}, spec.sampler, 0)  # what it needs is there, before anything is trained
+    bench = opened(recipe, progress, log)
     costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
     budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
     arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
@@ -200,7 +200,7 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
         bench.steps[name] = Step(**{**step.model_dump(), **with_values(step.arguments, values)})
         return name
 
-    tuned(history, winner, reads_rows(step), new, bench, draws, budget, spec.settings)
+    tuned(history, winner, new, bench, draws, budget, spec.settings)
 
 
 def _finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -231,8 +231,8 @@ def opened(recipe: Recipe, progress: Progress, log: Log) -> Bench:
     for step in steps.values():
         if reason := refusal(step, recipe, list(turn.domains.values())):
             raise reason
-    if not turn.context.probe.rows and any(method(s.method, "feedback").needs.probe for s in steps.values()):
-        turn.context = replace(turn.context, probe=gather_probe(turn))
+    check_space(recipe.compare.space, [method(step.method, "feedback") for step in steps.values()])
+    turn.context = replace(turn.context, probe=probe_of(turn, steps.values()))
     incumbent = raise_incumbent(turn)
     births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
     return Bench(turn, incumbent, [b.specialist for _, b in births], steps, recipe.compare.seconds is None)

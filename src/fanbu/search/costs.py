@@ -10,7 +10,6 @@ this machine, in the workspace.
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +21,19 @@ from typing import Any
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
+from fanbu.effort import read_by, trained, training
 from fanbu.errors import FanbuError, RetryError
 from fanbu.feeding import feed, plain
 from fanbu.files import write_text
 from fanbu.ledger import Workspace
 from fanbu.model import Model
 from fanbu.plan import check_plan
-from fanbu.probe_set import gather_probe, with_written
+from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step, TransportSpec
 from fanbu.round import grow, raise_incumbent
 from fanbu.turn import Log, Turn
-from fanbu.types import CLASSIFYING, Progress, Train, digest, silent
+from fanbu.types import Progress, Train, digest, silent
 
 # (rows of a domain that are tried, beside one of each label; epochs), the first to load libraries
 TRIALS: tuple[tuple[int, int], ...] = ((4, 1), (20, 1), (60, 1), (60, 2))
@@ -78,18 +78,16 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe, step: Step, domains: Mapping[str, Domain]) -> Work:
         """That of a step: of all owners together, or of each by itself."""
-        parts, plan = _parts(recipe, step, list(domains.values())), _training(step)
-        if plan is None:
-            return cls(sum(parts), 0)
-        most = plan.max_steps * plan.batch_size or math.inf
-        return cls(sum(parts), sum(min(plan.epochs * part, most) for part in parts))
+        parts = read_by(recipe, step, [d for d in domains.values() if d.role == "feeds"])
+        plan = training(step)
+        return cls(sum(parts), sum(trained(plan, part)[1] for part in parts) if plan else 0)
 
 
 def _tried(
     ledger: Workspace, recipe: Recipe, domains: Mapping[str, Domain], base: Model, step: Step, log: Log
 ) -> list[tuple[Work, Cost]]:  # fmt: skip
     """What trials took, found once on a machine; without the one that loads libraries."""
-    way, plan = method(step.method, "feedback"), _training(step)
+    way, plan = method(step.method, "feedback"), training(step)
     trials = TRIALS if plan and plan.epochs > 1 else TRIALS[:-1]
     trials = trials if reads_rows(step) else trials[-1:]
     small = [{name: _few(d, size) for name, d in domains.items()} for size, _ in trials]
@@ -110,7 +108,8 @@ def _tried(
     done = ledger.stage(f"cost of {way.name}", way.module, inputs, produce, log)
     costs = [Cost(**c) for c in json.loads((done.path / _FILE).read_text())]
     works = [Work.of(recipe, b.feedback[0], few) for b, few in zip(briefs, small, strict=True)]
-    return list(zip(works, costs, strict=True))[1:] if len(costs) > 1 else list(zip(works, costs, strict=True))
+    found = list(zip(works, costs, strict=True))
+    return found[1:] or found
 
 
 def reads_rows(step: Step) -> bool:
@@ -130,7 +129,7 @@ def _brief(recipe: Recipe, step: Step, epochs: int, root: Path) -> Recipe:
         less |= {name: least for name, least in (("trials", 2), ("finalists", 1)) if name in known}
         shrink.append(Step(method=down.method, **less))
     fewer: dict[str, Any] = {"times": min(step.times, _TIMES), "participation": 1.0}
-    if _training(step):
+    if training(step):
         fewer["train"] = {**_as_mapping(step.arguments.get("train")), "epochs": epochs}
     few = Step(**{**step.model_dump(), **fewer})
     return recipe.model_copy(update={
@@ -164,33 +163,30 @@ def _apart(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -
 
 
 def _trials(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -> list[Cost]:
+    """All with the specialists that grew on the most rows."""
     import torch
 
     torch.set_num_threads(trials[0][0].threads)
-    return [_trial(brief, domains, base) for brief, domains in trials]
+    turns = [_turn(brief, domains, base) for brief, domains in trials]
+    incumbent = raise_incumbent(turns[-1])
+    grown = {d.name: grow(turns[-1], incumbent, d) for d in turns[-1].feeding}
+    return [_trial(turn, incumbent, grown) for turn in turns]
 
 
-def _trial(brief: Recipe, domains: Mapping[str, Domain], base: Model) -> Cost:
+def _turn(brief: Recipe, domains: Mapping[str, Domain], base: Model) -> Turn:
     check_plan(brief, domains)
-    workspace, [step] = Workspace(Path(brief.workspace)), brief.feedback
-    turn = Turn(workspace, brief, brief.context(), domains, base, None, [], lambda text: None)
-    if method(step.method, "feedback").needs.probe or turn.feeding[0].task in CLASSIFYING:
-        turn.context = replace(turn.context, probe=gather_probe(turn))
-        if brief.probe.written:
-            turn.context = replace(turn.context, probe=with_written(turn))
-    incumbent = raise_incumbent(turn)
-    specialists = [Specialist(grow(turn, incumbent, d), d, incumbent) for d in turn.feeding]
-    before = {d: set(crossed) for d, crossed in turn.crossed.items()}
-    turn.costs.clear()
-    feed(turn, step, specialists, incumbent)
-    sent = [
-        told["bytes"]
-        for d, crossed in turn.crossed.items()
-        for place, told in crossed.items()
-        if place not in before.get(d, ())
-    ]
-    seconds = sum(cost["seconds"] for cost in turn.costs)
-    return Cost(seconds, max(cost["peak_bytes"] for cost in turn.costs), sum(sent))
+    turn = Turn(Workspace(Path(brief.workspace)), brief, brief.context(), domains, base, None, [], lambda text: None)
+    turn.context = replace(turn.context, probe=probe_of(turn, brief.ways))
+    return turn
+
+
+def _trial(turn: Turn, incumbent: Model, grown: Mapping[str, Model]) -> Cost:
+    [step], specialists = turn.recipe.feedback, [Specialist(grown[d.name], d, incumbent) for d in turn.feeding]
+    measured = replace(turn, costs=[], crossed={})
+    feed(measured, step, specialists, incumbent)
+    sent = [told["bytes"] for crossed in measured.crossed.values() for told in crossed.values()]
+    costs = measured.costs
+    return Cost(sum(cost["seconds"] for cost in costs), max(cost["peak_bytes"] for cost in costs), sum(sent))
 
 
 def of_all_rows(whole: Work, tried: Sequence[tuple[Work, Cost]], step: Step) -> Cost:
@@ -204,9 +200,9 @@ def of_all_rows(whole: Work, tried: Sequence[tuple[Work, Cost]], step: Step) -> 
         values, works = [getattr(cost, name) for _, cost in tried], [work for work, _ in tried]
         at, value = works[min(1, len(works) - 1)], values[min(1, len(values) - 1)]
         if len(tried) == 3:
-            trained = _slope(values[2] - value, works[2].trained - at.trained)
-            rows = _slope(value - values[0] - trained * (at.trained - works[0].trained), at.rows - works[0].rows)
-            value += rows * (whole.rows - at.rows) + trained * (whole.trained - at.trained)
+            each = _slope(values[2] - value, works[2].trained - at.trained)
+            rows = _slope(value - values[0] - each * (at.trained - works[0].trained), at.rows - works[0].rows)
+            value += rows * (whole.rows - at.rows) + each * (whole.trained - at.trained)
         elif len(tried) == 2 and at.trained:
             value += _slope(value - values[0], at.trained - works[0].trained) * (whole.trained - at.trained)
         elif len(tried) == 2:
@@ -221,27 +217,5 @@ def _slope(rise: float, run: float) -> float:
 
 def steps_of(recipe: Recipe, step: Step, domains: Sequence[Domain]) -> int:
     """Training steps of a way back, over all inner rounds; 0 where it trains nothing."""
-    plan = _training(step)
-    if plan is None:
-        return 0
-    parts = (plan.epochs * math.ceil(part / plan.batch_size) for part in _parts(recipe, step, domains))
-    return step.times * sum(min(steps, plan.max_steps or steps) for steps in parts)
-
-
-def _training(step: Step) -> Train | None:
-    found = method(step.method, "feedback").check(step.arguments).get("train")
-    return found if isinstance(found, Train) else None
-
-
-def _parts(recipe: Recipe, step: Step, domains: Sequence[Domain]) -> list[int]:
-    """How many rows are read together: those of all owners, or each one's by itself."""
-    needs = method(step.method, "feedback").needs_with(step.arguments)
-    rows = [_asked(recipe, d) if needs.probe else len(d.train) for d in domains if d.role == "feeds"]
-    return rows if needs.kind == "updates" else [sum(rows)]
-
-
-def _asked(recipe: Recipe, d: Domain) -> int:
-    """Texts of a domain in the probe set."""
-    if recipe.probe.from_domain(d.share) != "own":
-        return recipe.probe.synthetic
-    return min(len(d.texts), recipe.probe.limit or len(d.texts))
+    plan, feeding = training(step), [d for d in domains if d.role == "feeds"]
+    return step.times * sum(trained(plan, part)[0] for part in read_by(recipe, step, feeding)) if plan else 0

@@ -9,7 +9,7 @@ ones; after the first, that of the cheapest candidate counts as the part that do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fanbu.errors import FanbuError, RetryError
@@ -41,7 +41,6 @@ class History:
 
     trials: list[Trial] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
 
     @property
     def seconds(self) -> float:
@@ -87,8 +86,10 @@ def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: i
 
 
 def _rung(history: History, run: Run, standing: Sequence[str], share: float, budget: float) -> list[str]:
-    """Tries those that stand, the best first, while the budget lasts. Returns those that go on."""
+    """Tries those that stand, the best first, while the budget lasts. Returns those that go on: where it did for none,
+    the best of those that it does for with all rows at once."""
     done: list[str] = []
+    waiting: list[str] = []
     for name in standing:
         left = budget - history.seconds
         kept = seconds(history, (done or [name])[0], 1.0) if share < 1 else 0.0
@@ -96,12 +97,10 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
             history.left_out[name] = "it would take more than the budget with all rows"
         elif seconds(history, name, share) + kept > left:
             history.left_out[name] = f"the budget did not do for {share:.0%} of the rows"
+            waiting.append(name)
         elif attempt(history, run, name, share):
             done.append(name)
-    affordable = [
-        n for n in standing if n not in history.failed and seconds(history, n, 1.0) <= budget - history.seconds
-    ]
-    return done or affordable[:1]
+    return done or waiting[:1]
 
 
 def attempt(history: History, run: Run, arm: str, share: float) -> bool:
@@ -112,8 +111,8 @@ def attempt(history: History, run: Run, arm: str, share: float) -> bool:
         raise
     except FanbuError as error:
         history.left_out[arm] = f"it ended with an error: {error.what} [{error.code}]"
-        history.failed.add(arm)
         return False
+    history.left_out.pop(arm, None)  # what there was no room for on a rung may be tried on the next
     return True
 
 
@@ -133,9 +132,3 @@ def _usual(history: History, share: float) -> float:
     """The mean of what trials with this share took so far; 0 where there were none."""
     known = [t.seconds for t in history.trials if t.share == share]
     return sum(known) / len(known) if known else 0.0
-
-
-def rungs(history: History) -> Iterator[tuple[float, Mapping[str, float]]]:
-    """Each share that was tried, with the scores of those tried with it."""
-    for share in sorted({t.share for t in history.trials}):
-        yield share, {t.arm: t.score for t in history.trials if t.share == share}

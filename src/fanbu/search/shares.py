@@ -67,8 +67,9 @@ def shapley(players: Sequence[str], value: Value, count: int, seed: int) -> dict
             before = frozenset(order[: order.index(player)])
             sets[before | {player}] = sets.get(before | {player}, 0.0) + 1 / len(orders)
             sets[before] = sets.get(before, 0.0) - 1 / len(orders)
-        means = [float(np.mean([_marginal(value, order, player) for order in pair])) for pair in pairs]
-        found[player] = _part(_sum(value, sets), means if drawn else [])
+        spread = pairs if drawn else []
+        means = [float(np.mean([_marginal(value, order, player) for order in pair])) for pair in spread]
+        found[player] = _part(_sum(value, sets), means)
     return found
 
 

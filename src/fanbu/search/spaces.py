@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -35,30 +35,42 @@ Space = dict[str, Range | tuple[Any, ...]]
 
 
 def space_of(way: Method, given: Mapping[str, Any], over: Mapping[str, list[Any]] | None = None) -> Space:
-    """Ranges and choices by parameter (``train.lr`` is a key of a block), around ``given`` arguments and defaults;
-    ``over`` replaces them: two numbers are a range, anything else a list of choices.
+    """Ranges and choices by parameter (``train.lr`` is a key of a block), around ``given`` arguments and defaults. If
+    ``over`` names some, those of the way's alone: two numbers are a range, anything else a list of choices.
 
     Numbers are taken from a fourth to four times what they are, within what the signature allows (those up to 1 stay up
-    to 1); switches and words with their choices; rates of training within ``train``. Raises UsageError for a parameter
-    that the way does not have.
+    to 1); switches and words with their choices; rates of training within ``train``.
     """
+    if over:
+        return {key: _given(values) for key, values in over.items() if _has(way, key)}
     checked, found = way.check(given), Space()
     for name, (kind, _) in way.parameters().items():
-        if name not in _LEFT and (one := _around(kind, checked[name])) is not None:
+        value = checked[name]
+        if isinstance(value, Train):
+            rates = {f"{name}.{rate}": getattr(value, rate) for rate in _OF_TRAIN}
+            found |= {key: Range(rate / _FACTOR, rate * _FACTOR, log=True) for key, rate in rates.items() if rate > 0}
+        elif name not in _LEFT and (one := _around(kind, value)) is not None:
             found[name] = one
-        if isinstance(checked[name], Train):
-            rates = {f"{name}.{rate}": getattr(checked[name], rate) for rate in _OF_TRAIN}
-            found |= {
-                key: Range(value / _FACTOR, value * _FACTOR, log=True) for key, value in rates.items() if value > 0
-            }
-    if over:
-        found = {key: _given(way, key, values) for key, values in over.items()}
     return found
 
 
+def check_space(over: Mapping[str, list[Any]], ways: Sequence[Method]) -> None:
+    """Raises UsageError for a key that is no parameter of any of these ways, and for one without values."""
+    for key, values in over.items():
+        if not values or not any(_has(way, key) for way in ways):
+            raise UsageError(
+                "unknown-parameter", f"compare.space: no candidate has a parameter {key!r} with these values",
+                allowed=sorted({name for way in ways for name in way.parameters()}), got=values,
+                remedy="name one of these, with two numbers or a list of choices",
+            )  # fmt: skip
+
+
+def _has(way: Method, key: str) -> bool:
+    return key.partition(".")[0] in way.parameters()
+
+
 def _around(kind: Any, value: Any) -> Range | tuple[Any, ...] | None:
-    limits = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    plain, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     if get_origin(plain) in (Union, types.UnionType) and float in get_args(plain):
         plain = float
     if plain is bool:
@@ -67,29 +79,25 @@ def _around(kind: Any, value: Any) -> Range | tuple[Any, ...] | None:
         return tuple(get_args(plain))
     if plain not in (float, int) or not isinstance(value, (int, float)) or value <= 0:
         return None
-    low, high = value / _FACTOR, value * _FACTOR
-    for limit in limits:
-        low = max([low, *(getattr(limit, n) for n in ("ge", "gt") if hasattr(limit, n))])
-        high = min([high, *(getattr(limit, n) for n in ("le",) if hasattr(limit, n))])
-        high = min([high, *(math.nextafter(limit.lt, 0) for n in ("lt",) if hasattr(limit, n))])
-    if plain is float and value <= 1:
-        high = min(high, 1.0)
+    least = [bound for limit in limits for bound in _bounds(limit, "ge", "gt", math.inf)]
+    most = [bound for limit in limits for bound in _bounds(limit, "le", "lt", -math.inf)]
     if plain is int:
-        return Range(max(1, math.floor(low)), math.ceil(high), log=True, whole=True)
+        return Range(max([1, value // _FACTOR, *least]), min([value * _FACTOR, *most]), log=True, whole=True)
+    most += [1.0] if value <= 1 else []
+    low, high = max([value / _FACTOR, *least]), min([value * _FACTOR, *most])
     return Range(low, high, log=True) if low < high else None
 
 
-def _given(way: Method, key: str, values: list[Any]) -> Range | tuple[Any, ...]:
-    if key.partition(".")[0] not in way.parameters() or not values:
-        raise UsageError(
-            "unknown-parameter", f"compare.space: {way.name} has no parameter {key!r}",
-            allowed=sorted(way.parameters()), got=values,
-            remedy="name one of these, with two numbers or a list of choices",
-        )  # fmt: skip
+def _bounds(limit: Any, closed: str, opened: str, inwards: float) -> list[float]:
+    """The bound that a limit sets at one side, itself allowed."""
+    found = [getattr(limit, closed)] if hasattr(limit, closed) else []
+    return found + ([math.nextafter(getattr(limit, opened), inwards)] if hasattr(limit, opened) else [])
+
+
+def _given(values: list[Any]) -> Range | tuple[Any, ...]:
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(values) == 2 and len(numbers) == 2 and numbers[0] < numbers[1]:
-        whole = all(isinstance(v, int) for v in numbers)
-        return Range(numbers[0], numbers[1], log=numbers[0] > 0, whole=whole)
+        return Range(numbers[0], numbers[1], log=numbers[0] > 0, whole=all(isinstance(v, int) for v in numbers))
     return tuple(values)
 
 

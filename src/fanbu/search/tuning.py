@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
 
@@ -88,8 +88,8 @@ def _axis(one: Range | tuple[Any, ...]) -> list[Any]:
 
 
 def tuned(
-    history: History, winner: str, grows: bool, new: Callable[[Mapping[str, Any]], str], run: Run, draws: Draws,
-    budget: float, count: int,
+    history: History, winner: str, new: Callable[[Mapping[str, Any]], str], run: Run, draws: Draws, budget: float,
+    count: int,
 ) -> None:  # fmt: skip
     """Tries ``count`` other arguments of the winner at most, as long as another trial fits the budget; ``new`` makes a
     candidate of drawn arguments and returns its name.
@@ -99,19 +99,22 @@ def tuned(
     third.
     """
     known = {t.share: t.score for t in history.of(winner)}
-    before = min(known, key=lambda share: abs(share - FIRST))
+    shares = sorted({min(known, key=lambda share: abs(share - FIRST)), 1.0})
     for values, _ in zip(draws, range(count), strict=False):
-        cost = seconds(history, winner, 1.0) + (seconds(history, winner, before) if grows and before < 1 else 0.0)
-        if history.seconds + cost > budget:
+        if history.seconds + sum(seconds(history, winner, share) for share in shares) > budget:
             return
-        name = new(values)
-        shares = [before, 1.0] if grows and before < 1 else [1.0]
-        score = None
-        for share in shares:
-            if not attempt(history, run, name, share):
-                score = None
-                break
-            score = history.of(name)[-1].score
-            if score < known[share]:
-                break
-        draws.tell(score)
+        draws.tell(_scored(history, run, new(values), shares, known))
+
+
+def _scored(
+    history: History, run: Run, name: str, shares: Sequence[float], known: Mapping[float, float]
+) -> float | None:  # fmt: skip
+    """The score with the largest share that was worth trying; None where a trial failed."""
+    score = None
+    for share in shares:
+        if not attempt(history, run, name, share):
+            return None
+        score = history.of(name)[-1].score
+        if score < known[share]:
+            break
+    return score
