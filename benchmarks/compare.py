@@ -11,8 +11,8 @@ the same draws and budget: candidates in order of their coming, each with all ro
 and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
 on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --table).
 
-Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE]. Six domains, at most 600 training
-rows each; --quick: three domains and 300 rows, and six candidates.
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE]. Six domains, at most 300 training
+rows each; --quick: three domains and 150 rows, and six candidates.
 """
 
 from __future__ import annotations
@@ -21,25 +21,20 @@ import json
 import random
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from _choices import SHARES, Replay, measured, truths, whole_seconds
 from _common import HERE, bar, finish, parser, table, text_domains
 from _outcomes import BASE, usable
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
-from fanbu.recipe_parts import GateSpec
-from fanbu.round import evaluated
-from fanbu.search.compare import BEFORE, Bench, candidates, compare, opened, scored
-from fanbu.search.costs import reads_rows
-from fanbu.search.halving import Arm, History, Trial, halving
-from fanbu.types import derived_seed, silent
+from fanbu.search.compare import candidates, compare
+from fanbu.search.halving import Arm, History, halving
 
-SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
 QUICK = ["average", "tsv_m", "ensemble", "probe", "multitask", "distill"]
 MORE: list[dict[str, Any]] = [
@@ -52,7 +47,7 @@ MORE: list[dict[str, Any]] = [
 
 def recipe_of(data: Path, work: Path, quick: bool) -> Recipe:
     """All domains in one place, one thread; ``compare`` lists the candidates."""
-    count, rows = (3, 300) if quick else (6, 600)
+    count, rows = (3, 150) if quick else (6, 300)
     domains = {
         name: {
             **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
@@ -71,65 +66,6 @@ def recipe_of(data: Path, work: Path, quick: bool) -> Recipe:
         s.model_dump(mode="json") for s in candidates(load_recipe(plain), load_domains(load_recipe(plain))).values()
     ]
     return load_recipe({**plain, "compare": {"ways": [*every, *MORE]}})
-
-
-def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
-    """The table: by candidate and share its seconds and outcomes, as strings of 0 and 1 by domain."""
-    bench = opened(recipe, silent, log)
-    bench.by_steps = False
-    found: dict[str, Any] = {"candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}}
-    for name, step in bench.steps.items():
-        for share in SHARES if reads_rows(step) else SHARES[-1:]:
-            kept = work / "trials" / f"{name.replace(' ', '_')}-{share:.3f}.json"
-            if not kept.exists():
-                log(f"== {name}, {share:.0%}")
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_text(kept, json.dumps(one(bench, name, share)))
-            found["candidates"].setdefault(name, {})[f"{share:.3f}"] = json.loads(kept.read_text())
-    return found
-
-
-def one(bench: Bench, name: str, share: float) -> dict[str, Any]:
-    """One trial."""
-    trial = bench(name, share)
-    row = bench.rows[-1]
-    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, "changes": row["changes"]}
-    for who, key in ((name, "valid"), (BEFORE, "before")):
-        told[key] = {d: bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
-    if share == 1:
-        tested = {d.name: evaluated(bench.turn, name, bench.models[name, share], d)[0] for d in bench.turn.feeding}
-        told["test"] = {d: bits(outcomes.tensors["told"]) for d, outcomes in tested.items()}
-    return told
-
-
-def bits(column: Any) -> str:
-    return "".join(str(int(v)) for v in column.tolist())
-
-
-def numbers(text: str) -> np.ndarray[Any, Any]:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.float64) - 48
-
-
-@dataclass
-class Replay:
-    """The table with its validation rows drawn anew."""
-
-    table: Mapping[str, Any]
-    seed: int
-
-    def __call__(self, name: str, share: float) -> Trial:
-        """A trial on rows that are drawn alike for all candidates."""
-        told = self.table["candidates"][name][f"{share:.3f}"]
-        changes = {}
-        for domain, text in sorted(told["valid"].items()):
-            change = numbers(text) - numbers(told["before"][domain])
-            rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
-            changes[domain] = float(change[rng.integers(0, len(change), len(change))].mean())
-        return Trial(name, share, scored(changes, GateSpec()), told["seconds"])
-
-
-def whole_seconds(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: by[f"{1:.3f}"]["seconds"] for name, by in found["candidates"].items()}
 
 
 Way = Callable[[Mapping[str, Any], list[str], Replay, float, int], str | None]
@@ -206,8 +142,7 @@ def replayed(found: Mapping[str, Any], replays: int) -> dict[str, dict[str, floa
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    truth = {n: 100 * float(np.mean([numbers(t).mean() for t in by[f"{1:.3f}"]["test"].values()]))
-             for n, by in found["candidates"].items()}  # fmt: skip
+    truth = truths(found)
     budget, best = RUNS * max(whole_seconds(found).values()), max(truth.values())
     lost: dict[str, list[float]] = {name: [] for name in WAYS}
     for seed in range(replays):
@@ -236,8 +171,8 @@ def main() -> int:
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
     told = replayed(found, REPLAYS)
-    whole = [[n, f"{100 * np.mean([numbers(t).mean() for t in by['1.000']['test'].values()]):.2f}",
-              f"{by['1.000']['seconds']:.0f}"] for n, by in found["candidates"].items()]  # fmt: skip
+    truth, took = truths(found), whole_seconds(found)
+    whole = [[n, f"{truth[n]:.2f}", f"{took[n]:.0f}"] for n in truth]
     lines = [["chosen by", "within 0.5 points of the best", "points lost, mean"]]
     lines += [[way, f"{100 * r['near']:.0f}%", f"{r['lost']:.2f}"] for way, r in told.items()]
     ranked = sorted(whole, key=lambda row: -float(row[1]))
@@ -250,7 +185,7 @@ def main() -> int:
             ours["near"] > max(o["near"] for o in others)),
     ]  # fmt: skip
     if not args.table:
-        seconds = RUNS * max(whole_seconds(found).values())
+        seconds = RUNS * max(took.values())
         spec = recipe.compare.model_copy(update={"seconds": seconds})
         live = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)
         best, chosen = float(ranked[0][1]), next(float(row[1]) for row in ranked if row[0] == live["winner"])

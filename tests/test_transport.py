@@ -73,9 +73,13 @@ def test_a_process_that_is_killed_is_told_of() -> None:
 
 def test_a_process_that_dies_idle_is_replaced() -> None:
     assert list(side_by_side(TWO, square, [(3,)], 1)) == [9]
-    for process in list(_pool(2)._processes.values()):
+    pool = _pool(2)
+    for process in list(pool._processes.values()):
         process.kill()
         process.join()
+    deadline = time.monotonic() + 20
+    while not pool._broken and time.monotonic() < deadline:  # its thread sees it a moment later
+        time.sleep(0.01)
     assert sorted(side_by_side(TWO, square, [(2,), (3,)], 1)) == [4, 9]
 
 

@@ -1,0 +1,43 @@
+"""Recipes of a bandit's benchmark: subsets of the open text domains, with few rows or more, trained little or much."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from _common import text_domains
+from _outcomes import BASE, usable
+from fanbu.recipe import Recipe, load_recipe
+
+RECIPES = 14
+ROWS, EPOCHS = (60, 120, 240), (1, 4)
+CANDIDATES: list[dict[str, Any]] = [
+    {"method": "average"}, {"method": "task_arithmetic", "scale": 0.3}, {"method": "tsv_m"}, {"method": "ensemble"},
+    {"method": "probe"}, {"method": "regmean"}, {"method": "multitask"}, {"method": "distill"},
+    {"method": "distill", "train": {"lr": 3e-4}}, {"method": "fedavg", "times": 3, "train": {"epochs": 1, "lr": 3e-4}},
+]  # fmt: skip
+
+
+def recipes(data: Path, work: Path, count: int) -> list[Recipe]:
+    """So many recipes of two to four domains; the seed is the recipe's number."""
+    folders = usable(text_domains(data))
+    return [_recipe(folders, number, work / str(number)) for number in range(count)]
+
+
+def _recipe(folders: dict[str, Path], number: int, work: Path) -> Recipe:
+    rng = random.Random(number)
+    names = sorted(rng.sample(sorted(folders), rng.choice((2, 3, 4))))
+    rows, epochs = rng.choice(ROWS), rng.choice(EPOCHS)
+    domains = {
+        name: {
+            **{s: str(folders[name] / f"{s}.jsonl") for s in ("train", "valid", "test")},
+            "limit": {"train": rows, "valid": 150, "test": 500},
+        }
+        for name in names
+    }
+    return load_recipe({
+        "fanbu": 1, "name": f"bandit-{number}", "model": BASE, "workspace": str(work / "workspace"), "threads": 1,
+        "device": "cpu", "precision": "fp32", "max_length": 64, "domains": domains, "feedback": {"method": "distill"},
+        "shrink": [{"method": "finetune", "train": {"epochs": epochs, "lr": 2e-4}}], "compare": {"ways": CANDIDATES},
+    })  # fmt: skip
