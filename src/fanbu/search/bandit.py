@@ -1,0 +1,216 @@
+"""A contextual bandit over ways back that knows earlier comparisons: what it expects of a candidate, and tries next.
+
+Rewards of trials, of all comparisons together, are one Gaussian process. Its covariance is a sum of parts, each of
+which says that two trials resemble each other for a reason: they belong to one comparison, family, way, or step; to one
+way in comparisons whose states are close; to one step in one comparison; and, the fewer rows they have, to one
+comparison or way with few rows. How much each part counts is learned from the earlier comparisons by the marginal
+likelihood (type II maximum likelihood; Rasmussen and Williams 2006, chapter 5): that is what is learned about learning.
+
+The next trial is the one whose knowledge gradient for its cost is largest: by how much it can be expected to raise the
+mean of the candidate that will be chosen, E[max_a mean_a(with the trial)] - max_a mean_a (Frazier, Powell and Dayanik
+2009), divided by what it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+from scipy.special import ndtri
+
+from fanbu.search.halving import History, Run, attempt
+
+Floats = NDArray[np.float64]
+_LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
+_Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
+_NU = 3.0  # degrees of freedom: how soon surprises count
+_IDLE = 2e-3  # of the reward: no trial that can be expected to add less is begun
+
+
+@dataclass(frozen=True)
+class Action:
+    """A candidate: its family (the kind that crosses), its way, and its step, arguments and all."""
+
+    family: str
+    way: str
+    step: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One trial of a comparison: the comparison's name and state (numbers that describe it), what was tried with which
+    share of the rows, the reward, and its seconds."""
+
+    comparison: str
+    state: tuple[float, ...]
+    action: Action
+    share: float
+    reward: float
+    seconds: float
+
+
+class Prior:
+    """What earlier comparisons say of a quantity (``of``: ``reward``, or the logarithm of ``seconds``)."""
+
+    def __init__(self, past: Sequence[Seen], of: str = "reward") -> None:
+        self.past = list(past)
+        values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, 1e-3)) for s in past])
+        self.mean = float(values.mean())
+        self.values = values - self.mean
+        states = np.array([s.state for s in past], dtype=np.float64)
+        self.centre, self.spread = states.mean(0), states.std(0) + 1e-9
+        parts, noise = self._parts(self.past, self.past), _noises(self.past)
+        size = float(self.values.var()) + 1e-12
+        self.variances = _fitted([*parts, *noise], self.values, size)
+        whole = _weighted([*parts, *noise], self.variances)
+        self._factor = cho_factor(whole + 1e-9 * size * np.eye(len(past)), lower=True)
+        self._solved = cho_solve(self._factor, self.values)
+
+    def belief(
+        self, comparison: str, state: Sequence[float], actions: Mapping[str, Action], shares: Sequence[float]
+    ) -> Belief:
+        """What is expected of each candidate of a new comparison with each share of the rows."""
+        points = [(name, share) for name in actions for share in shares]
+        new = [Seen(comparison, tuple(state), actions[name], share, 0.0, 1.0) for name, share in points]
+        across = _weighted(self._parts(new, self.past), self.variances)
+        own = _weighted(self._parts(new, new), self.variances)
+        mean = self.mean + across @ self._solved
+        covariance = own - across @ cho_solve(self._factor, across.T)
+        noise = _weighted(_noises(new), self.variances[-2:]).diagonal()
+        return Belief(points, mean, covariance, noise)
+
+    def _parts(self, a: Sequence[Seen], b: Sequence[Seen]) -> list[Floats]:
+        """The covariance's parts between two lists of trials, each with variance 1."""
+
+        def same(of: Callable[[Seen], str]) -> Floats:
+            return np.array([[of(x) == of(y) for y in b] for x in a], dtype=np.float64)
+
+        one, way, step = same(lambda s: s.comparison), same(lambda s: s.action.way), same(lambda s: s.action.step)
+        x, y = ((np.array([s.state for s in some]) - self.centre) / self.spread for some in (a, b))
+        near = np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / (2 * x.shape[1]))
+        few = np.outer([_few(s.share) for s in a], [_few(s.share) for s in b])
+        return [one, same(lambda s: s.action.family), way, step, way * near, one * step, few * way, few * one,
+                few * near * way]  # fmt: skip
+
+
+def _few(share: float) -> float:
+    return -math.log(share) / math.log(_LEAST_SHARE)
+
+
+def _noises(seen: Sequence[Seen]) -> list[Floats]:
+    return [np.eye(len(seen)), np.diag([_few(s.share) for s in seen])]
+
+
+def _weighted(parts: Sequence[Floats], variances: Sequence[float] | Floats) -> Floats:
+    return np.asarray(sum(v * p for v, p in zip(variances, parts, strict=False)))
+
+
+def _fitted(parts: Sequence[Floats], values: Floats, size: float) -> Floats:
+    """The variances under which the values are likeliest, drawn a little towards a tenth of theirs."""
+    start = math.log(0.1 * size)
+
+    def cost(logs: Floats) -> tuple[float, Floats]:
+        variances = np.exp(logs)
+        factor = cho_factor(_weighted(parts, variances) + 1e-6 * size * np.eye(len(values)), lower=True)
+        inverse = cho_solve(factor, np.eye(len(values)))
+        solved = inverse @ values
+        off = (logs - start) / 4.0
+        value = 0.5 * float(values @ solved) + float(np.log(np.diag(factor[0])).sum()) + float(off @ off)
+        slope = [0.5 * v * (float((inverse * p).sum()) - float(solved @ p @ solved)) for v, p in
+                 zip(variances, parts, strict=True)]  # fmt: skip
+        return value, np.array(slope) + off / 2.0
+
+    bounds = [(start - 12, start + 6)] * len(parts)
+    return np.exp(minimize(cost, np.full(len(parts), start), jac=True, method="L-BFGS-B", bounds=bounds).x)
+
+
+class Belief:
+    """A normal distribution over (candidate, share), and what trials of this comparison make of it.
+
+    Its covariance is as wide as trials are surprising: times (nu + sum of z^2) / (nu + n) after n of them, whose
+    distances from what was expected are z standard deviations, as that of a Student-t process (Shah et al. 2014).
+    """
+
+    def __init__(
+        self, points: Sequence[tuple[str, float]], mean: Floats, covariance: Floats, noise: Floats,
+        surprise: tuple[int, float] = (0, 0.0),
+    ) -> None:  # fmt: skip
+        self.points = list(points)
+        self.mean, self.covariance, self.noise, self.surprise = mean, covariance, noise, surprise
+        self.whole = [i for i, (_, share) in enumerate(self.points) if share == 1]
+
+    def after(self, point: tuple[str, float], value: float) -> Belief:
+        """With one trial more."""
+        i = self.points.index(point)
+        column = self.covariance[:, i]
+        scale = column[i] + self.noise[i]
+        mean = self.mean + column * (value - self.mean[i]) / scale
+        count, squares = self.surprise
+        surprise = count + 1, squares + float((value - self.mean[i]) ** 2 / scale)
+        return Belief(self.points, mean, self.covariance - np.outer(column, column) / scale, self.noise, surprise)
+
+    def without(self, name: str) -> Belief:
+        """With a candidate less."""
+        kept = [i for i, (other, _) in enumerate(self.points) if other != name]
+        points, covariance = [self.points[i] for i in kept], self.covariance[np.ix_(kept, kept)]
+        return Belief(points, self.mean[kept], covariance, self.noise[kept], self.surprise)
+
+    def of(self, point: tuple[str, float]) -> float:
+        """The mean at a point."""
+        return float(self.mean[self.points.index(point)])
+
+    def best(self) -> str:
+        """The candidate of which the most is expected with all rows."""
+        return self.points[max(self.whole, key=lambda i: (self.mean[i], self.points[i][0]))][0]
+
+    def gradients(self) -> dict[tuple[str, float], float]:
+        """The knowledge gradient of a trial at each point."""
+        means, found, (count, squares) = self.mean[self.whole], {}, self.surprise
+        wider = math.sqrt((_NU + squares) / (_NU + count))
+        for i, point in enumerate(self.points):
+            moves = wider * self.covariance[self.whole, i] / math.sqrt(max(self.covariance[i, i] + self.noise[i], 1e-12))
+            found[point] = float((means[:, None] + moves[:, None] * _Z).max(0).mean() - means.max())
+        return found
+
+
+def explore(belief: Belief, costs: Belief, run: Run, budget: float, scale: float) -> History:
+    """Tries candidates until the budget (seconds) is spent, or no trial can be expected to add anything; then the one
+    of which most is expected, with all rows, for which so much of the budget is kept. ``costs`` is a belief in the
+    logarithms of seconds, ``scale`` is what a reward of 1 is in the score that trials have.
+
+    A candidate that would not fit the budget with all rows is left out.
+    """
+    history, known = History(), set[str]()
+
+    def without(name: str, why: str) -> None:
+        nonlocal belief, costs
+        belief, costs = belief.without(name), costs.without(name)
+        history.left_out.setdefault(name, why)
+
+    while True:
+        left = budget - history.seconds
+        took = {point: math.exp(costs.of(point)) for point in costs.points}
+        for name, share in list(took):
+            if share == 1 and name not in known and took[name, share] > left:
+                without(name, "it would take more than the budget with all rows")
+        if not belief.whole:
+            return history
+        gains, best, done = belief.gradients(), belief.best(), {(t.arm, t.share) for t in history.trials}
+        kept = 0.0 if best in known else took[best, 1.0]
+        worth = [p for p, gain in gains.items() if gain > _IDLE and p[0] not in known and p not in done
+                 and took[p] + (0.0 if p == (best, 1.0) else kept) <= left]  # fmt: skip
+        if not worth and best in known:
+            return history
+        name, share = max(worth, key=lambda p: (gains[p] / took[p], p)) if worth else (best, 1.0)
+        if not attempt(history, run, name, share):
+            without(name, "")
+            continue
+        trial = history.trials[-1]
+        known |= {name} if share == 1 else set()
+        belief = belief.after((name, share), trial.score / scale)
+        costs = costs.after((name, share), math.log(max(trial.seconds, 1e-3)))
