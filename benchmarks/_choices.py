@@ -29,7 +29,10 @@ def measured(recipe: Recipe, work: Path, shares: Sequence[float] = SHARES) -> di
     under ``work``, so that a run that was stopped goes on."""
     bench = opened(recipe, silent, log)
     bench.by_steps = False
-    found: dict[str, Any] = {"candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}}
+    found: dict[str, Any] = {
+        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "state": bench.state,
+        "scale": bench.scale, "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
+    }  # fmt: skip
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:
             kept = work / "trials" / f"{name.replace(' ', '_')}-{share:.3f}.json"

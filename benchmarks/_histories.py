@@ -11,7 +11,7 @@ from _outcomes import BASE, usable
 from fanbu.recipe import Recipe, load_recipe
 
 RECIPES = 14
-ROWS, EPOCHS = (60, 120, 240), (1, 4)
+ROWS, EPOCHS = (40, 80, 160), (1, 4)
 CANDIDATES: list[dict[str, Any]] = [
     {"method": "average"}, {"method": "task_arithmetic", "scale": 0.3}, {"method": "tsv_m"}, {"method": "ensemble"},
     {"method": "probe"}, {"method": "regmean"}, {"method": "multitask"}, {"method": "distill"},
@@ -32,7 +32,7 @@ def _recipe(folders: dict[str, Path], number: int, work: Path) -> Recipe:
     domains = {
         name: {
             **{s: str(folders[name] / f"{s}.jsonl") for s in ("train", "valid", "test")},
-            "limit": {"train": rows, "valid": 150, "test": 500},
+            "limit": {"train": rows, "valid": 120, "test": 400},
         }
         for name in names
     }

@@ -72,10 +72,11 @@ class Prior:
         self._solved = cho_solve(self._factor, self.values)
 
     def belief(
-        self, comparison: str, state: Sequence[float], actions: Mapping[str, Action], shares: Sequence[float]
-    ) -> Belief:
-        """What is expected of each candidate of a new comparison with each share of the rows."""
-        points = [(name, share) for name in actions for share in shares]
+        self, comparison: str, state: Sequence[float], actions: Mapping[str, Action],
+        shares: Mapping[str, Sequence[float]],
+    ) -> Belief:  # fmt: skip
+        """What is expected of each candidate of a new comparison with each of its shares of the rows."""
+        points = [(name, share) for name in actions for share in shares[name]]
         new = [Seen(comparison, tuple(state), actions[name], share, 0.0, 1.0) for name, share in points]
         across = _weighted(self._parts(new, self.past), self.variances)
         own = _weighted(self._parts(new, new), self.variances)
@@ -160,6 +161,11 @@ class Belief:
         points, covariance = [self.points[i] for i in kept], self.covariance[np.ix_(kept, kept)]
         return Belief(points, self.mean[kept], covariance, self.noise[kept], self.surprise)
 
+    def known(self, value: Callable[[str, float], float]) -> Belief:
+        """What is certain: the logarithm of ``value`` at each point."""
+        mean = np.log([max(value(name, share), 1e-3) for name, share in self.points])
+        return Belief(self.points, mean, np.zeros_like(self.covariance), np.ones_like(self.noise))
+
     def of(self, point: tuple[str, float]) -> float:
         """The mean at a point."""
         return float(self.mean[self.points.index(point)])
@@ -173,7 +179,9 @@ class Belief:
         means, found, (count, squares) = self.mean[self.whole], {}, self.surprise
         wider = math.sqrt((_NU + squares) / (_NU + count))
         for i, point in enumerate(self.points):
-            moves = wider * self.covariance[self.whole, i] / math.sqrt(max(self.covariance[i, i] + self.noise[i], 1e-12))
+            moves = (
+                wider * self.covariance[self.whole, i] / math.sqrt(max(self.covariance[i, i] + self.noise[i], 1e-12))
+            )
             found[point] = float((means[:, None] + moves[:, None] * _Z).max(0).mean() - means.max())
         return found
 
@@ -205,6 +213,10 @@ def explore(belief: Belief, costs: Belief, run: Run, budget: float, scale: float
         worth = [p for p, gain in gains.items() if gain > _IDLE and p[0] not in known and p not in done
                  and took[p] + (0.0 if p == (best, 1.0) else kept) <= left]  # fmt: skip
         if not worth and best in known:
+            tried = {t.arm for t in history.trials}
+            for name, _ in belief.points:
+                if name not in tried:
+                    history.left_out.setdefault(name, "earlier comparisons promise too little of it")
             return history
         name, share = max(worth, key=lambda p: (gains[p] / took[p], p)) if worth else (best, 1.0)
         if not attempt(history, run, name, share):

@@ -32,8 +32,10 @@ from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, GateSpec, Step
 from fanbu.record import read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
+from fanbu.search.bandit import Prior, explore
 from fanbu.search.costs import reads_rows, steps_of
-from fanbu.search.halving import Arm, History, Trial, halving
+from fanbu.search.experience import action_of, experience, state_of
+from fanbu.search.halving import Arm, History, Trial, halving, shares_of
 from fanbu.search.spaces import check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
@@ -76,6 +78,8 @@ class Bench:
     specialists: Sequence[Specialist]
     steps: dict[str, Step]
     by_steps: bool
+    state: tuple[float, ...]  # what a bandit knows of the round
+    scale: float  # the mean gain of specialists, in which it tells rewards
     shares: dict[float, Turn] = field(default_factory=dict)
     seen: set[Path] = field(default_factory=set)  # stages that were paid for
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -167,8 +171,7 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     bench = opened(recipe, progress, log)
     costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
     budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
-    arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
-    history = halving(arms, bench, (1 - spec.tune) * budget, spec.eta)
+    history = _searched(bench, spec, (1 - spec.tune) * budget)
     if spec.tune and history.best:
         _tuned(bench, history, spec, budget)
     if history.best is None:
@@ -182,6 +185,25 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     write_text(_file(ledger, bench.turn.number), json.dumps(found, indent=1, sort_keys=True))
     chosen = {"feedback": [bench.steps[history.best.arm]], "rounds": bench.turn.number}
     return {**found, "record": run(recipe.model_copy(update=chosen), progress, log)}
+
+
+def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
+    """The candidates, by successive halving, or as earlier comparisons say."""
+    arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
+    own = bench.turn.workspace.root
+    past = experience([Path(w) for w in spec.learn], own, FOLDER)
+    if not past:
+        return halving(arms, bench, budget, spec.eta)
+    bench.turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
+    actions = {name: action_of(step) for name, step in bench.steps.items()}
+    shares = {arm.name: shares_of(spec.eta) if arm.grows else (1.0,) for arm in arms}
+    here = (str(own), bench.state, actions, shares)
+    costs = Prior(past, "seconds").belief(*here)
+    if bench.by_steps:
+        feeding = bench.turn.feeding
+        whole = {name: steps_of(bench.turn.recipe, step, feeding) for name, step in bench.steps.items()}
+        costs = costs.known(lambda name, share: whole[name] * share)
+    return explore(Prior(past).belief(*here), costs, bench, budget, bench.scale)
 
 
 def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> None:
@@ -235,7 +257,9 @@ def opened(recipe: Recipe, progress: Progress, log: Log) -> Bench:
     turn.context = replace(turn.context, probe=probe_of(turn, steps.values()))
     incumbent = raise_incumbent(turn)
     births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
-    return Bench(turn, incumbent, [b.specialist for _, b in births], steps, recipe.compare.seconds is None)
+    specialists = [b.specialist for _, b in births]
+    state, scale = state_of(turn, incumbent, specialists)
+    return Bench(turn, incumbent, specialists, steps, recipe.compare.seconds is None, state, scale)
 
 
 def _summary(bench: Bench, history: History, budget: float) -> dict[str, Any]:
@@ -248,7 +272,8 @@ def _summary(bench: Bench, history: History, budget: float) -> dict[str, Any]:
     return {
         "name": bench.turn.recipe.name, "metric": bench.turn.feeding[0].metric, "budget": budget,
         "in": "steps" if bench.by_steps else "seconds", "spent": history.seconds, "winner": history.best.arm,
-        "trials": bench.rows, "left_out": history.left_out, "front": [row["candidate"] for row in front(whole)],
+        "state": bench.state, "scale": bench.scale, "trials": bench.rows,
+        "left_out": history.left_out, "front": [row["candidate"] for row in front(whole)],
     }  # fmt: skip
 
 

@@ -64,12 +64,12 @@ def seen_in(found: Mapping[str, Any], name: str) -> Iterator[Seen]:
                    row["score"] / found["scale"], row["seconds"])  # fmt: skip
 
 
-def experience(workspaces: Sequence[Path], folder: str) -> list[Seen]:
-    """All trials of the comparisons in workspaces. UsageError where a workspace has none."""
+def experience(workspaces: Sequence[Path], own: Path, folder: str) -> list[Seen]:
+    """All trials of the comparisons in workspaces. UsageError where one has none, but for a recipe's own."""
     seen: list[Seen] = []
     for workspace in workspaces:
         files = sorted((workspace / folder).glob("*.json"), key=lambda f: int(f.stem))
-        if not files:
+        if not files and workspace.resolve() != own.resolve():
             raise UsageError(
                 "no-comparison", f"no finished comparison in {workspace}", allowed="workspaces of `fanbu compare`",
                 got=workspace, remedy="leave it out of compare.learn, or compare there first",

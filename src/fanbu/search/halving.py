@@ -68,7 +68,7 @@ def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: i
     Candidates that would not fit the budget with all rows are left out after their first trial, and until then so much
     is kept as the best of a rung would take with all.
     """
-    history, shares = History(), [float(eta) ** -k for k in range(least, -1, -1)]
+    history, shares = History(), shares_of(eta, least)
     standing = []
     for arm in arms:
         share = shares[0] if arm.grows else 1.0
@@ -83,6 +83,11 @@ def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: i
             standing = standing[: math.ceil(len(standing) / eta)]
         standing = _rung(history, run, standing, share, budget)
     return history
+
+
+def shares_of(eta: int = 3, least: int = LEAST) -> tuple[float, ...]:
+    """The shares of the rows that candidates are tried with, the smallest first."""
+    return tuple(float(eta) ** -k for k in range(least, -1, -1))
 
 
 def _rung(history: History, run: Run, standing: Sequence[str], share: float, budget: float) -> list[str]:
