@@ -116,6 +116,36 @@ def test_the_best_is_tuned_with_what_is_left(tmp_path: Path) -> None:
     assert found["record"]["candidate"]["digest"] in {t["model"] for t in found["trials"]}
 
 
+def test_how_much_of_each_domain_goes_in_is_learned(tmp_path: Path) -> None:
+    spec = {"ways": ["task_arithmetic", "average"], "tune": 0.5, "settings": 4, "sampler": "cmaes", "mix": "layer"}
+    found = compare(recipe_in(tmp_path, **spec))
+    mixed = [t["step"]["weights"] for t in found["trials"] if "~" in t["candidate"]]
+    assert len(mixed) == 4
+    assert all(set(w) == set(found["trials"][0]["changes"]) for w in mixed)
+    assert all(len(by_depth) == 3 for w in mixed for by_depth in w.values())
+    assert len({str(w) for w in mixed}) == 4
+    best = max((t for t in found["trials"] if t["share"] == 1), key=lambda t: (t["score"], t["candidate"]))
+    assert found["winner"] == best["candidate"]
+
+
+def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
+    ways = ["average", {"method": "multitask", "train": SHORT}, {"method": "distill", "train": SHORT}]
+    first = compare(recipe_in(tmp_path, "first", ways=ways, runs=9))
+    told: list[str] = []
+    again = compare(
+        recipe_in(tmp_path, "again", ways=ways, runs=1.5, learn=[str(tmp_path / "first"), str(tmp_path / "again")]),
+        log=told.append,
+    )
+    assert any("1 earlier comparisons" in line for line in told)
+    reached = [max(t["score"] for t in found["trials"] if t["share"] == 1) for found in (first, again)]
+    assert reached[1] == reached[0] > 0.2
+    assert again["state"] == first["state"]
+    named = {t["candidate"] for t in again["trials"]} | set(again["left_out"])
+    assert named == {"average", "multitask", "distill"}
+    with pytest.raises(UsageError, match="no-comparison"):
+        compare(recipe_in(tmp_path, "third", ways=ways, learn=[str(tmp_path / "nowhere")]))
+
+
 def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:
     ways = [{"method": "distill", "train": SHORT}, {"method": "multitask", "train": SHORT}]
     with pytest.raises(UsageError, match="budget-too-small"):

@@ -203,6 +203,9 @@ def test_domains_count_by_size_and_by_how_far_the_base_is() -> None:
     hard = row_weights(domains, 0, 1, targets, logits)
     apart = torch.nn.functional.kl_div(logits.log_softmax(1), targets, reduction="none").sum(1)
     assert float(hard[30] / hard[0]) == pytest.approx(float(apart[30] / apart[0]), rel=1e-4)
+    given = row_weights(domains, 1, 0, targets, logits, {"b": 3.0})
+    assert float(given[30] / given[0]) == pytest.approx(9.0)
+    assert float(given.mean()) == pytest.approx(1)
 
 
 def test_balanced_domains_train_otherwise(
@@ -212,6 +215,22 @@ def test_balanced_domains_train_otherwise(
     sent = [way.contribute(s, incumbent, context) for s in specialists.values()]
     made = {
         name: way.absorb(incumbent, sent, tmp_path / name, context, train=train, **more).digest
-        for name, more in {"plain": {}, "difficult": {"by_difficulty": 1.0}, "again": {"by_difficulty": 1.0}}.items()
-    }
-    assert made["again"] == made["difficult"] != made["plain"]
+        for name, more in {
+            "plain": {}, "difficult": {"by_difficulty": 1.0}, "again": {"by_difficulty": 1.0},
+            "given": {"weights": {next(iter(specialists)): 3.0}},
+        }.items()
+    }  # fmt: skip
+    assert made["again"] == made["difficult"] != made["plain"] != made["given"]
+
+
+def test_shares_say_how_often_rows_come(
+    incumbent: Model, specialists: dict[str, Specialist], context: Context, tmp_path: Path
+) -> None:
+    way, train = method("multitask", "feedback"), {"epochs": 1, "batch_size": 1}
+    sent = [way.contribute(s, incumbent, context) for s in specialists.values()]
+    rows, first = [len(c.rows) for c in sent], sent[0].domain
+    for share in (2.5, 0.25, 1e-9):
+        made = way.absorb(incumbent, sent, tmp_path / str(share), context, train=train, shares={first: share})
+        assert made.manifest["parameters"]["steps"] == max(1, round(share * rows[0])) + sum(rows[1:])
+    with pytest.raises(UsageError, match="shares"):
+        way.absorb(incumbent, sent, tmp_path / "none", context, shares={first: 0.0})

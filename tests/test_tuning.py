@@ -11,6 +11,7 @@ import pytest
 from fanbu.catalogue import method, methods
 from fanbu.errors import UsageError
 from fanbu.search.halving import History, Trial
+from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import Range, Space, check_space, space_of, with_values
 from fanbu.search.tuning import Draws, Sampler, tuned
 
@@ -55,6 +56,23 @@ def test_values_take_the_place_of_arguments() -> None:
     found = with_values(given, {"train.lr": 1e-3, "density": 0.5})
     assert found == {"scale": 0.3, "density": 0.5, "train": {"lr": 1e-3, "epochs": 2}}
     assert given["train"] == {"lr": 1e-4, "epochs": 2}
+
+
+def test_coefficients_by_domain_and_depth() -> None:
+    every = Range(0.25, 4.0, log=True)
+    assert mixing_space(method("distill", "feedback"), ["a", "b"], by_layer=True) == {
+        "weights.a": every,
+        "weights.b": every,
+    }
+    assert mixing_space(method("multitask", "feedback"), ["a"]) == {"shares.a": every}
+    assert mixing_space(method("probe", "feedback"), ["a"]) == {}
+    deep = mixing_space(method("average", "feedback"), ["a", "b"], by_layer=True)
+    assert [*deep] == [f"weights.{d}/{i}" for d in "ab" for i in range(3)]
+    drawn = coefficients({key: float(i) for i, key in enumerate(deep)})
+    assert drawn == {"weights.a": [0.0, 1.0, 2.0], "weights.b": [3.0, 4.0, 5.0]}
+    found = with_values({"scale": 0.5, "weights": {"b": 3.0, "c": 2.0}}, drawn)
+    assert found == {"scale": 0.5, "weights": {"a": [0.0, 1.0, 2.0], "b": [3.0, 4.0, 5.0], "c": 2.0}}
+    method("average", "feedback").check(found)
 
 
 SPACE: Space = {"x": Range(0.01, 1.0, log=True), "n": Range(1, 8, log=True, whole=True), "word": ("a", "b")}

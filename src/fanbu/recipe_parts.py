@@ -251,7 +251,8 @@ class CompareSpec(Part):
     a budget of ``seconds``, or of ``runs``, each of so many training steps as the costliest candidate takes with all
     rows. Of the candidates of a rung, the best 1 in ``eta`` go on to ``eta`` times as many rows. A share of the budget
     (``tune``) is for ``settings`` other arguments of the best, at most, which ``sampler`` draws around its own, or from
-    ``space``. ``learn`` names workspaces (the recipe's own may be one) whose comparisons say what to try first."""
+    ``space``; with ``mix``, how much of each domain goes in, the same at all depths or not. ``learn`` names workspaces
+    (the recipe's own may be one) whose comparisons say what to try first."""
 
     ways: list[Step] = Field(default_factory=list)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -261,6 +262,7 @@ class CompareSpec(Part):
     settings: int = Field(default=20, ge=1, le=1000)
     sampler: Literal["tpe", "cmaes", "random", "grid"] = "tpe"
     space: dict[str, list[Any]] = Field(default_factory=dict)
+    mix: Literal["domain", "layer"] | None = None
     learn: list[str] = Field(default_factory=list)
 
     @field_validator("ways", mode="before")

@@ -36,6 +36,7 @@ from fanbu.search.bandit import Prior, explore
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.experience import action_of, experience, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, shares_of
+from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
@@ -211,15 +212,19 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
     assert history.best
     winner = history.best.arm
     step = bench.steps[winner]
-    space = space_of(method(step.method, "feedback"), step.arguments, spec.space)
+    way = method(step.method, "feedback")
+    if spec.mix:
+        space = mixing_space(way, [d.name for d in bench.turn.feeding], spec.mix == "layer")
+    else:
+        space = space_of(way, step.arguments, spec.space)
     if not space:
-        bench.turn.log(f"{winner} has nothing to tune")
+        bench.turn.log(f"{winner} has nothing to {'mix' if spec.mix else 'tune'}")
         return
     draws = Draws(space, spec.sampler, bench.turn.context.seeded("tune", winner))
 
     def new(values: Mapping[str, Any]) -> str:
         name = f"{winner} ~{len(bench.steps)}"
-        bench.steps[name] = Step(**{**step.model_dump(), **with_values(step.arguments, values)})
+        bench.steps[name] = Step(**{**step.model_dump(), **with_values(step.arguments, coefficients(values))})
         return name
 
     tuned(history, winner, new, bench, draws, budget, spec.settings)

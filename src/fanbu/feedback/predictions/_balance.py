@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,17 @@ _LEAST = 1e-3
 
 
 def row_weights(
-    domains: Sequence[str | None], by_size: float, by_difficulty: float, targets_nl: Tensor, logits_nl: Tensor | None
-) -> Tensor:
-    """w [texts], mean 1: n_d^-by_size KL_d^by_difficulty for a text of domain d, which has n_d of the texts.
+    domains: Sequence[str | None], by_size: float, by_difficulty: float, targets_nl: Tensor, logits_nl: Tensor | None,
+    given: Mapping[str, float] = {},
+) -> Tensor:  # fmt: skip
+    """w [texts], mean 1: g_d n_d^-by_size KL_d^by_difficulty for a text of domain d, which has n_d of the texts and is
+    given g_d, 1 where it is not named.
 
     KL_d is the mean of KL(target || base) over the domain's texts: how far the base is from what it is to say.
     Texts of nobody are a group of their own.
     """
     counts = Counter(domains)
-    weight = {d: float(n) ** -by_size for d, n in counts.items()}
+    weight = {d: given.get(d or "", 1.0) * float(n) ** -by_size for d, n in counts.items()}
     if by_difficulty and logits_nl is not None:
         apart = torch.nn.functional.kl_div(logits_nl.log_softmax(1), targets_nl.float(), reduction="none").sum(1)
         for d in counts:
@@ -36,10 +38,10 @@ def row_weights(
 
 def balanced(
     network: Any, tokenizer: Any, texts: Sequence[str], domains: Sequence[str | None], targets_nl: Tensor,
-    context: Context, by_size: float, by_difficulty: float,
+    context: Context, by_size: float, by_difficulty: float, given: Mapping[str, float] = {},
 ) -> Tensor | None:  # fmt: skip
     """``row_weights``, the base asked where it must be; None where all count alike."""
-    if not (by_size or by_difficulty):
+    if not (by_size or by_difficulty or given):
         return None
     logits = class_logits(network, tokenizer, texts, context) if by_difficulty else None
-    return row_weights(domains, by_size, by_difficulty, targets_nl, logits)
+    return row_weights(domains, by_size, by_difficulty, targets_nl, logits, given)

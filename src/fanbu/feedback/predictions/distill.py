@@ -73,7 +73,7 @@ def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
     train: Train = Train(epochs=6, lr=2e-4), top_k: Annotated[int, Ge(1)] = 64, augment: Annotated[int, Ge(0)] = 0,
     features: Annotated[float, Ge(0)] = 0.0, by_size: Annotated[float, Ge(0), Le(1)] = 0.0,
-    by_difficulty: Annotated[float, Ge(0), Le(1)] = 0.0,
+    by_difficulty: Annotated[float, Ge(0), Le(1)] = 0.0, weights: Mapping[str, Annotated[float, Gt(0)]] = {},
 ) -> Model:  # fmt: skip
     """Trains the base on T(d/l | x) = q(d | x) p_d(l | x), by KL(T || softmax(z)) over its whole union head.
 
@@ -92,6 +92,7 @@ def absorb(
             (``objectives.related``), whatever their width.
         by_size: 0: all texts count alike; 1: all domains do, whatever their number of texts (classifiers).
         by_difficulty: how much more a domain counts whose specialist the base is further from (classifiers).
+        weights: how much a text of a domain counts, 1 where it is not named (classifiers).
 
     Raises:
         FitError: the probe set is empty, or a panel does not belong to it.
@@ -111,10 +112,10 @@ def absorb(
         targets = union_targets(base, network, tokenizer, teachers, context, augment)
         origin = [row.domain for row in context.probe.rows]
         origin += [c.domain for c in teachers for _ in range(made_for(context, c.domain, augment))]
-        weights = balanced(network, tokenizer, texts, origin, targets, context, by_size, by_difficulty)
-        loss = soft_labelled(sequences, targets, pad, context.device, weights)
+        counted = balanced(network, tokenizer, texts, origin, targets, context, by_size, by_difficulty, weights)
+        loss = soft_labelled(sequences, targets, pad, context.device, counted)
         if features:
-            loss = related(sequences, targets, pad, context.device, *seen(teachers, context), features, weights)
+            loss = related(sequences, targets, pad, context.device, *seen(teachers, context), features, counted)
         head = final_layer(network)
     else:
         answers = token_targets(network, tokenizer, sequences, teachers, context, top_k)
@@ -122,6 +123,6 @@ def absorb(
     history = train_network(network, [len(s) for s in sequences], loss, train, context, "distill", head=head)
     made = provenance(
         "distill", [base], context, train=vars(train), augment=augment, features=features, by_size=by_size,
-        by_difficulty=by_difficulty, steps=history.steps, **told,
+        by_difficulty=by_difficulty, weights=dict(weights), steps=history.steps, **told,
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 from fanbu.batches import encode, pad_id
 from fanbu.contribution import Contribution
@@ -39,6 +40,7 @@ def contribute(specialist: Specialist, base: Model, context: Context) -> Contrib
 def absorb(
     base: Model, contributions: Sequence[Contribution], out: Path, context: Context, *,
     train: Train = Train(epochs=3, lr=1.5e-4), layers: Literal["all", "lora"] = "all", rank: Annotated[int, Ge(1)] = 8,
+    shares: Mapping[str, Annotated[float, Gt(0), Le(100)]] = {},
 ) -> Model:  # fmt: skip
     """Trains the base on the rows of all domains: cross-entropy over the union head, which is cross-entropy over
     domains plus cross-entropy within the domain (``fanbu.losses``); next-token loss for a causal model.
@@ -49,13 +51,15 @@ def absorb(
         train: how to train; there is no early stopping, since the centre has no validation rows.
         layers: ``all``; ``lora``: low-rank factors of the linear layers (s = 2), which are added in, and label rows.
         rank: of the factors.
+        shares: how often a domain's rows come in an epoch, 1 where it is not named: with 2.5 each comes twice, and a
+            drawn half of them once more.
 
     Raises:
         IntegrityError: a row's label is not in the base's head.
 
     Reference: Caruana 1997, "Multitask learning".
     """
-    rows = [row for c in contributions for row in c.rows]
+    rows = [row for c in contributions for row in _coming(c, shares.get(c.domain, 1.0), context)]
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
     sequences = encode(tokenizer, [row["text"] for row in rows], limit(network, context))
@@ -75,6 +79,14 @@ def absorb(
         network = wrapped.merge_and_unload(safe_merge=True)
     made = provenance(
         "multitask", [base], context, train=vars(train), layers=layers, rank=rank, steps=history.steps,
-        domains=[c.domain for c in contributions],
+        domains=[c.domain for c in contributions], shares=dict(shares),
     )  # fmt: skip
     return save_network(network, tokenizer, out, made)
+
+
+def _coming(c: Contribution, share: float, context: Context) -> list[Mapping[str, Any]]:
+    """A domain's rows as often as they come in an epoch, at least one."""
+    count = max(1, round(share * len(c.rows)))
+    times, more = divmod(count, len(c.rows))
+    drawn = random.Random(context.seeded("multitask", c.domain)).sample(range(len(c.rows)), more)
+    return [*c.rows] * times + [c.rows[i] for i in sorted(drawn)]
