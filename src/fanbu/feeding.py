@@ -17,6 +17,7 @@ from fanbu.domain import Domain, Specialist
 from fanbu.errors import FitError, IntegrityError
 from fanbu.files import write_text
 from fanbu.fingerprint import code_digest
+from fanbu.hierarchy import along
 from fanbu.ledger import Workspace
 from fanbu.merging.noise import noised, shortened
 from fanbu.model import Model, copy_model, open_model, said_anew
@@ -31,9 +32,11 @@ _CROSSED, _DONE = "crossed.json", "done.json"
 
 
 def feed(turn: Turn, step: Step, specialists: Sequence[Specialist], base: Model, name: str | None = None) -> Model:
-    """Contribute at each owner, absorb at the centre, as often as the step says."""
+    """Contribute at each owner, absorb at the centre, as often as the step says; group by group where it has a tree."""
     way, name = method(step.method, "feedback"), name or step.called
     specialists = [s for s in specialists if s.domain.name not in turn.missed]
+    if step.tree:
+        return along(turn, step, specialists, base, name, feed)
     if step.times > 1:
         return _repeated(turn, step, specialists, base, name)
     sent, _ = _gathered(turn, way, step, [(way, step.arguments, s, base, None) for s in specialists])

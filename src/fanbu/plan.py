@@ -11,7 +11,8 @@ from fanbu.domain import Domain, is_target
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
 from fanbu.recipe import Recipe
-from fanbu.recipe_parts import Step
+from fanbu.recipe_parts import Step, TreeSpec
+from fanbu.tree import named
 from fanbu.types import CLASSIFYING
 
 
@@ -60,7 +61,45 @@ def need_rows_here(recipe: Recipe, what: str) -> None:
 def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
     """Why a step of a recipe, a way back, cannot work with these domains; None where it can."""
     way = method(step.method, "feedback")
-    return misfit(way, recipe.shrink, domains, recipe, step.arguments) or unsummable(way, domains, step)
+    reason = misfit(way, recipe.shrink, domains, recipe, step.arguments) or unsummable(way, domains, step)
+    return reason or (_untreed(step.tree, recipe, domains) if step.tree else None)
+
+
+_OF_TREE = {"weights": "weights", "texts": "statistics", "answers": "predictions"}  # the kind that crosses
+
+
+def _untreed(tree: TreeSpec, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
+    """Why a way back cannot be taken along this tree; None where it can. UsageError where it is none."""
+    feeding = [d for d in domains if d.role == "feeds"]
+    unknown = sorted(set(named(tree.groups)) - set(recipe.domains))
+    if unknown:
+        raise UsageError(
+            "bad-tree", "tree: domains that the recipe does not have", allowed=sorted(recipe.domains), got=unknown,
+            remedy="name these, or leave them out",
+        )  # fmt: skip
+    if recipe.transport.transport().away:
+        return FitError(
+            "tree-elsewhere", "a tree is followed where all owners are here", allowed="transport: local or ray",
+            got=recipe.transport.kind, remedy="leave the tree out",
+        )  # fmt: skip
+    if tree.shrinkage or tree.by == "weights":
+        for step in recipe.shrink:
+            if method(step.method, "shrink").code.CHANGES:
+                return FitError(
+                    "other-architecture", f"a tree with shrinkage, or by weights, needs the base's architecture; "
+                    f"{step.method} changes it", remedy="set tree.shrinkage to 0, and take texts or answers",
+                )  # fmt: skip
+    if tree.by == "answers" and feeding[0].task not in CLASSIFYING:
+        return FitError("other-task", "a tree by answers is for classifiers", remedy="take texts or weights")
+    if tree.by == "answers" and (reason := _unprobed("a tree by answers", recipe, feeding)):
+        return reason
+    refused = [d for d in feeding if tree.by and _OF_TREE[tree.by] not in d.share.kinds]
+    if refused:
+        return BoundaryError(
+            "not-shared", f"a tree by {tree.by} needs {_OF_TREE[str(tree.by)]}, which {refused[0].name} does not share",
+            allowed=refused[0].share.as_dict(), remedy="give the groups, or compare domains by what they share",
+        )  # fmt: skip
+    return None
 
 
 def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError | BoundaryError | None:
@@ -172,11 +211,8 @@ def misfit(
                 "other-tokenizer", f"{way.name} needs the base's tokenizer; {step.method} changes it",
                 remedy="leave that step out",
             )  # fmt: skip
-    if needs.probe and not recipe.probe.public and not any(recipe.probe.from_domain(d.share) for d in feeding):
-        return FitError(
-            "no-probe-set", f"{way.name} needs a probe set, and no domain shares texts",
-            remedy="name public texts under probe.public, or a number of texts under probe.synthetic",
-        )  # fmt: skip
+    if needs.probe and (reason := _unprobed(way.name, recipe, feeding)):
+        return reason
     if needs.target and not any(is_target(d, feeding) and recipe.probe.from_domain(d.share) for d in domains):
         return FitError(
             "no-target", f"{way.name} needs an owner who has texts and no labels, in an industry that others feed",
@@ -185,3 +221,12 @@ def misfit(
             remedy="name it under guards, with its texts under unlabelled and test rows to judge by",
         )  # fmt: skip
     return None
+
+
+def _unprobed(what: str, recipe: Recipe, feeding: Sequence[Domain]) -> FitError | None:
+    if recipe.probe.public or any(recipe.probe.from_domain(d.share) for d in feeding):
+        return None
+    return FitError(
+        "no-probe-set", f"{what} needs a probe set, and no domain shares texts",
+        remedy="name public texts under probe.public, or a number of texts under probe.synthetic",
+    )  # fmt: skip

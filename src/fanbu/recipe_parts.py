@@ -138,12 +138,32 @@ def _joined(first: Any, more: list[str | None]) -> Any:
     return first if not added else [*([first] if isinstance(first, str) else first or []), *added]
 
 
+Likeness = Literal["weights", "texts", "answers"]
+
+
+class TreeSpec(Part):
+    """A tree of industries along which a way back is taken: ``groups`` of domains, or of groups, or groups of what is
+    alike ``by`` task vectors, texts, or answers; and how many rows a group counts for, towards which its members are
+    drawn (``shrinkage``)."""
+
+    groups: dict[str, Any] = Field(default_factory=dict)
+    by: Likeness | None = None
+    shrinkage: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_tree(self) -> TreeSpec:
+        if bool(self.groups) == bool(self.by):
+            raise ValueError("give either groups or by")
+        return self
+
+
 class Step(BaseModel):
     """A method with its parameters; the catalogue checks them against the method's signature. ``times``: a way back is
     taken so often, each time on what it made of the large model before (inner rounds), by a share of the owners
     (``participation``), drawn anew each time. ``secure``: what owners send is masked, and the centre reads the sum of
     all of them alone (linear ways). ``noise``: what an owner changed is brought down to a length (``norm``), and noise
-    is added, so that it tells little of the owner as a whole: (epsilon, delta)-differential privacy."""
+    is added, so that it tells little of the owner as a whole: (epsilon, delta)-differential privacy. ``tree``: it is
+    taken group by group."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
@@ -151,16 +171,19 @@ class Step(BaseModel):
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     secure: bool = False
     noise: Privacy | None = None
+    tree: TreeSpec | None = None
 
     @model_validator(mode="after")
     def _some_of_many(self) -> Step:
+        if self.tree and (self.secure or self.noise):
+            raise ValueError("a tree needs what each owner sends: leave secure and noise out, or tree")
         if self.participation < 1 and self.times == 1:
             raise ValueError("participation is of inner rounds: say how many times, too")
         return self
 
     @model_serializer(mode="wrap")
     def _once_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"times": 1, "participation": 1, "secure": False, "noise": None}
+        usual = {"times": 1, "participation": 1, "secure": False, "noise": None, "tree": None}
         return {k: v for k, v in handler(self).items() if k not in usual or v != usual[k]}
 
     @property
@@ -171,7 +194,8 @@ class Step(BaseModel):
     @property
     def called(self) -> str:
         """What a report calls it."""
-        return self.method if self.times == 1 else f"{self.method} x{self.times}"
+        name = f"{self.method} tree" if self.tree else self.method
+        return name if self.times == 1 else f"{name} x{self.times}"
 
 
 class PublicTexts(Part):

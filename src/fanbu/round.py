@@ -262,6 +262,9 @@ def turn_once(turn: Turn) -> Result:
         order.append(name)
         if isinstance(reference, Step):
             models[name] = feed(turn, reference, specialists, incumbent, f"reference {name}")
+    if any(step.tree for step in recipe.feedback):
+        order.append(name := _free_name(f"{' > '.join(s.method for s in recipe.feedback)} without the tree", order))
+        models[name] = _flat(turn, specialists, incumbent, name)
     calls = [(d, models, _own(births.get(name))) for name, d in turn.here.items()]
     looks = {call[0].name: seen for call, seen in turn.at_owners(look, calls)}
     births = {name: birth for name, birth in births.items() if name in looks}
@@ -275,6 +278,14 @@ def turn_once(turn: Turn) -> Result:
     verdict = judge(judged["candidate"], judged["incumbent"], judged["specialists"], turn.here, gate, recipe.seed)
     sizes, rows = ({d: getattr(seen, part) for d, seen in looks.items()} for part in ("sizes", "examples"))
     return Result(turn.base, incumbent, fed[-1], fed[1:], births, judged, of("forerunner"), rows, verdict, sizes)
+
+
+def _flat(turn: Turn, specialists: Sequence[Specialist], incumbent: Model, name: str) -> Model:
+    """What the round's ways back make of all specialists at once."""
+    model = incumbent
+    for step in turn.recipe.feedback:
+        model = feed(turn, step.model_copy(update={"tree": None}), specialists, model, f"reference {name}")
+    return model
 
 
 def _own(birth: Birth | None) -> dict[str, Model]:

@@ -1,0 +1,158 @@
+"""Ways back along a tree of industries: trees that are given or found, and what is made along them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import rows, tiny_recipe, write_rows
+from fanbu.errors import FitError, UsageError
+from fanbu.generations import run
+from fanbu.model import load_network, open_model
+from fanbu.plan import check_plan
+from fanbu.recipe import Recipe, load_domains, load_recipe
+from fanbu.recipe_parts import Step
+from fanbu.tree import Node, clustered, given, named
+
+SHORT = {"epochs": 1, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
+
+
+def test_groups_of_a_recipe() -> None:
+    groups = {"money": {"banks": ["a", "b"], "courts": ["c"]}, "care": ["d", "e"], "far": ["f"]}
+    assert named(groups) == ["a", "b", "c", "d", "e", "f"]
+    tree = given(groups, ["a", "b", "c", "d", "x"])
+    assert tree.as_dict() == {
+        "name": "all",
+        "children": [
+            {"name": "d"},  # alone in its group
+            {
+                "name": "money",
+                "children": [{"name": "banks", "children": [{"name": "a"}, {"name": "b"}]}, {"name": "c"}],
+            },
+            {"name": "x"},  # in no group
+        ],
+    }  # fmt: skip
+    assert tree.leaves == ["d", "a", "b", "c", "x"]
+    for wrong, said in (({"a": "b"}, "group 'a'"), ({"a": []}, "group 'a'"), ({"a": ["x"], "b": ["x"]}, "several")):
+        with pytest.raises(UsageError, match=said):
+            named(wrong)
+
+
+def test_what_is_alike_is_one_group() -> None:
+    likeness = np.array([[1, 0.1, 0.9, 0, 0], [0.1, 1, 0, 0.8, 0.1], [0.9, 0, 1, 0.1, 0], [0, 0.8, 0.1, 1, 0],
+                         [0, 0.1, 0, 0, 1.0]])  # fmt: skip
+    tree = clustered(["a", "b", "c", "d", "e"], likeness)
+    assert [c.name for c in tree.children] == ["a+c", "b+d", "e"]
+    assert clustered(["a", "b"], likeness[:2, :2]) == Node("all", (Node("a"), Node("b")))
+
+
+def renumbered(values: list[dict[str, str]], first: int) -> list[dict[str, str]]:
+    """Texts that differ from others' in their words, and no more in their numbers than those of one domain do."""
+    return [{**v, "text": f"{v['text'].rsplit(' ', 1)[0]} 0{first + i}"} for i, v in enumerate(values)]
+
+
+def recipe_in(folder: Path, tree: dict[str, Any] | None, way: str = "average", **more: Any) -> Recipe:
+    """Two domains of food and two of rail; the smallest has a few rows."""
+    folder.mkdir(exist_ok=True)
+    value = tiny_recipe(folder) | {"references": []}
+    for name, like, seed in (("meal", "food", 70), ("tram", "rail", 80)):
+        value["domains"][name] = {
+            split: write_rows(folder / f"{name}.{split}.jsonl", renumbered(rows(like, count, seed + k), 500 + 100 * k))
+            for k, (split, count) in enumerate({"train": 48, "valid": 18, "test": 36}.items())
+        }
+    step = {"method": way, **({"train": SHORT} if way in ("distill", "multitask") else {})}
+    value["feedback"] = {**step, **more, **({"tree": tree} if tree else {})}
+    return load_recipe(value)
+
+
+def made(record: dict[str, Any]) -> dict[str, Any]:
+    return dict(record["candidate"]["made"])
+
+
+def tensors(record: dict[str, Any], who: str = "candidate") -> dict[str, torch.Tensor]:
+    return dict(load_network(open_model(Path(record["workspace"]) / record[who]["path"])).state_dict())
+
+
+def cosines(record: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Of the task vectors of all specialists; label rows, which domains do not have in common, are no part of them."""
+    root = Path(record["workspace"])
+    base = {n: t for n, t in tensors(record, "incumbent").items() if "classifier" not in n}
+    grown = [record["domains"][d]["specialist"]["path"] for d in sorted(record["domains"])]
+    states = [load_network(open_model(root / path)).state_dict() for path in grown]
+    flat = torch.stack([torch.cat([(s[n] - t).double().flatten() for n, t in base.items()]) for s in states])
+    unit = torch.nn.functional.normalize(flat, dim=1)
+    return np.asarray((unit @ unit.T).numpy())
+
+
+GROUPS = {"eating": ["food", "meal"], "riding": ["rail", "tram"]}
+
+
+@pytest.mark.parametrize("by", ["texts", "weights", "answers"])
+def test_groups_are_found(by: str, tmp_path: Path) -> None:
+    record = run(recipe_in(tmp_path, {"by": by}))
+    tree = made(record)["tree"]
+    alike = np.array(tree["likeness"])
+    assert tree["domains"] == ["food", "meal", "rail", "tram"]
+    if by == "weights":
+        np.testing.assert_allclose(alike, cosines(record), atol=1e-4)
+    else:
+        assert min(alike[0, 1], alike[2, 3]) > alike[:2, 2:].max()
+    if by == "texts":
+        assert [c["name"] for c in tree["children"]] == ["food+meal", "rail+tram"]
+    assert sorted(record["domains"]) == ["food", "meal", "rail", "tram"]
+    flat = run(recipe_in(tmp_path / "flat", None))
+    assert flat["candidate"]["digest"] != record["candidate"]["digest"]
+
+
+def test_pairs_of_pairs_are_averaged_as_all_four(tmp_path: Path) -> None:
+    """Means of means of equal groups are the mean; what is made is told, and beside it what is made without a tree."""
+    record = run(recipe_in(tmp_path, {"groups": GROUPS}))
+    assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "riding"]
+    stages = [c["stage"] for c in record["costs"]]
+    assert {"average tree eating", "average tree riding", "average tree"} <= set(stages)
+    assert "average without the tree" in [row["name"] for row in record["table"]]
+    flat = run(recipe_in(tmp_path / "flat", None))
+    whole, plain = tensors(record), tensors(flat)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, plain[name], atol=2e-5, rtol=1e-4)
+    again = run(recipe_in(tmp_path / "again", {"groups": GROUPS}))
+    assert again["candidate"]["digest"] == record["candidate"]["digest"]
+
+
+@pytest.mark.parametrize("way", ["distill", "multitask", "ties"])
+def test_any_way_goes_along_a_tree(way: str, tmp_path: Path) -> None:
+    record = run(recipe_in(tmp_path, {"groups": {"eating": ["food", "meal"]}}, way))
+    assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "rail", "tram"]
+    assert record["candidate"]["method"] == f"{way} tree"
+
+
+def test_members_are_drawn_towards_their_group(tmp_path: Path) -> None:
+    """With more rows than all have by far, each member becomes its group's, and that the root's."""
+    record = run(recipe_in(tmp_path, {"groups": GROUPS, "shrinkage": 1e9}))
+    assert "shrinkage food" in [c["stage"] for c in record["costs"]]
+    plain, free = tensors(run(recipe_in(tmp_path / "free", {"groups": GROUPS}))), tensors(record)
+    for name, tensor in free.items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-4, rtol=1e-3)
+    some = run(recipe_in(tmp_path / "some", {"groups": GROUPS, "shrinkage": 50}))
+    weights = {c["stage"]: c for c in some["costs"]}
+    assert {f"shrinkage {d}" for d in ("eating", "riding", "food", "meal", "rail", "tram")} <= set(weights)
+
+
+def test_trees_that_cannot_be_followed(tmp_path: Path) -> None:
+    def refused(tree: dict[str, Any], kind: type[Exception], said: str, **more: Any) -> None:
+        recipe = recipe_in(tmp_path, tree).model_copy(update=more)
+        with pytest.raises(kind, match=said):
+            check_plan(recipe, load_domains(recipe))
+
+    refused({"groups": {"a": ["food", "nobody"]}}, UsageError, "bad-tree")
+    pruned = [Step(method="depth", layers=1)]
+    refused({"by": "weights"}, FitError, "other-architecture", shrink=pruned)
+    refused({"groups": GROUPS, "shrinkage": 5}, FitError, "other-architecture", shrink=pruned)
+    with pytest.raises(UsageError, match="give either groups or by"):
+        recipe_in(tmp_path, {"groups": GROUPS, "by": "texts"})
+    with pytest.raises(UsageError, match="leave secure"):
+        recipe_in(tmp_path, {"groups": GROUPS}, secure=True)
