@@ -204,6 +204,74 @@ class Outline(HTMLParser):
         self.words.append(data)
 
 
+def chosen_record(names: tuple[str, ...] = DOMAINS, metric: str = "accuracy") -> dict[str, Any]:
+    """A full record of a round whose way back was chosen, whose specialists were weighed, and which followed a tree."""
+    record = full_record(names, metric=metric)
+    tried = (("distill", 1 / 3, 0.02), ("distill", 1.0, 0.04), ("average", 1.0, -0.01), ("multitask", 1 / 3, -0.005))
+    trials = [
+        {
+            "candidate": name, "share": share, "score": score, "changes": dict.fromkeys(names, score),
+            "worst": score - 0.01, "seconds": 30 * share, "crossed_bytes": 9000, "low": score - 0.02,
+            "high": score + 0.02, "wins": 0.5, "corrected": score - 0.003,
+        }
+        for name, share, score in tried
+    ]  # fmt: skip
+    record["comparison"] = {
+        "metric": metric, "trials": trials, "winner": "distill", "front": ["distill", "average"], "spent": 70.0,
+        "budget": 90.0, "in": "seconds",
+        "left_out": {
+            "ties": "the budget was spent before its first trial",
+            "iso_c": "earlier comparisons promise too little of it",
+            "wudi": "it would take more than the budget with all rows", "dare": "it ended with an error: no",
+        },
+    }  # fmt: skip
+    part = {"value": 0.02, "low": 0.01, "high": 0.03}
+    record["worth"] = {
+        "way": "distill", "metric": metric, "left_out": dict.fromkeys(names, part),
+        "shapley": {n: {**part, "value": 0.02 - i / 50} for i, n in enumerate(names)}, "harmful": [names[-1]],
+    }  # fmt: skip
+    leaves = [{"name": n} for n in names]
+    record["candidate"]["made"] = {
+        "tree": {"name": "all", "children": [{"name": "near", "children": leaves[:2]}, *leaves[2:]]}
+    }
+    return record
+
+
+def test_what_was_chosen_is_shown(tmp_path: Path) -> None:
+    for metric in ("accuracy", "loss"):
+        page = render(chosen_record(metric=metric))
+        outline = Outline(page)
+        ids = {value for _, name, value in outline.attributes if name == "id"}
+        assert {"chosen", "worth", "tree"} <= ids
+        for drawing in re.findall(r"<svg[^>]*>", page):
+            hidden = 'aria-hidden="true"' in drawing or drawing == '<svg class="key">'
+            assert hidden or re.search(r'role="img" aria-label="[^"]+"', drawing), drawing
+    page = render(chosen_record())
+    for shown in ("+4.0", "winner", "not beaten", "it ended with an error", "+3.7 points", "33%", "near"):
+        assert shown in page
+    record = chosen_record()
+    record["worth"]["shapley"] = None
+    record["comparison"]["in"] = "steps"
+    assert "70 of 90 steps spent" in render(record)
+    assert "would have been without it" in render(record)
+
+
+@pytest.mark.parametrize("fill", [None, math.nan, "text"])
+def test_holes_in_what_was_chosen(fill: Any) -> None:
+    whole = chosen_record(("legal", "general"))
+    parts = [p for p in _holes(whole) if p[0] in ("comparison", "worth") or p[:3] == ("candidate", "made", "tree")]
+    assert len(parts) > 60
+    for path in parts:
+        record = copy.deepcopy(whole)
+        at: Any = record
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = fill
+        page = render(record)
+        assert "nan" not in re.sub(r"<style>.*?</style>|<pre>.*?</pre>", "", page, flags=re.S).lower().split(), path
+        assert ">None<" not in page, path
+
+
 def test_full_record_has_every_section(tmp_path: Path) -> None:
     path = write_report(full_record(), tmp_path / "deep" / "folder")
     assert path == tmp_path / "deep" / "folder" / "report.html"
@@ -275,7 +343,7 @@ def test_hostile_texts_are_escaped_everywhere() -> None:
     evil = "\"'><script>alert(1)</script><img src=https://evil.example/x onerror=alert(1)>\u202e\x00"
     record = json.loads(json.dumps(full_record((evil, "legal", "general"))))
     at_every_text = _poisoned(record, evil)
-    for each in (record, at_every_text):
+    for each in (record, at_every_text, _poisoned(chosen_record((evil, "legal", "general")), evil)):
         page = render(each)
         outline = Outline(page)
         assert "script" not in outline.tags

@@ -11,7 +11,7 @@ import pytest
 from fanbu import lang
 from fanbu.report import words
 from fanbu.report.html import render, render_workspace
-from test_report import Outline, full_record
+from test_report import Outline, chosen_record, full_record
 from test_report_generations import FIRST, OUT, SECOND, THIRD, Events, event, forgotten, old_story, story, turned
 
 
@@ -95,6 +95,9 @@ def every_page(language: str) -> list[str]:
     stories = [story(), story(metric="loss"), old_story(), *odd_workspaces()]
     records = [*story()[0], *story(metric="loss")[0], full_record(accepted=False), *odd_records()]
     pages = [render_workspace(*each, lang=language) for each in stories]
+    steps = chosen_record()
+    steps["comparison"]["in"], steps["worth"]["shapley"] = "steps", None
+    records += [chosen_record(), steps]
     return pages + [render(record, language) for record in records]
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fanbu.round import Birth, Result
     from fanbu.turn import Turn
 
+COMPARED, WORTH = "compare", "worth"  # folders of a workspace, by round
 _NAMES = {
     "specialists": "specialists, oracle router", "tfidf": "TF-IDF regression",
     "average": "uniform average of weights", "multitask": "joint training on all rows",
@@ -238,3 +239,14 @@ def finished(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
         return [], []
     ledger = Workspace(root)
     return read_records(root, ledger.rounds()), ledger.left()
+
+
+def with_choices(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A round's record with how its way back was chosen (``comparison``) and what its specialists were worth
+    (``worth``), where the workspace holds these."""
+    found = dict(record)
+    for name, folder in (("comparison", COMPARED), ("worth", WORTH)):
+        file = root / folder / f"{record.get('round')}.json"
+        if file.is_file():
+            found[name] = json.loads(file.read_text())
+    return found

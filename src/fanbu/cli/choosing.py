@@ -80,12 +80,15 @@ def worth(
     change: Set = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """What each specialist was worth in the last round: the gain without it."""
+    from fanbu.cli.rounds import write_pages
     from fanbu.progress import bar
     from fanbu.recipe import load_recipe
+    from fanbu.record import read_records
     from fanbu.report.candidates import worth_page
     from fanbu.search.worth import worth as worth_of
 
     loaded = load_recipe(recipe, change or [])
     with bar(Path(loaded.workspace)) as show:
         found = worth_of(loaded, pairs, show, show.log)
+    write_pages(Path(loaded.workspace), read_records(Path(loaded.workspace))[-1:])
     typer.echo(json.dumps(found) if as_json else worth_page(found, str(recipe), shared.words()))

@@ -57,7 +57,7 @@ def show_rounds(
     if not new:
         return accepted
     root = Path(record["workspace"])
-    page, pages = _write_pages(root, new)
+    page, pages = write_pages(root, new)
     told: dict[str, Any] = {"report": str(page), "pages": [str(p) for p in pages]}
     if track_it:
         from fanbu.track import track as track_rounds
@@ -110,14 +110,14 @@ def _show_plan(recipe: Recipe, as_json: bool) -> None:
     typer.echo(json.dumps(found) if as_json else plan_page(found, shared.words()))
 
 
-def _write_pages(root: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Path, list[Path]]:
+def write_pages(root: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Path, list[Path]]:
     """(the page of the workspace, the pages of these rounds), written now."""
     from fanbu.ledger import Workspace
-    from fanbu.record import read_records, record_folder
+    from fanbu.record import read_records, record_folder, with_choices
     from fanbu.report.html import write_report, write_workspace_report
 
     lang, ledger = language(), Workspace(root)
-    pages = [write_report(record, record_folder(root, record["key"]), lang) for record in records]
+    pages = [write_report(with_choices(root, r), record_folder(root, r["key"]), lang) for r in records]
     everything = write_workspace_report(read_records(root), ledger.history(), ledger.champion(), root, lang)
     return everything, pages
 
@@ -137,7 +137,7 @@ def report(workspace: WorkspacePath, number: Number = None, show: Open = False, 
             "unknown-round", f"{root} has no such round", allowed=[r["round"] for r in records], got=number,
             remedy="take one of these",
         )  # fmt: skip
-    page, pages = _write_pages(root, chosen)
+    page, pages = write_pages(root, chosen)
     if as_json:
         typer.echo(json.dumps({**chosen[-1], "report": str(page), "pages": [str(p) for p in pages]}))
     else:

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanbu.report import charts, comparison, detail, pareto, run, verdict, workspace
+from fanbu.report import charts, choosing, comparison, detail, pareto, run, verdict, workspace
 from fanbu.report import format as f
 from fanbu.report.words import Say, counted, words
 
@@ -115,6 +115,9 @@ def sections(record: Mapping[str, Any], t: Say) -> dict[str, Any]:
         "examples": detail.examples(record),
         "calibration": detail.calibration(record, t),
         "comparison": comparison.comparison(record, t),
+        "chosen": choosing.chosen(record, t),
+        "worth": choosing.worth(record, t),
+        "tree": choosing.tree(record),
         "arrivals": detail.arrivals(record, t),
         "specialists": run.specialists(record, t),
         "searches": pareto.searches(record, t),

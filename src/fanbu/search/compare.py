@@ -30,7 +30,7 @@ from fanbu.plan import need_rows_here, refusal
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, GateSpec, Step
-from fanbu.record import read_records
+from fanbu.record import COMPARED, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, explore
 from fanbu.search.costs import reads_rows, steps_of
@@ -45,7 +45,6 @@ from fanbu.types import Progress, digest, silent
 _LEAST_ROWS = 12  # of a domain that a trial works with
 _JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
 TIMES = 6  # inner rounds of a federated way that a recipe does not name
-FOLDER = "compare"
 BEFORE = "incumbent"
 
 
@@ -182,7 +181,7 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
         )  # fmt: skip
     found, ledger = _summary(bench, history, budget), bench.turn.workspace
     found["asked"] = _asked(recipe, bench.turn.domains, bench.turn.base)
-    (ledger.root / FOLDER).mkdir(exist_ok=True)
+    (ledger.root / COMPARED).mkdir(exist_ok=True)
     write_text(_file(ledger, bench.turn.number), json.dumps(found, indent=1, sort_keys=True))
     chosen = {"feedback": [bench.steps[history.best.arm]], "rounds": bench.turn.number}
     return {**found, "record": run(recipe.model_copy(update=chosen), progress, log)}
@@ -192,7 +191,7 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, by successive halving, or as earlier comparisons say."""
     arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
     own = bench.turn.workspace.root
-    past = experience([Path(w) for w in spec.learn], own, FOLDER)
+    past = experience([Path(w) for w in spec.learn], own, COMPARED)
     if not past:
         return halving(arms, bench, budget, spec.eta)
     bench.turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
@@ -248,7 +247,7 @@ def _asked(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:
 
 
 def _file(ledger: Workspace, number: int) -> Path:
-    return ledger.root / FOLDER / f"{number}.json"
+    return ledger.root / COMPARED / f"{number}.json"
 
 
 def opened(recipe: Recipe, progress: Progress, log: Log) -> Bench:

@@ -18,13 +18,11 @@ from fanbu.ledger import Workspace
 from fanbu.model import Model, open_model
 from fanbu.plan import need_rows_here
 from fanbu.recipe import Recipe
-from fanbu.record import read_records
+from fanbu.record import WORTH, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.shares import Floats, leave_one_out, shapley
 from fanbu.turn import Log, Turn, made_of, open_turn
 from fanbu.types import Progress, silent
-
-FOLDER = "worth"
 
 
 def worth(
@@ -68,8 +66,8 @@ def worth(
         "shapley": None if values is None else {n: asdict(p) for n, p in values.items()},
         "harmful": [n for n in names if parts[n].high < 0],
     }  # fmt: skip
-    (turn.workspace.root / FOLDER).mkdir(exist_ok=True)
-    file = turn.workspace.root / FOLDER / f"{turn.number}.json"
+    (turn.workspace.root / WORTH).mkdir(exist_ok=True)
+    file = turn.workspace.root / WORTH / f"{turn.number}.json"
     write_text(file, json.dumps(found, indent=1, sort_keys=True))
     return {**found, "sets": len(known)}
 
