@@ -11,8 +11,8 @@ the same draws and budget: candidates in order of their coming, each with all ro
 and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
 on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --table).
 
-Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE]. Six domains, at most 300 training
-rows each; --quick: three domains and 150 rows, and six candidates.
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N]. Four
+domains, at most 100 training rows each, and every way that fits; --quick: three domains, and six candidates.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from fanbu.search.compare import candidates, compare
 from fanbu.search.halving import Arm, History, halving
 
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
+TIMES = 3  # inner rounds of federated ways
 QUICK = ["average", "tsv_m", "ensemble", "probe", "multitask", "distill"]
 MORE: list[dict[str, Any]] = [
     {"method": "task_arithmetic", "scale": 0.3}, {"method": "ties", "density": 0.5},
     {"method": "distill", "train": {"lr": 3e-4}}, {"method": "distill", "train": {"lr": 3e-5}},
     {"method": "multitask", "train": {"lr": 3e-4}}, {"method": "multitask", "train": {"lr": 3e-5}},
-    {"method": "fedavg", "times": 6, "train": {"epochs": 1, "lr": 3e-4}},
+    {"method": "fedavg", "times": TIMES, "train": {"epochs": 1, "lr": 3e-4}},
 ]  # fmt: skip
 
 
-def recipe_of(data: Path, work: Path, quick: bool) -> Recipe:
+def recipe_of(data: Path, work: Path, quick: bool, count: int, rows: int) -> Recipe:
     """All domains in one place, one thread; ``compare`` lists the candidates."""
-    count, rows = (3, 150) if quick else (6, 300)
     domains = {
         name: {
             **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
-            "limit": {"train": rows, "valid": 400, "test": 1000},
+            "limit": {"train": rows, "valid": 200, "test": 500},
         }
         for name, folder in list(usable(text_domains(data)).items())[:count]
     }
@@ -62,9 +62,8 @@ def recipe_of(data: Path, work: Path, quick: bool) -> Recipe:
     }  # fmt: skip
     if quick:
         return load_recipe({**plain, "compare": {"ways": QUICK}})
-    every = [
-        s.model_dump(mode="json") for s in candidates(load_recipe(plain), load_domains(load_recipe(plain))).values()
-    ]
+    usual = candidates(load_recipe(plain), load_domains(load_recipe(plain))).values()
+    every = [{**s.model_dump(mode="json"), **({"times": TIMES} if s.times > 1 else {})} for s in usual]
     return load_recipe({**plain, "compare": {"ways": [*every, *MORE]}})
 
 
@@ -159,6 +158,8 @@ def replayed(found: Mapping[str, Any], replays: int) -> dict[str, dict[str, floa
 
 def main() -> int:
     flags = parser(__doc__ or "")
+    flags.add_argument("--domains", type=int, default=None, help="how many, from the first")
+    flags.add_argument("--rows", type=int, default=100, help="training rows of each, at most")
     flags.add_argument("--table", type=Path, default=None, help="a table that was measured")
     args = flags.parse_args()
     name = "compare-quick" if args.quick else "compare"
@@ -166,7 +167,7 @@ def main() -> int:
     if args.table:
         found = json.loads(args.table.read_text())
     else:
-        recipe = recipe_of(args.data, work, args.quick)
+        recipe = recipe_of(args.data, work, args.quick, args.domains or (3 if args.quick else 4), args.rows)
         found = measured(recipe, work)
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
