@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 def plain(found: dict[str, Any]) -> dict[str, Any]:
     """What does not hang on the clock."""
-    rows = [{k: v for k, v in t.items() if k not in {"seconds", "peak_bytes"}} for t in found["trials"]]
+    rows = [{k: v for k, v in t.items() if k not in {"seconds", "peak_bytes", "joules"}} for t in found["trials"]]
     return {"trials": rows, **{k: found[k] for k in ("winner", "spent", "left_out")}}
 
 

@@ -171,7 +171,8 @@ def _costs(names: tuple[str, ...]) -> list[dict[str, Any]]:
     stages = [(f"shrink vocabulary > depth {n}", 92.1 - 7 * i, i == 1) for i, n in enumerate(names[:-1])]
     stages += [("absorb distill", 141.0, False), ("judge", 33.4, False), ("probe base", 12.0, True)]
     return [
-        {"stage": s, "seconds": t, "cpu_seconds": 1.9 * t, "peak_bytes": 900_000_000, "reused": r} for s, t, r in stages
+        {"stage": s, "seconds": t, "cpu_seconds": 1.9 * t, "peak_bytes": 900_000_000, "joules": 25 * t, "reused": r}
+        for s, t, r in stages
     ]
 
 

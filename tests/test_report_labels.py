@@ -129,7 +129,7 @@ def test_no_english_word_is_left_on_a_chinese_page() -> None:
     records, history, champion = greek(list(story()))
     for record in records:
         del record["versions"], record["candidate"]["arguments"]
-    names = r"fanbu|Holm|json|report|kB|MB|min|UTC|ms|TF|IDF"
+    names = r"fanbu|Holm|json|report|kB|MB|m?Wh|min|UTC|ms|TF|IDF"
     fields = r"train|valid|test|unlabelled|loss|recall|precision|weighted|macro|f\d|calibration|error"
     for page in (render_workspace(records, history, champion, "zh"), *(render(r, "zh") for r in records)):
         outline = Outline(re.sub(r"<style>.*?</style>|<pre>.*?</pre>|<code.*?</code>", "", page, flags=re.S))

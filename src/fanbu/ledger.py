@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fanbu.errors import IntegrityError, RetryError, UsageError
 from fanbu.files import disk_error, file_sha256, sync, write_text
 from fanbu.fingerprint import code_digest
+from fanbu.machine import joules
 from fanbu.types import digest
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def _reopen(final: Path) -> Stage:
 
 @contextmanager
 def _measured() -> Iterator[dict[str, Any]]:
-    """Wall and CPU seconds, and the peak of resident memory (sampled ten times a second)."""
+    """Wall and CPU seconds, the peak of resident memory (sampled ten times a second), and the energy, estimated."""
     import psutil
 
     process, peak, stop = psutil.Process(), [0], threading.Event()
@@ -323,3 +324,4 @@ def _measured() -> Iterator[dict[str, Any]]:
     cost["seconds"] = round(time.monotonic() - started, 3)
     cost["cpu_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 3)
     cost["peak_bytes"] = max(peak[0], process.memory_info().rss)
+    cost["joules"] = round(joules(cost["seconds"], cost["cpu_seconds"], cost["peak_bytes"]), 1)

@@ -35,3 +35,12 @@ def _cpu_bf16() -> bool:
     import torch
 
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+_WATTS_OF_CORE, _WATTS_OF_GB = 12.0, 0.3725
+
+
+def joules(seconds: float, cpu_seconds: float, peak_bytes: float) -> float:
+    """The energy that work takes, estimated: 12 W for each second of a core, and 0.3725 W for each GB of memory and
+    second. A GPU's part is not in it, nor cooling. Reference: Lannelongue et al. 2021, "Green Algorithms"."""
+    return _WATTS_OF_CORE * cpu_seconds + _WATTS_OF_GB * peak_bytes / 1e9 * seconds

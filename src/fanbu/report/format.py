@@ -180,6 +180,12 @@ def seconds(value: object) -> str:
     return f"{whole // 3600}\u00a0h {whole % 3600 // 60:02d}\u00a0min"
 
 
+def energy(value: object) -> str:
+    """Joules as watt-hours."""
+    got = number(value)
+    return DASH if got is None else _scaled(got / 3.6, ["mWh", "Wh", "kWh", "MWh"], " ")
+
+
 def milliseconds(value: object) -> str:
     """A latency."""
     got = number(value)

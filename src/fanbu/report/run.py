@@ -72,6 +72,7 @@ class Costs:
     rest: list[Stage]
     total: str
     cpu: str
+    energy: str
     reused: int
 
 
@@ -217,9 +218,11 @@ def costs(record: Mapping[str, Any], at_most: int = 14) -> Costs | None:
     most = _most([row.get("seconds") for row in found])
     stages = [_stage(row, most) for row in found]
     fresh = [row for row in found if row.get("reused") is not True]
-    total, cpu = (_sum([row.get(what) for row in fresh]) for what in ("seconds", "cpu_seconds"))
+    total, cpu, energy = (_sum([row.get(what) for row in fresh]) for what in ("seconds", "cpu_seconds", "joules"))
     cut = at_most if len(stages) > at_most + 3 else len(stages)
-    return Costs(stages[:cut], stages[cut:], f.seconds(total), f.seconds(cpu), len(found) - len(fresh))
+    return Costs(
+        stages[:cut], stages[cut:], f.seconds(total), f.seconds(cpu), f.energy(energy), len(found) - len(fresh)
+    )
 
 
 def _sum(values: Sequence[object]) -> float | None:

@@ -95,10 +95,10 @@ class Bench:
         told = {d.name: self._valued(fresh, name, model, d, share) for d in self.turn.feeding}
         changes = {d: new - old for d, (new, old) in told.items()}
         score = scored(self._relative(changes, {d: old for d, (_, old) in told.items()}), turn.recipe.gate)
-        seconds, steps = self._paid(fresh), steps_of(turn.recipe, step, turn.feeding)
+        (seconds, energy), steps = self._paid(fresh), steps_of(turn.recipe, step, turn.feeding)
         self.rows.append({
             "candidate": name, "step": step.model_dump(mode="json"), "share": share, "score": score,
-            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": steps,
+            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": steps, "joules": energy,
             "crossed_bytes": sum(c["bytes"] for by in fresh.crossed.values() for c in by.values()
                                  if c["what"].startswith(step.method)),
             "peak_bytes": max((c.get("peak_bytes", 0) for c in fresh.costs), default=0), "model": model.digest,
@@ -132,12 +132,14 @@ class Bench:
         losses = {d.name for d in self.turn.feeding if d.metric == "loss"}
         return {d: change / abs(before[d]) if d in losses else change for d, change in changes.items()}
 
-    def _paid(self, turn: Turn) -> float:
-        """Seconds of the stages that no trial before this one has paid for."""
+    def _paid(self, turn: Turn) -> tuple[float, float]:
+        """Seconds and joules of the stages that no trial before this one has paid for."""
         fresh = set(turn.used) - self.seen
         self.seen |= fresh
         costs = [path / COST for path in sorted(fresh) if path.parent == turn.workspace.root / "stages"]
-        return sum(float(json.loads(cost.read_text()).get("seconds", 0.0)) for cost in costs if cost.exists())
+        told = [json.loads(cost.read_text()) for cost in costs if cost.exists()]
+        seconds, joules = (sum(float(cost.get(what, 0.0)) for cost in told) for what in ("seconds", "joules"))
+        return seconds, joules
 
 
 def _portion(d: Domain, share: float) -> Domain:
