@@ -130,7 +130,7 @@ def test_how_much_of_each_domain_goes_in_is_learned(tmp_path: Path) -> None:
 
 def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     ways = ["average", {"method": "multitask", "train": SHORT}, {"method": "distill", "train": SHORT}]
-    first = compare(recipe_in(tmp_path, "first", ways=ways, runs=9))
+    first = compare(recipe_in(tmp_path, "first", ways=ways, runs=4))
     told: list[str] = []
     again = compare(
         recipe_in(tmp_path, "again", ways=ways, runs=1.5, learn=[str(tmp_path / "first"), str(tmp_path / "again")]),

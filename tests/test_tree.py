@@ -91,7 +91,10 @@ def cosines(record: dict[str, Any]) -> np.ndarray[Any, Any]:
 GROUPS = {"eating": ["food", "meal"], "riding": ["rail", "tram"]}
 
 
-@pytest.mark.parametrize("by", ["texts", "weights", "answers"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("by", ["texts", pytest.param("weights", marks=SLOW), pytest.param("answers", marks=SLOW)])
 def test_groups_are_found(by: str, tmp_path: Path) -> None:
     record = run(recipe_in(tmp_path, {"by": by}))
     tree = made(record)["tree"]
@@ -103,9 +106,6 @@ def test_groups_are_found(by: str, tmp_path: Path) -> None:
         assert min(alike[0, 1], alike[2, 3]) > alike[:2, 2:].max()
     if by == "texts":
         assert [c["name"] for c in tree["children"]] == ["food+meal", "rail+tram"]
-    assert sorted(record["domains"]) == ["food", "meal", "rail", "tram"]
-    flat = run(recipe_in(tmp_path / "flat", None))
-    assert flat["candidate"]["digest"] != record["candidate"]["digest"]
 
 
 def test_pairs_of_pairs_are_averaged_as_all_four(tmp_path: Path) -> None:
@@ -114,22 +114,25 @@ def test_pairs_of_pairs_are_averaged_as_all_four(tmp_path: Path) -> None:
     assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "riding"]
     stages = [c["stage"] for c in record["costs"]]
     assert {"average tree eating", "average tree riding", "average tree"} <= set(stages)
-    assert "average without the tree" in [row["name"] for row in record["table"]]
     flat = run(recipe_in(tmp_path / "flat", None))
+    rivals = {row["name"]: row for row in record["table"]}
+    assert rivals["new: average tree"]["seconds"] > 0
+    assert rivals["average without the tree"]["domains"] == next(
+        row["domains"] for row in flat["table"] if row["role"] == "candidate"
+    )
     whole, plain = tensors(record), tensors(flat)
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor, plain[name], atol=2e-5, rtol=1e-4)
-    again = run(recipe_in(tmp_path / "again", {"groups": GROUPS}))
-    assert again["candidate"]["digest"] == record["candidate"]["digest"]
 
 
-@pytest.mark.parametrize("way", ["distill", "multitask", "ties"])
+@pytest.mark.parametrize("way", ["multitask", pytest.param("distill", marks=SLOW), pytest.param("ties", marks=SLOW)])
 def test_any_way_goes_along_a_tree(way: str, tmp_path: Path) -> None:
     record = run(recipe_in(tmp_path, {"groups": {"eating": ["food", "meal"]}}, way))
     assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "rail", "tram"]
     assert record["candidate"]["method"] == f"{way} tree"
 
 
+@SLOW
 def test_members_are_drawn_towards_their_group(tmp_path: Path) -> None:
     """With more rows than all have by far, each member becomes its group's, and that the root's."""
     record = run(recipe_in(tmp_path, {"groups": GROUPS, "shrinkage": 1e9}))

@@ -189,7 +189,9 @@ def _table(turn: Turn, result: Result) -> list[dict[str, Any]]:
             "incumbent": "incumbent (champion)" if turn.parent else "incumbent (probed base)",
         }.get(name, _NAMES.get(name, name))
         own = stages.get(name, [f"reference {name}"])
-        known = [c["seconds"] for c in turn.costs if c["stage"] in own and c.get("seconds") is not None]
+        grouped = tuple(f"{s.called} " for s in turn.recipe.feedback if s.tree) if name == "candidate" else ()
+        asked = [c for c in turn.costs if c["stage"] in own or (grouped and c["stage"].startswith(grouped))]
+        known = [c["seconds"] for c in asked if c.get("seconds") is not None]
         domains = {}
         for d, outcome in by_domain.items():
             metrics = outcome.meta["metrics"]
