@@ -12,7 +12,8 @@ and Optuna's TPE, which draws candidates and tries them with all rows. A replay 
 on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --table).
 
 Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N]. Four
-domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick: three domains, and six candidates.
+domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick: three domains, and
+six candidates.
 """
 
 from __future__ import annotations

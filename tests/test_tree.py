@@ -16,6 +16,7 @@ from fanbu.model import load_network, open_model
 from fanbu.plan import check_plan
 from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import Step
+from fanbu.search.costs import steps_of
 from fanbu.tree import Node, clustered, given, named
 
 SHORT = {"epochs": 1, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
@@ -143,6 +144,21 @@ def test_members_are_drawn_towards_their_group(tmp_path: Path) -> None:
     some = run(recipe_in(tmp_path / "some", {"groups": GROUPS, "shrinkage": 50}))
     weights = {c["stage"]: c for c in some["costs"]}
     assert {f"shrinkage {d}" for d in ("eating", "riding", "food", "meal", "rail", "tram")} <= set(weights)
+
+
+def test_steps_along_a_tree_are_counted(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, None)
+    domains = list(load_domains(recipe).values())  # 144, 144, 48 and 48 rows
+    train = {"epochs": 1, "batch_size": 16}
+
+    def steps(way: str, **tree: Any) -> int:
+        return steps_of(recipe, Step(method=way, train=train, **({"tree": tree} if tree else {})), domains)
+
+    assert steps("multitask") == 24
+    assert steps("multitask", groups=GROUPS) == 24 + 12 + 12
+    assert steps("multitask", groups=GROUPS, shrinkage=5) == 96
+    assert steps("distill", groups=GROUPS) == 3 * steps("distill")  # of the whole probe set
+    assert steps("multitask", by="texts") == 24
 
 
 def test_trees_that_cannot_be_followed(tmp_path: Path) -> None:

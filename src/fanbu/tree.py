@@ -27,6 +27,12 @@ class Node:
         """The domains under it, or its own name."""
         return [leaf for child in self.children for leaf in child.leaves] if self.children else [self.name]
 
+    @property
+    def groups(self) -> list[Node]:
+        """The inner nodes, itself the last."""
+        below = [node for child in self.children for node in child.groups]
+        return [*below, self] if self.children else []
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {"name": self.name, **({"children": [c.as_dict() for c in self.children]} if self.children else {})}
