@@ -31,7 +31,7 @@ from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe_parts import Step
 from fanbu.record import COMPARED
-from fanbu.search.bandit import Prior, Seen, explore
+from fanbu.search.bandit import Prior, Seen, explore, reward
 from fanbu.search.compare import compare
 from fanbu.search.experience import action_of
 from fanbu.search.halving import Arm, History, halving
@@ -44,7 +44,7 @@ def seen_of(number: int, found: Mapping[str, Any]) -> list[Seen]:
     """A table as the trials of a comparison."""
     return [
         Seen(str(number), tuple(found["state"]), action_of(Step(**found["steps"][name])), float(share),
-             told["score"] / found["scale"], told["seconds"])
+             reward(told["score"], found["scale"]), told["seconds"])
         for name, by in found["candidates"].items()
         for share, told in zip(_shares(found, name), by.values(), strict=True)
     ]  # fmt: skip

@@ -32,6 +32,12 @@ _NU = 3.0  # degrees of freedom: how soon surprises count
 _IDLE = 2e-3  # of the reward: no trial that can be expected to add less is begun
 
 
+def reward(score: float, scale: float) -> float:
+    """A score in terms of the mean gain of specialists (``scale``), bent so that what went wrong altogether counts as
+    two gains lost: 2 tanh(score / 2 scale)."""
+    return 2 * math.tanh(score / (2 * scale))
+
+
 @dataclass(frozen=True)
 class Action:
     """A candidate: its family (the kind that crosses), its way, and its step, arguments and all."""
@@ -224,5 +230,5 @@ def explore(belief: Belief, costs: Belief, run: Run, budget: float, scale: float
             continue
         trial = history.trials[-1]
         known |= {name} if share == 1 else set()
-        belief = belief.after((name, share), trial.score / scale)
+        belief = belief.after((name, share), reward(trial.score, scale))
         costs = costs.after((name, share), math.log(max(trial.seconds, 1e-3)))

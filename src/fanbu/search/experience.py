@@ -17,11 +17,11 @@ from fanbu.errors import UsageError
 from fanbu.model import Model
 from fanbu.recipe_parts import Step
 from fanbu.round import evaluated
-from fanbu.search.bandit import Action, Seen
+from fanbu.search.bandit import Action, Seen, reward
 from fanbu.turn import Turn
 from fanbu.types import digest
 
-_LEAST_GAIN = 0.02  # of specialists beside the large model, in terms of which rewards are told
+_LEAST_GAIN = 0.05  # of specialists beside the large model, in terms of which rewards are told
 
 
 def action_of(step: Step) -> Action:
@@ -61,7 +61,7 @@ def seen_in(found: Mapping[str, Any], name: str) -> Iterator[Seen]:
     """The trials of a finished comparison."""
     for row in found["trials"]:
         yield Seen(name, tuple(found["state"]), action_of(Step(**row["step"])), float(row["share"]),
-                   row["score"] / found["scale"], row["seconds"])  # fmt: skip
+                   reward(row["score"], found["scale"]), row["seconds"])  # fmt: skip
 
 
 def experience(workspaces: Sequence[Path], own: Path, folder: str) -> list[Seen]:
