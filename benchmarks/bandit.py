@@ -33,7 +33,7 @@ from fanbu.recipe_parts import Step
 from fanbu.record import COMPARED
 from fanbu.search.bandit import Prior, Seen, explore, reward
 from fanbu.search.compare import compare
-from fanbu.search.experience import action_of
+from fanbu.search.experience import NEAR, action_of
 from fanbu.search.halving import Arm, History, halving
 
 REPLAYS, BUDGETS, DRAWS = 25, (1.0, 2.0, 3.0), 10_000
@@ -67,7 +67,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     """By way of choosing, its mean regret for each budget, in points."""
     found = tables[left_out]
     past = [seen for i, other in enumerate(tables) if i != left_out for seen in seen_of(i, other)]
-    priors, truth = (Prior(past), Prior(past, "seconds")), truths(found)
+    priors, truth = (Prior(past, NEAR), Prior(past, NEAR, "seconds")), truths(found)
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
     shares = {name: _shares(found, name) for name in actions}
     lost: dict[str, list[list[float]]] = {way: [[] for _ in BUDGETS] for way in WAYS}
@@ -78,7 +78,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
             budget = runs * max(whole_seconds(found).values())
             beliefs = [p.belief("new", found["state"], actions, shares) for p in priors]
             chosen = {
-                "bandit": explore(beliefs[0], beliefs[1], run, budget, found["scale"]),
+                "bandit": explore(*beliefs, run, budget, found["scale"], priors[0].unknown(actions)),
                 "halving, cold": halving([Arm(n, found["grows"][n]) for n in order], run, budget),
                 "uniform": uniform(found, order, run, budget),
             }

@@ -12,12 +12,14 @@ import pytest
 from conftest import make_llama, tiny_recipe
 from fanbu.catalogue import Method
 from fanbu.domain import Domain
-from fanbu.errors import UsageError
+from fanbu.errors import IntegrityError, UsageError
 from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import GateSpec, Step
+from fanbu.record import with_choices
 from fanbu.report.candidates import compared_page
 from fanbu.search.compare import candidates, compare, front, scored
 from fanbu.search.costs import steps_of
+from fanbu.search.experience import experience
 from test_cli import Command
 from test_cli import fanbu as fanbu
 
@@ -144,6 +146,15 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     assert named == {"average", "multitask", "distill"}
     with pytest.raises(UsageError, match="no-comparison"):
         compare(recipe_in(tmp_path, "third", ways=ways, learn=[str(tmp_path / "nowhere")]))
+    own = tmp_path / "again"
+    assert not experience([own], own, 1)  # nothing of the round that begins
+    assert len(experience([own], own, 2)) == len(again["trials"])
+    assert with_choices(own, again["record"])["comparison"]["winner"] == again["winner"]
+    by_hand = {**again["record"], "recipe": {"feedback": [{"method": "average"}]}}
+    assert "comparison" not in with_choices(own, by_hand) or again["winner"] == "average"
+    (own / "compare" / "1.json").write_text(json.dumps({"trials": []}))
+    with pytest.raises(IntegrityError, match="comparison-broken"):
+        experience([own], tmp_path, 5)
 
 
 def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:

@@ -135,6 +135,23 @@ def test_no_contribution_holds_what_its_needs_do_not_name(
         assert way.needs.labels or not any("label" in row for row in c.rows)
 
 
+@pytest.fixture(scope="module")
+def unlearned(incumbent: Model, domains: dict[str, Domain], tmp_path_factory: pytest.TempPathFactory) -> Specialist:
+    """A specialist after a single step."""
+    context, train = Context(seed=5, device="cpu", precision="fp32", threads=1, max_length=16), {"max_steps": 1}
+    folder = tmp_path_factory.mktemp("unlearned") / "food"
+    made = method("finetune", "shrink").shrink(incumbent, domains["food"], folder, context, train=train)
+    return Specialist(made, domains["food"], incumbent)
+
+
+@by_name(CLASSIFYING)
+def test_specialists_have_a_part_where_needs_say_so(
+    way: Method, specialists: dict[str, Specialist], unlearned: Specialist, incumbent: Model, context: Context
+) -> None:
+    one, two = (way.contribute(s, incumbent, context, **quick(way)) for s in (specialists["food"], unlearned))
+    assert (one.digest != two.digest) == way.needs.specialist
+
+
 @by_name(CLASSIFYING)
 def test_the_result_is_a_plain_checkpoint(
     way: Method, specialists: dict[str, Specialist], incumbent: Model, domains: dict[str, Domain], context: Context,

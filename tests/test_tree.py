@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from conftest import rows, tiny_recipe, write_rows
-from fanbu.errors import FitError, UsageError
+from conftest import all_texts, rows, tiny_recipe, wordpiece, write_rows
+from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.generations import run
+from fanbu.hierarchy import _between
 from fanbu.model import load_network, open_model
 from fanbu.plan import check_plan
 from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import Step
 from fanbu.search.costs import steps_of
 from fanbu.tree import Node, clustered, given, named
+from fanbu.turn import start
+from fanbu.types import PRESETS
 
 SHORT = {"epochs": 1, "lr": 5e-3, "head_lr": 1e-2, "batch_size": 8}
 
@@ -38,6 +43,8 @@ def test_groups_of_a_recipe() -> None:
         ],
     }  # fmt: skip
     assert tree.leaves == ["d", "a", "b", "c", "x"]
+    assert given(groups, ["a", "b"]) == Node("all", (Node("a"), Node("b")))  # a group of all is the root
+    assert given({"new": [2024, "a"]}, ["2024", "a", "b"]).leaves == ["b", "2024", "a"]
     for wrong, said in (({"a": "b"}, "group 'a'"), ({"a": []}, "group 'a'"), ({"a": ["x"], "b": ["x"]}, "several")):
         with pytest.raises(UsageError, match=said):
             named(wrong)
@@ -48,6 +55,11 @@ def test_what_is_alike_is_one_group() -> None:
                          [0, 0.1, 0, 0, 1.0]])  # fmt: skip
     tree = clustered(["a", "b", "c", "d", "e"], likeness)
     assert [c.name for c in tree.children] == ["a+c", "b+d", "e"]
+    for flat in (np.eye(5), np.ones((5, 5))):
+        assert not any(c.children for c in clustered(["a", "b", "c", "d", "e"], flat).children)
+    alike = np.kron(np.eye(2), np.ones((5, 5)))
+    names = [f"insurance.claims{i:02}@north-branch" for i in range(10)]
+    assert [len(c.name) < 120 and len(c.leaves) for c in clustered(names, alike).children] == [5, 5]
     assert clustered(["a", "b"], likeness[:2, :2]) == Node("all", (Node("a"), Node("b")))
 
 
@@ -126,11 +138,27 @@ def test_pairs_of_pairs_are_averaged_as_all_four(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, plain[name], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["multitask", pytest.param("distill", marks=SLOW), pytest.param("ties", marks=SLOW)])
-def test_any_way_goes_along_a_tree(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["regmean", pytest.param("distill", marks=SLOW), pytest.param("ties", marks=SLOW)])
+def test_ways_by_which_specialists_speak_go_along_a_tree(way: str, tmp_path: Path) -> None:
     record = run(recipe_in(tmp_path, {"groups": {"eating": ["food", "meal"]}}, way))
     assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "rail", "tram"]
     assert record["candidate"]["method"] == f"{way} tree"
+    flat = run(recipe_in(tmp_path / "flat", None, way))
+    assert max(float((t - tensors(flat)[n]).abs().max()) for n, t in tensors(record).items()) > 1e-4
+
+
+def test_drawn_towards_a_group_tied_weights_move_once(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=256, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    for name, seed in (("own", 1), ("group", 2)):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast(tokenizer_object=wordpiece(all_texts())._tokenizer).save_pretrained(tmp_path / name)
+    own, group = (open_model(tmp_path / name) for name in ("own", "group"))
+    turn = start(recipe_in(tmp_path / "turn", None))
+    between = load_network(_between(turn, own, group, 30, 10, "own", None)).state_dict()
+    a, b = (load_network(m).state_dict() for m in (own, group))
+    for name, tensor in between.items():
+        torch.testing.assert_close(tensor, 0.75 * a[name] + 0.25 * b[name], atol=1e-6, rtol=1e-5)
 
 
 @SLOW
@@ -154,11 +182,11 @@ def test_steps_along_a_tree_are_counted(tmp_path: Path) -> None:
     def steps(way: str, **tree: Any) -> int:
         return steps_of(recipe, Step(method=way, train=train, **({"tree": tree} if tree else {})), domains)
 
-    assert steps("multitask") == 24
-    assert steps("multitask", groups=GROUPS) == 24 + 12 + 12
-    assert steps("multitask", groups=GROUPS, shrinkage=5) == 96
-    assert steps("distill", groups=GROUPS) == 3 * steps("distill")  # of the whole probe set
-    assert steps("multitask", by="texts") == 24
+    whole = steps("distill")
+    assert whole == 24
+    assert steps("distill", groups=GROUPS) == 3 * whole
+    assert steps("distill", groups=GROUPS, shrinkage=5) == 6 * whole
+    assert steps("distill", by="texts") == 3 * whole  # two groups at most, and the root
 
 
 def test_trees_that_cannot_be_followed(tmp_path: Path) -> None:
@@ -171,6 +199,16 @@ def test_trees_that_cannot_be_followed(tmp_path: Path) -> None:
     pruned = [Step(method="depth", layers=1)]
     refused({"by": "weights"}, FitError, "other-architecture", shrink=pruned)
     refused({"groups": GROUPS, "shrinkage": 5}, FitError, "other-architecture", shrink=pruned)
+    for way in ("multitask", "fedavg"):
+        refused({"groups": GROUPS}, FitError, "tree-ignored", feedback=[Step(method=way, tree={"groups": GROUPS})])
+    apart = {"groups": {}, "by": "texts"}
+    recipe = recipe_in(tmp_path, apart)
+    few = {n: replace(d, train=d.train.first(20), share=PRESETS["internal"]) for n, d in load_domains(recipe).items()}
+    with pytest.raises(BoundaryError, match="mean over 32 texts"):
+        check_plan(recipe, few)
+    sums = {n: replace(d, share=replace(d.share, together=3)) for n, d in load_domains(recipe).items()}
+    with pytest.raises(BoundaryError, match="in sums alone"):
+        check_plan(recipe_in(tmp_path, apart, "distill"), sums)
     with pytest.raises(UsageError, match="give either groups or by"):
         recipe_in(tmp_path, {"groups": GROUPS, "by": "texts"})
     with pytest.raises(UsageError, match="leave secure"):

@@ -66,6 +66,7 @@ def test_coefficients_by_domain_and_depth() -> None:
     }
     assert mixing_space(method("multitask", "feedback"), ["a"]) == {"shares.a": every}
     assert mixing_space(method("probe", "feedback"), ["a"]) == {}
+    assert mixing_space(method("distill", "feedback"), ["a"], classifies=False) == {}
     deep = mixing_space(method("average", "feedback"), ["a", "b"], by_layer=True)
     assert [*deep] == [f"weights.{d}/{i}" for d in "ab" for i in range(3)]
     drawn = coefficients({key: float(i) for i, key in enumerate(deep)})

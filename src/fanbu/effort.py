@@ -9,6 +9,7 @@ from fanbu.catalogue import method
 from fanbu.domain import Domain
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step
+from fanbu.tree import given
 from fanbu.types import Train
 
 
@@ -16,6 +17,16 @@ def training(step: Step, way: str = "feedback") -> Train | None:
     """How a step trains; None where it does not. ``way`` is ``shrink`` or ``feedback``."""
     found = method(step.method, way).check(step.arguments).get("train")
     return found if isinstance(found, Train) else None
+
+
+def taken(step: Step, feeding: Sequence[Domain]) -> int:
+    """How often a step takes its way: in each inner round once for each group of its tree, twice with shrinkage. Of a
+    tree that is yet to be found, as often as that may be."""
+    if not step.tree:
+        return step.times
+    names = [d.name for d in feeding]
+    found = len(given(step.tree.groups, names).groups) if step.tree.groups else 1 + (len(names) >= 4) * len(names) // 2
+    return step.times * found * (2 if step.tree.shrinkage else 1)
 
 
 def trained(plan: Train, rows: int) -> tuple[int, int]:

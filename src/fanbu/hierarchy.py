@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from fanbu.domain import Domain, Specialist
 from fanbu.errors import FitError
 from fanbu.heads import get_head, set_head
@@ -123,10 +121,8 @@ def _between(
                 allowed="shrinkage: 0, or specialists of the large model's architecture", got=str(own.path),
                 remedy="set tree.shrinkage to 0",
             )  # fmt: skip
-        with torch.no_grad():
-            for key, tensor in mine.items():
-                if tensor.is_floating_point():
-                    tensor.lerp_(theirs[key], share)
+        # made apart from the network: tied tensors have two names, and would move twice in place
+        network.load_state_dict({n: t.lerp(theirs[n], share) if t.is_floating_point() else t for n, t in mine.items()})
         made = provenance("shrinkage", [own, parent], context, share=share)
         return save_network(network, load_tokenizer(own), out, made)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STAGE, COST = "stage.json", "cost.json"
+_LONGEST = 120  # letters of a stage's name that its folder shows
 _ENTRY = ("model", "path", "round", "number", "domains", "left")
 
 
@@ -69,7 +70,7 @@ class Workspace:
         stage was changed afterwards.
         """
         key = digest({"stage": name, "inputs": inputs, "code": code_digest(module)})
-        slug = f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key[:20]}"
+        slug = f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)[:_LONGEST]}-{key[:20]}"  # a folder's name has 255 bytes at most
         final, partial = self.root / "stages" / slug, self.root / "partial" / slug
         with self.lock(slug, log):
             if (final / STAGE).exists():

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fanbu.batches import evenly
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.domain import Specialist
 from fanbu.merging.engine import stacks
 from fanbu.merging.geometry import gram
-from fanbu.merging.gram import own_texts
 from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.predict import class_logits, features
 from fanbu.recipe_parts import Likeness
@@ -42,13 +42,14 @@ def likeness(turn: Turn, by: Likeness, specialists: Sequence[Specialist], base: 
         apart = mean_dh - mean_dh.mean(0)
         return _cosines(apart @ apart.T)
     centred = [x - x.mean(0) for x in traits]
-    products = torch.tensor([[float((a.T @ b).square().sum()) for b in centred] for a in centred])
+    products = torch.tensor([[float((a.T @ b).square().sum()) for b in centred] for a in centred], dtype=torch.float64)
     return _cosines(products)
 
 
 def _cosines(products: Tensor) -> NDArray[np.float64]:
-    lengths = products.diagonal().clamp_min(1e-300).sqrt()
-    found: NDArray[np.float64] = (products / lengths[:, None] / lengths[None, :]).double().numpy()
+    products = products.double()
+    lengths = products.diagonal().sqrt().clamp_min(1e-150)  # what has no length is like nothing
+    found: NDArray[np.float64] = (products / lengths[:, None] / lengths[None, :]).numpy()
     np.fill_diagonal(found, 1.0)
     return found
 
@@ -63,7 +64,8 @@ def known_by(turn: Turn, by: Likeness, s: Specialist, base: Model) -> Contributi
         model = base if by == "texts" else s.model
         network, tokenizer = load_network(model).to(context.device), load_tokenizer(model)
         if by == "texts":
-            mean_h = features(network, tokenizer, own_texts(s.domain, _TEXTS), context).float().mean(0)
+            texts = evenly([*s.domain.train.texts, *s.domain.unlabelled.texts], _TEXTS)
+            mean_h = features(network, tokenizer, texts, context).float().mean(0)
             return Contribution("statistics", s.domain.name, "tree", {"trait": mean_h.cpu()})
         p_nl = class_logits(network, tokenizer, context.probe.texts, context).float().softmax(1)
         return Contribution("predictions", s.domain.name, "tree", {"trait": p_nl.half().cpu()})

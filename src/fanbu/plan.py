@@ -11,7 +11,7 @@ from fanbu.domain import Domain, is_target
 from fanbu.errors import BoundaryError, FitError, UsageError
 from fanbu.model import open_model
 from fanbu.recipe import Recipe
-from fanbu.recipe_parts import Step, TreeSpec
+from fanbu.recipe_parts import Likeness, Step, TreeSpec
 from fanbu.tree import named
 from fanbu.types import CLASSIFYING
 
@@ -62,13 +62,14 @@ def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError |
     """Why a step of a recipe, a way back, cannot work with these domains; None where it can."""
     way = method(step.method, "feedback")
     reason = misfit(way, recipe.shrink, domains, recipe, step.arguments) or unsummable(way, domains, step)
-    return reason or (_untreed(step.tree, recipe, domains) if step.tree else None)
+    return reason or (_untreed(way, step.tree, recipe, domains) if step.tree else None)
 
 
+FEWEST = 32  # texts whose mean may cross where none of them may
 _OF_TREE = {"weights": "weights", "texts": "statistics", "answers": "predictions"}  # the kind that crosses
 
 
-def _untreed(tree: TreeSpec, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
+def _untreed(way: Method, tree: TreeSpec, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
     """Why a way back cannot be taken along this tree; None where it can. UsageError where it is none."""
     feeding = [d for d in domains if d.role == "feeds"]
     unknown = sorted(set(named(tree.groups)) - set(recipe.domains))
@@ -76,6 +77,12 @@ def _untreed(tree: TreeSpec, recipe: Recipe, domains: Sequence[Domain]) -> FitEr
         raise UsageError(
             "bad-tree", "tree: domains that the recipe does not have", allowed=sorted(recipe.domains), got=unknown,
             remedy="name these, or leave them out",
+        )  # fmt: skip
+    if not way.needs.specialist:
+        known = sorted(m.name for m in methods() if m.family != "shrink" and m.needs.specialist)
+        return FitError(
+            "tree-ignored", f"{way.name} sends what owners' rows say, and nothing of what a group made", allowed=known,
+            got=way.name, remedy="leave the tree out, or take one of these",
         )  # fmt: skip
     if recipe.transport.transport().away:
         return FitError(
@@ -89,17 +96,31 @@ def _untreed(tree: TreeSpec, recipe: Recipe, domains: Sequence[Domain]) -> FitEr
                     "other-architecture", f"a tree with shrinkage, or by weights, needs the base's architecture; "
                     f"{step.method} changes it", remedy="set tree.shrinkage to 0, and take texts or answers",
                 )  # fmt: skip
-    if tree.by == "answers" and feeding[0].task not in CLASSIFYING:
-        return FitError("other-task", "a tree by answers is for classifiers", remedy="take texts or weights")
-    if tree.by == "answers" and (reason := _unprobed("a tree by answers", recipe, feeding)):
-        return reason
-    refused = [d for d in feeding if tree.by and _OF_TREE[tree.by] not in d.share.kinds]
-    if refused:
-        return BoundaryError(
-            "not-shared", f"a tree by {tree.by} needs {_OF_TREE[str(tree.by)]}, which {refused[0].name} does not share",
-            allowed=refused[0].share.as_dict(), remedy="give the groups, or compare domains by what they share",
+    if tree.by in ("answers", "texts") and feeding[0].task not in CLASSIFYING:
+        return FitError(
+            "other-task", f"a tree by {tree.by} is for classifiers", allowed="by: weights, or groups", got=tree.by,
+            remedy="take one of these",
         )  # fmt: skip
-    return None
+    if tree.by == "answers" and (unasked := _unprobed("a tree by answers", recipe, feeding)):
+        return unasked
+    return next((reason for d in feeding if tree.by and (reason := _unlike(tree.by, d))), None)
+
+
+def _unlike(by: Likeness, d: Domain) -> BoundaryError | None:
+    """Why a domain cannot be compared by this; None where it can."""
+    kind, why = _OF_TREE[by], ""
+    if kind not in d.share.kinds:
+        why = f"needs {kind}, which {d.name} does not share"
+    elif d.share.together and kind in ADDED:
+        why = f"needs {kind} of single owners, and {d.name} shares them in sums alone"
+    elif by == "texts" and not d.share.texts and len(d.train) + len(d.unlabelled) < FEWEST:
+        why = f"needs the mean over {FEWEST} texts, and {d.name} has fewer, of which it shares none"
+    if not why:
+        return None
+    return BoundaryError(
+        "not-shared", f"a tree by {by} {why}", allowed=d.share.as_dict(),
+        remedy="give the groups, or compare domains by what they share",
+    )  # fmt: skip
 
 
 def unsummable(way: Method, domains: Sequence[Domain], step: Step) -> FitError | BoundaryError | None:

@@ -250,5 +250,15 @@ def with_choices(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     for name, folder in (("comparison", COMPARED), ("worth", WORTH)):
         file = root / folder / f"{record.get('round')}.json"
         if file.is_file():
-            found[name] = json.loads(file.read_text())
+            told = json.loads(file.read_text())
+            if name == "worth" or chose(told, record):
+                found[name] = told
     return found
+
+
+def chose(comparison: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether a round took the way back that a comparison chose."""
+    taken = record.get("recipe", {}).get("feedback")
+    return any(
+        t["candidate"] == comparison["winner"] and taken in (t["step"], [t["step"]]) for t in comparison["trials"]
+    )

@@ -13,6 +13,7 @@ from fanbu.errors import UsageError
 
 ROOT = "all"
 _DEEPEST = 20
+_NAMED = 3  # members of a group that was found, in its name
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,19 @@ def given(groups: Mapping[str, Any], names: Sequence[str]) -> Node:
     def grown(name: str, value: Any) -> Node | None:
         if isinstance(value, Mapping):
             return _joined(name, [node for k, v in value.items() if (node := grown(str(k), v))])
-        return _joined(name, [Node(str(d)) for d in value if d in names])
+        return _joined(name, [Node(str(d)) for d in value if str(d) in names])
 
     children = [node for k, v in groups.items() if (node := grown(str(k), v))]
-    return Node(ROOT, tuple(sorted([*children, *map(Node, alone)], key=lambda node: node.name)))
+    children += map(Node, alone)
+    if len(children) == 1 and children[0].children:  # a group of all is the root
+        children = list(children[0].children)
+    return Node(ROOT, tuple(sorted(children, key=lambda node: node.name)))
+
+
+def _name(members: Sequence[str]) -> str:
+    """What a group that was found is called."""
+    shown = "+".join(members[:_NAMED])
+    return shown if len(members) <= _NAMED else f"{shown}+{len(members) - _NAMED} more"
 
 
 def _joined(name: str, children: Sequence[Node]) -> Node | None:
@@ -101,9 +111,11 @@ def clustered(names: Sequence[str], likeness: NDArray[np.float64]) -> Node:
     links = linkage(squareform(apart, checks=False), "average")
     cuts = [fcluster(links, count, "maxclust") for count in range(2, len(names))]
     cuts = [cut for cut in cuts if 1 < len(set(cut)) < len(names)]
+    if not cuts:  # all are equally far from each other
+        return Node(ROOT, tuple(Node(name) for name in sorted(names)))
     best = max(cuts, key=lambda cut: (silhouette_score(apart, cut, metric="precomputed"), -len(set(cut))))
     groups: dict[int, list[str]] = {}
     for name, group in zip(names, best, strict=True):
         groups.setdefault(int(group), []).append(name)
-    nodes = [_joined("+".join(sorted(members)), [Node(m) for m in members]) for members in groups.values()]
+    nodes = [_joined(_name(sorted(members)), [Node(m) for m in members]) for members in groups.values()]
     return Node(ROOT, tuple(sorted((n for n in nodes if n), key=lambda node: node.name)))

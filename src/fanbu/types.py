@@ -146,6 +146,7 @@ class Needs:
 
     ``kind`` is what crosses; ``texts`` and ``labels`` say that rows with them cross; ``probe`` that specialists are
     asked about shared texts; ``target`` that some of these are of an owner in their industry who has no specialist.
+    ``specialist`` is False where what is sent comes of the owner's rows and the base, and not of its specialist.
     """
 
     kind: Kind
@@ -155,6 +156,7 @@ class Needs:
     texts: bool = False
     labels: bool = False
     target: bool = False
+    specialist: bool = True
     tasks: tuple[Task, ...] = TASKS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain
-from fanbu.effort import asked, public, read_by, trained, training
+from fanbu.effort import asked, public, read_by, taken, trained, training
 from fanbu.model import Model
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step
@@ -64,6 +64,9 @@ def work(recipe: Recipe, domains: Mapping[str, Domain], model: Model) -> list[Wo
     for number, step in enumerate(recipe.ways):
         before = "" if number < len(recipe.feedback) else "reference "
         found.append(_feed(before + step.called, recipe, step, feeding))
+        if step.tree and not before:  # beside it, what it makes without the tree
+            flat = step.model_copy(update={"tree": None})
+            found.append(_feed(f"reference {step.method} without the tree", recipe, flat, feeding))
     tested = sum(len(d.test) for d in domains.values())
     own = sum(len(d.test) for d in feeding)
     models = 2 + len(recipe.ways) - len(recipe.feedback)
@@ -105,7 +108,7 @@ def _feed(name: str, recipe: Recipe, step: Step, feeding: Sequence[Domain]) -> W
         predicted = sum(parts) + public(recipe) * len(feeding) + sum(2 * len(d.valid) for d in feeding)
     done = [trained(plan, part) for part in parts] if plan else []
     batches, learned = sum(b for b, _ in done), sum(t for _, t in done)
-    n = step.times
+    n = taken(step, feeding)
     return Work(name, n * batches, n * learned, n * predicted, n * (2 + 2 * len(feeding)))
 
 

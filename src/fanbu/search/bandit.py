@@ -14,7 +14,7 @@ mean of the candidate that will be chosen, E[max_a mean_a(with the trial)] - max
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,15 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
-from fanbu.search.halving import History, Run, attempt
+from fanbu.search.halving import History, Run, attempt, seconds
 
 Floats = NDArray[np.float64]
+Point = tuple[str, float]  # a candidate and a share of the rows
+_QUANTITIES = {"reward": (0.0, 0.1), "seconds": (-1.5, 0.5)}  # what the fewest rows change, and the least deviation
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
+_SAFE = 1.0  # standard deviations more than expected that a trial must fit the budget with
 _IDLE = 2e-3  # of the reward: no trial that can be expected to add less is begun
 
 
@@ -61,17 +64,23 @@ class Seen:
 
 
 class Prior:
-    """What earlier comparisons say of a quantity (``of``: ``reward``, or the logarithm of ``seconds``)."""
+    """What earlier comparisons say of a quantity (``of``: ``reward``, or the logarithm of ``seconds``).
 
-    def __init__(self, past: Sequence[Seen], of: str = "reward") -> None:
-        self.past = list(past)
+    ``near`` are differences of each number of a state that are small: states that did not vary more so far are as
+    close to each other as if they had.
+    """
+
+    def __init__(self, past: Sequence[Seen], near: Sequence[float], of: str = "reward") -> None:
+        self.past, self.ways = list(past), {s.action.way for s in past}
         values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, 1e-3)) for s in past])
+        self.slope, least = _QUANTITIES[of]
+        values = values - self.slope * np.array([_few(s.share) for s in past])
         self.mean = float(values.mean())
         self.values = values - self.mean
         states = np.array([s.state for s in past], dtype=np.float64)
-        self.centre, self.spread = states.mean(0), states.std(0) + 1e-9
+        self.centre, self.spread = states.mean(0), np.maximum(states.std(0), near)
         parts, noise = self._parts(self.past, self.past), _noises(self.past)
-        size = float(self.values.var()) + 1e-12
+        size = max(float(self.values.var()), least**2)
         self.variances = _fitted([*parts, *noise], self.values, size)
         whole = _weighted([*parts, *noise], self.variances)
         self._factor = cho_factor(whole + 1e-9 * size * np.eye(len(past)), lower=True)
@@ -86,10 +95,14 @@ class Prior:
         new = [Seen(comparison, tuple(state), actions[name], share, 0.0, 1.0) for name, share in points]
         across = _weighted(self._parts(new, self.past), self.variances)
         own = _weighted(self._parts(new, new), self.variances)
-        mean = self.mean + across @ self._solved
+        mean = self.mean + across @ self._solved + self.slope * np.array([_few(share) for _, share in points])
         covariance = own - across @ cho_solve(self._factor, across.T)
         noise = _weighted(_noises(new), self.variances[-2:]).diagonal()
         return Belief(points, mean, covariance, noise)
+
+    def unknown(self, actions: Mapping[str, Action]) -> set[str]:
+        """Candidates by a way that no earlier comparison tried."""
+        return {name for name, action in actions.items() if action.way not in self.ways}
 
     def _parts(self, a: Sequence[Seen], b: Sequence[Seen]) -> list[Floats]:
         """The covariance's parts between two lists of trials, each with variance 1."""
@@ -101,7 +114,7 @@ class Prior:
         x, y = ((np.array([s.state for s in some]) - self.centre) / self.spread for some in (a, b))
         near = np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / (2 * x.shape[1]))
         few = np.outer([_few(s.share) for s in a], [_few(s.share) for s in b])
-        return [one, same(lambda s: s.action.family), way, step, way * near, one * step, few * way, few * one,
+        return [one, same(lambda s: s.action.family), way, step, way * near, one * step, few, few * way, few * one,
                 few * near * way]  # fmt: skip
 
 
@@ -144,14 +157,14 @@ class Belief:
     """
 
     def __init__(
-        self, points: Sequence[tuple[str, float]], mean: Floats, covariance: Floats, noise: Floats,
+        self, points: Sequence[Point], mean: Floats, covariance: Floats, noise: Floats,
         surprise: tuple[int, float] = (0, 0.0),
     ) -> None:  # fmt: skip
         self.points = list(points)
         self.mean, self.covariance, self.noise, self.surprise = mean, covariance, noise, surprise
         self.whole = [i for i, (_, share) in enumerate(self.points) if share == 1]
 
-    def after(self, point: tuple[str, float], value: float) -> Belief:
+    def after(self, point: Point, value: float) -> Belief:
         """With one trial more."""
         i = self.points.index(point)
         column = self.covariance[:, i]
@@ -167,23 +180,23 @@ class Belief:
         points, covariance = [self.points[i] for i in kept], self.covariance[np.ix_(kept, kept)]
         return Belief(points, self.mean[kept], covariance, self.noise[kept], self.surprise)
 
-    def known(self, value: Callable[[str, float], float]) -> Belief:
-        """What is certain: the logarithm of ``value`` at each point."""
-        mean = np.log([max(value(name, share), 1e-3) for name, share in self.points])
-        return Belief(self.points, mean, np.zeros_like(self.covariance), np.ones_like(self.noise))
+    def of(self, point: Point, deviations: float = 0.0) -> float:
+        """The mean at a point, and so many standard deviations."""
+        i = self.points.index(point)
+        return float(self.mean[i] + deviations * self._wider() * math.sqrt(max(self.covariance[i, i], 0.0)))
 
-    def of(self, point: tuple[str, float]) -> float:
-        """The mean at a point."""
-        return float(self.mean[self.points.index(point)])
+    def _wider(self) -> float:
+        count, squares = self.surprise
+        return math.sqrt((_NU + squares) / (_NU + count))
 
-    def best(self) -> str:
-        """The candidate of which the most is expected with all rows."""
-        return self.points[max(self.whole, key=lambda i: (self.mean[i], self.points[i][0]))][0]
+    def best(self, among: Collection[str]) -> str:
+        """Of some candidates the one of which the most is expected with all rows."""
+        those = [i for i in self.whole if self.points[i][0] in among]
+        return self.points[max(those, key=lambda i: (self.mean[i], self.points[i][0]))][0]
 
-    def gradients(self) -> dict[tuple[str, float], float]:
+    def gradients(self) -> dict[Point, float]:
         """The knowledge gradient of a trial at each point."""
-        means, found, (count, squares) = self.mean[self.whole], {}, self.surprise
-        wider = math.sqrt((_NU + squares) / (_NU + count))
+        means, found, wider = self.mean[self.whole], {}, self._wider()
         for i, point in enumerate(self.points):
             moves = (
                 wider * self.covariance[self.whole, i] / math.sqrt(max(self.covariance[i, i] + self.noise[i], 1e-12))
@@ -192,12 +205,22 @@ class Belief:
         return found
 
 
-def explore(belief: Belief, costs: Belief, run: Run, budget: float, scale: float) -> History:
+def certain(values: Mapping[Point, float]) -> Belief:
+    """What needs no learning: the logarithm of a value at each point."""
+    mean = np.log([max(value, 1e-3) for value in values.values()])
+    return Belief([*values], mean, np.zeros((len(values), len(values))), np.ones(len(values)))
+
+
+def explore(
+    belief: Belief, costs: Belief, run: Run, budget: float, scale: float, unknown: Collection[str] = ()
+) -> History:
     """Tries candidates until the budget (seconds) is spent, or no trial can be expected to add anything; then the one
     of which most is expected, with all rows, for which so much of the budget is kept. ``costs`` is a belief in the
     logarithms of seconds, ``scale`` is what a reward of 1 is in the score that trials have.
 
-    A candidate that would not fit the budget with all rows is left out.
+    A candidate that would not fit the budget with all rows is left out, and a trial that may well not fit (one standard
+    deviation more than is expected) is not begun. Those that are ``unknown`` are tried with the fewest rows, then with
+    the next more, for which they may take as many times as long; then it is read off the line through these.
     """
     history, known = History(), set[str]()
 
@@ -206,25 +229,38 @@ def explore(belief: Belief, costs: Belief, run: Run, budget: float, scale: float
         belief, costs = belief.without(name), costs.without(name)
         history.left_out.setdefault(name, why)
 
+    def price(point: Point, deviations: float = 0.0) -> float:
+        tried = history.of(point[0]) if point[0] in unknown else []
+        if len(tried) > 1:
+            return seconds(history, *point)
+        likely = math.exp(costs.of(point, deviations))
+        return max([likely, *(t.seconds * point[1] / t.share for t in tried if deviations)])
+
     while True:
         left = budget - history.seconds
-        took = {point: math.exp(costs.of(point)) for point in costs.points}
-        for name, share in list(took):
-            if share == 1 and name not in known and took[name, share] > left:
+        for name, share in list(costs.points):
+            if share == 1 and name not in known and price((name, share)) > left:
                 without(name, "it would take more than the budget with all rows")
         if not belief.whole:
             return history
-        gains, best, done = belief.gradients(), belief.best(), {(t.arm, t.share) for t in history.trials}
-        kept = 0.0 if best in known else took[best, 1.0]
-        worth = [p for p, gain in gains.items() if gain > _IDLE and p[0] not in known and p not in done
-                 and took[p] + (0.0 if p == (best, 1.0) else kept) <= left]  # fmt: skip
-        if not worth and best in known:
-            tried = {t.arm for t in history.trials}
-            for name, _ in belief.points:
-                if name not in tried:
-                    history.left_out.setdefault(name, "earlier comparisons promise too little of it")
+        shares = {name: sorted(s for other, s in belief.points if other == name) for name, _ in belief.points}
+        turns = {name: len(history.of(name)) if name in unknown else len(shares[name]) for name in shares}
+        safe = [name for name in shares if name in known or price((name, 1.0), _SAFE) <= left]
+        best = belief.best(safe or shares)
+        kept = 0.0 if best in known else price((best, 1.0))
+        gains = {
+            p: gain for p, gain in belief.gradients().items()
+            if gain > _IDLE and p[0] not in known and all(p != (t.arm, t.share) for t in history.trials)
+            and (turns[p[0]] > 1 or p[1] == shares[p[0]][min(turns[p[0]], len(shares[p[0]]) - 1)])
+            and price(p, _SAFE) + (0.0 if p == (best, 1.0) else kept) <= left
+        }  # fmt: skip
+        if not gains and best in known:
+            for name in shares.keys() - {t.arm for t in history.trials}:
+                history.left_out.setdefault(name, "earlier comparisons promise too little of it")
             return history
-        name, share = max(worth, key=lambda p: (gains[p] / took[p], p)) if worth else (best, 1.0)
+        name, share = max(gains, key=lambda p: (gains[p] / price(p), p)) if gains else (best, 1.0)
+        if not gains and turns[best] < 2:
+            share = shares[best][min(turns[best], len(shares[best]) - 1)]
         if not attempt(history, run, name, share):
             without(name, "")
             continue

@@ -30,17 +30,17 @@ from fanbu.plan import need_rows_here, refusal
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, GateSpec, Step
-from fanbu.record import COMPARED, read_records
+from fanbu.record import COMPARED, chose, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
-from fanbu.search.bandit import Prior, explore
+from fanbu.search.bandit import Prior, certain, explore
 from fanbu.search.costs import reads_rows, steps_of
-from fanbu.search.experience import action_of, experience, state_of
+from fanbu.search.experience import NEAR, action_of, experience, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, shares_of
 from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
-from fanbu.types import Progress, digest, silent
+from fanbu.types import CLASSIFYING, Progress, digest, silent
 
 _LEAST_ROWS = 12  # of a domain that a trial works with
 _JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
@@ -100,7 +100,7 @@ class Bench:
             "candidate": name, "step": step.model_dump(mode="json"), "share": share, "score": score,
             "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": steps, "joules": energy,
             "crossed_bytes": sum(c["bytes"] for by in fresh.crossed.values() for c in by.values()
-                                 if c["what"].startswith(step.method)),
+                                 if c["what"].startswith((step.method, "tree contribution"))),
             "peak_bytes": max((c.get("peak_bytes", 0) for c in fresh.costs), default=0), "model": model.digest,
         })  # fmt: skip
         self.turn.log(f"{name}, {share:.0%} of the rows: {100 * score:+.2f}")
@@ -191,21 +191,21 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
 
 def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, by successive halving, or as earlier comparisons say."""
-    arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
-    own = bench.turn.workspace.root
-    past = experience([Path(w) for w in spec.learn], own, COMPARED)
+    arms, turn = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()], bench.turn
+    past = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number)
     if not past:
         return halving(arms, bench, budget, spec.eta)
-    bench.turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
+    turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
     actions = {name: action_of(step) for name, step in bench.steps.items()}
     shares = {arm.name: shares_of(spec.eta) if arm.grows else (1.0,) for arm in arms}
-    here = (str(own), bench.state, actions, shares)
-    costs = Prior(past, "seconds").belief(*here)
+    here, prior = (str(turn.workspace.root), bench.state, actions, shares), Prior(past, NEAR)
     if bench.by_steps:
-        feeding = bench.turn.feeding
-        whole = {name: steps_of(bench.turn.recipe, step, feeding) for name, step in bench.steps.items()}
-        costs = costs.known(lambda name, share: whole[name] * share)
-    return explore(Prior(past).belief(*here), costs, bench, budget, bench.scale)
+        cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(spec.eta)}
+        points = [(name, share) for name, known in shares.items() for share in known]
+        costs = certain({(n, s): steps_of(turn.recipe, bench.steps[n], cut[s]) for n, s in points})
+    else:
+        costs = Prior(past, NEAR, "seconds").belief(*here)
+    return explore(prior.belief(*here), costs, bench, budget, bench.scale, prior.unknown(actions))
 
 
 def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> None:
@@ -215,7 +215,8 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
     step = bench.steps[winner]
     way = method(step.method, "feedback")
     if spec.mix:
-        space = mixing_space(way, [d.name for d in bench.turn.feeding], spec.mix == "layer")
+        feeding = bench.turn.feeding
+        space = mixing_space(way, [d.name for d in feeding], spec.mix == "layer", feeding[0].task in CLASSIFYING)
     else:
         space = space_of(way, step.arguments, spec.space)
     if not space:
@@ -239,9 +240,10 @@ def _finished(recipe: Recipe) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(file.read_text())
     domains, _ = domains_now(recipe, len(done), ledger.left(), None)
-    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)):
+    record = read_records(ledger.root, done)[-1]
+    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)) or not chose(found, record):
         return None
-    return {**found, "record": {**read_records(ledger.root, done)[-1], "workspace": str(ledger.root)}}
+    return {**found, "record": {**record, "workspace": str(ledger.root)}}
 
 
 def _asked(recipe: Recipe, domains: Mapping[str, Domain], base: Model) -> str:

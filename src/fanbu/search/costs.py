@@ -21,7 +21,7 @@ from typing import Any
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
-from fanbu.effort import read_by, trained, training
+from fanbu.effort import read_by, taken, trained, training
 from fanbu.errors import FanbuError, RetryError
 from fanbu.feeding import feed, plain
 from fanbu.files import write_text
@@ -32,7 +32,6 @@ from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step, TransportSpec
 from fanbu.round import grow, raise_incumbent
-from fanbu.tree import given
 from fanbu.turn import Log, Turn
 from fanbu.types import Progress, Train, digest, silent
 
@@ -217,15 +216,8 @@ def _slope(rise: float, run: float) -> float:
 
 
 def steps_of(recipe: Recipe, step: Step, domains: Sequence[Domain]) -> int:
-    """Training steps of a way back, over all inner rounds and groups of its tree (one that is yet to be found counts as
-    none); 0 where it trains nothing."""
+    """Training steps of a way back, over all inner rounds and groups of its tree; 0 where it trains nothing."""
     plan, feeding = training(step), [d for d in domains if d.role == "feeds"]
     if plan is None:
         return 0
-    parts = [feeding]
-    if step.tree:
-        by_name, whole = {d.name: d for d in feeding}, method(step.method, "feedback").needs.probe
-        groups = given(step.tree.groups, [*by_name]).groups
-        parts = [feeding if whole else [by_name[leaf] for leaf in group.leaves] for group in groups]
-        parts *= 2 if step.tree.shrinkage else 1
-    return step.times * sum(trained(plan, rows)[0] for part in parts for rows in read_by(recipe, step, part))
+    return taken(step, feeding) * sum(trained(plan, part)[0] for part in read_by(recipe, step, feeding))

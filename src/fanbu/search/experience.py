@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fanbu.catalogue import method
-from fanbu.domain import Domain, Specialist
-from fanbu.errors import UsageError
-from fanbu.model import Model
+from fanbu.catalogue import method, methods
+from fanbu.domain import Specialist
+from fanbu.errors import IntegrityError, UsageError
+from fanbu.model import Model, read_json
 from fanbu.recipe_parts import Step
+from fanbu.record import COMPARED
 from fanbu.round import evaluated
 from fanbu.search.bandit import Action, Seen, reward
 from fanbu.turn import Turn
 from fanbu.types import digest
 
+NEAR = (0.5, 0.25, 0.25, 0.05, 0.05, 0.05, 0.5)  # differences of states that are small, by number
 _LEAST_GAIN = 0.05  # of specialists beside the large model, in terms of which rewards are told
 
 
@@ -36,7 +36,7 @@ def state_of(turn: Turn, incumbent: Model, specialists: Sequence[Specialist]) ->
     large model, the mean and least gain of its specialists, and log2 of the round's number."""
     before, gains = [], []
     for s in specialists:
-        old, new = (_value(turn, who, m, s.domain) for who, m in (("incumbent", incumbent), ("specialist", s.model)))
+        old, new = _values(turn, incumbent, s)
         before.append(old)
         gains.append((new - old) / (abs(old) if s.domain.metric == "loss" else 1.0))
     feeding = [s.domain for s in specialists]
@@ -51,29 +51,48 @@ def _log10(counts: Sequence[int]) -> float:
     return math.log10(max(float(np.mean(counts)), 1.0))
 
 
-def _value(turn: Turn, who: str, model: Model, d: Domain) -> float:
-    outcomes, _ = evaluated(turn, who, model, replace(d, test=d.valid))
-    column = outcomes.tensors.get(turn.recipe.gate.mode, outcomes.tensors["told"])
-    return float(column.sum() / outcomes.tensors["weight"].sum())
+def _values(turn: Turn, incumbent: Model, s: Specialist) -> tuple[float, float]:
+    """Of the large model and of a specialist on validation rows; told, where one of them does not find the domain."""
+    calls = [("incumbent", incumbent), ("specialist", s.model)]
+    both = [evaluated(turn, who, m, replace(s.domain, test=s.domain.valid))[0].tensors for who, m in calls]
+    mode = turn.recipe.gate.mode if all(turn.recipe.gate.mode in outcomes for outcomes in both) else "told"
+    old, new = (float(outcomes[mode].sum() / outcomes["weight"].sum()) for outcomes in both)
+    return old, new
 
 
-def seen_in(found: Mapping[str, Any], name: str) -> Iterator[Seen]:
-    """The trials of a finished comparison."""
-    for row in found["trials"]:
-        yield Seen(name, tuple(found["state"]), action_of(Step(**row["step"])), float(row["share"]),
-                   reward(row["score"], found["scale"]), row["seconds"])  # fmt: skip
-
-
-def experience(workspaces: Sequence[Path], own: Path, folder: str) -> list[Seen]:
-    """All trials of the comparisons in workspaces. UsageError where one has none, but for a recipe's own."""
+def experience(workspaces: Sequence[Path], own: Path, number: int) -> list[Seen]:
+    """All trials of the comparisons in workspaces; of a recipe's own, of rounds before ``number``. UsageError where one
+    has none, but for the own, and IntegrityError where one cannot be read."""
     seen: list[Seen] = []
     for workspace in workspaces:
-        files = sorted((workspace / folder).glob("*.json"), key=lambda f: int(f.stem))
-        if not files and workspace.resolve() != own.resolve():
+        files = {int(f.stem): f for f in (workspace / COMPARED).glob("*.json") if f.stem.isdigit()}
+        mine = workspace.resolve() == own.resolve()
+        if not files and not mine:
             raise UsageError(
                 "no-comparison", f"no finished comparison in {workspace}", allowed="workspaces of `fanbu compare`",
                 got=workspace, remedy="leave it out of compare.learn, or compare there first",
             )  # fmt: skip
-        for file in files:
-            seen += seen_in(json.loads(file.read_text()), f"{workspace}#{file.stem}")
+        for made in sorted(n for n in files if not mine or n < number):
+            seen += _read(files[made], f"{workspace}#{made}")
+    return seen
+
+
+def _read(file: Path, name: str) -> list[Seen]:
+    """The trials of a finished comparison, but those of ways that are not installed here."""
+    known = {m.name for m in methods() if m.family != "shrink"}
+    found = read_json(file, "comparison-broken")
+    try:
+        state, scale = tuple(float(v) for v in found["state"]), float(found["scale"])
+        seen = [
+            Seen(name, state, action_of(Step(**row["step"])), float(row["share"]),
+                 reward(float(row["score"]), scale), float(row["seconds"]))
+            for row in found["trials"] if row["step"]["method"] in known
+        ]  # fmt: skip
+        if len(state) != len(NEAR) or not all(map(math.isfinite, (*state, *(s.reward for s in seen)))):
+            raise ValueError(f"{len(state)} numbers in its state, or one that is not finite")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise IntegrityError(
+            "comparison-broken", f"{file} is no comparison that can be learned from", allowed="state, scale and trials",
+            got=repr(error)[:100], remedy="leave its workspace out of compare.learn, or compare there again",
+        ) from None  # fmt: skip
     return seen

@@ -19,11 +19,11 @@ _DEPTHS = 3  # anchors of a coefficient that changes with depth
 _KINDS = ("weights", "shares")  # parameters that give each domain a number
 
 
-def mixing_space(way: Method, domains: Sequence[str], by_layer: bool = False) -> Space:
+def mixing_space(way: Method, domains: Sequence[str], by_layer: bool = False, classifies: bool = True) -> Space:
     """A range by domain (``weights.DOMAIN``), or by domain and depth (``weights.DOMAIN/0`` to ``/2``, from the first
     layer to the last) where the way takes dials; nothing where it gives domains no numbers."""
     name = next((n for n in _KINDS if n in way.parameters()), None)
-    if name is None:
+    if name is None or (way.needs.kind == "predictions" and not classifies):
         return {}
     one = Range(1 / _FACTOR, _FACTOR, log=True)
     dials = by_layer and list in _origins(way.parameters()[name][0])

@@ -95,11 +95,17 @@ def absorb(
         weights: how much a text of a domain counts, 1 where it is not named (classifiers).
 
     Raises:
+        UsageError: weights for a causal model.
         FitError: the probe set is empty, or a panel does not belong to it.
 
     Reference: Hinton et al. 2015; teachers with their own label spaces as in Vongkulbhisal et al. 2019 (UHC).
     """
     check_probe("distill", contributions, context)
+    if weights and base.task not in CLASSIFYING:
+        raise UsageError(
+            "bad-parameter", "distill weighs texts by domain for classifiers only", allowed="weights: {}",
+            got=dict(weights), remedy="leave them out",
+        )  # fmt: skip
     network, tokenizer = load_network(base), load_tokenizer(base)
     network.to(context.device)
     teachers, told = believed(base, network, tokenizer, contributions, context, augment)

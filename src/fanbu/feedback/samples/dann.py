@@ -22,7 +22,7 @@ from fanbu.train import BatchLoss
 from fanbu.train import train as train_network
 from fanbu.types import CLASSIFYING, Context, Needs, Train
 
-NEEDS = Needs(kind="samples", texts=True, labels=True, probe=True, target=True, tasks=CLASSIFYING)
+NEEDS = Needs(kind="samples", specialist=False, texts=True, labels=True, probe=True, target=True, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 _HIDDEN = 128

@@ -21,7 +21,7 @@ from fanbu.train import set_up
 from fanbu.train import train as train_network
 from fanbu.types import CLASSIFYING, Context, Needs, Train
 
-NEEDS = Needs(kind="samples", texts=True, labels=True)
+NEEDS = Needs(kind="samples", specialist=False, texts=True, labels=True)
 LINEAR = False
 SENSITIVITY = None
 

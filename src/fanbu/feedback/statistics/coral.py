@@ -20,7 +20,7 @@ from fanbu.predict import features
 from fanbu.probing import fit_probe
 from fanbu.types import CLASSIFYING, Context, Needs, industry_of
 
-NEEDS = Needs(kind="statistics", probe=True, target=True, tasks=CLASSIFYING)
+NEEDS = Needs(kind="statistics", specialist=False, probe=True, target=True, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 

@@ -13,7 +13,7 @@ from fanbu.model import Model, load_network, load_tokenizer
 from fanbu.probing import fit_probe
 from fanbu.types import CLASSIFYING, Context, Needs
 
-NEEDS = Needs(kind="statistics", tasks=CLASSIFYING)
+NEEDS = Needs(kind="statistics", specialist=False, tasks=CLASSIFYING)
 LINEAR = False
 SENSITIVITY = None
 

@@ -19,7 +19,7 @@ from fanbu.predict import features
 from fanbu.probing import prototype_rows
 from fanbu.types import CLASSIFYING, Context, Needs
 
-NEEDS = Needs(kind="statistics", tasks=CLASSIFYING)
+NEEDS = Needs(kind="statistics", specialist=False, tasks=CLASSIFYING)
 LINEAR = True
 SENSITIVITY = None
 _SHARPNESS = [2.0**k for k in range(1, 14)]  # times the mean square of features

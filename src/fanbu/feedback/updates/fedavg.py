@@ -16,7 +16,7 @@ from fanbu.merging.robust import Aggregate
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs, Train
 
-NEEDS = Needs(kind="updates")
+NEEDS = Needs(kind="updates", specialist=False)
 LINEAR = True  # with ``aggregate: mean`` and nothing clipped
 SENSITIVITY = 1.0
 

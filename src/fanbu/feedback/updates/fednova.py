@@ -17,7 +17,7 @@ from fanbu.types import Context, Needs
 
 __all__ = ["LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
-NEEDS = Needs(kind="updates")
+NEEDS = Needs(kind="updates", specialist=False)
 LINEAR = False  # steps are held to their median before anything is summed
 SENSITIVITY = None
 

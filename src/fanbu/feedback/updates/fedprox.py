@@ -17,7 +17,7 @@ from fanbu.feedback.updates._server import How, taken
 from fanbu.model import Model, provenance
 from fanbu.types import Context, Needs, Train
 
-NEEDS = Needs(kind="updates")
+NEEDS = Needs(kind="updates", specialist=False)
 LINEAR = True
 SENSITIVITY = 1.0
 

@@ -22,7 +22,7 @@ from fanbu.types import CLASSIFYING, Context, Needs, Train
 
 __all__ = ["EXPERIMENTAL", "LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
-NEEDS = Needs(kind="updates", tasks=CLASSIFYING)
+NEEDS = Needs(kind="updates", specialist=False, tasks=CLASSIFYING)
 LINEAR = True
 EXPERIMENTAL = "on industries held out not surely better than the plain base with 5 rows a label, and behind it with 10"
 SENSITIVITY = 1.0

@@ -19,7 +19,7 @@ from fanbu.types import CLASSIFYING, Context, Needs, Train, silent
 
 __all__ = ["EXPERIMENTAL", "LINEAR", "NEEDS", "SENSITIVITY", "absorb", "contribute"]
 
-NEEDS = Needs(kind="updates", tasks=CLASSIFYING)
+NEEDS = Needs(kind="updates", specialist=False, tasks=CLASSIFYING)
 LINEAR = True
 EXPERIMENTAL = "on industries held out within chance of the plain base, with any number of rows a label"
 SENSITIVITY = 1.0

@@ -24,7 +24,7 @@ from fanbu.tensors import ByRows, Tensors, layout, load_tensors, read_rows, save
 from fanbu.train import schedule
 from fanbu.types import Context, Inner, Needs, Train
 
-NEEDS = Needs(kind="updates")
+NEEDS = Needs(kind="updates", specialist=False)
 LINEAR = True
 SENSITIVITY = None
 _FILE = "control.safetensors"
