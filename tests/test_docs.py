@@ -121,7 +121,7 @@ def test_every_key_and_every_method_is_documented() -> None:
     parts = (Recipe, DomainSpec, Arrival, ProbeSpec, PublicTexts, ShareSpec, GateSpec, CompareSpec)
     for name in [*(f for m in parts for f in m.model_fields), *Train.__dataclass_fields__]:
         assert f"`{name}`" in text, name
-    pages = "".join((ROOT / "docs" / page).read_text() for page in ("choose.md", "merging.md"))
+    pages = "".join((ROOT / "docs" / page).read_text() for page in ("choosing.md", "merging.md"))
     for name in {m.name for m in methods()}:
         assert f"`{name}`" in pages, name
 
