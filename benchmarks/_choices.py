@@ -17,7 +17,7 @@ from fanbu.recipe_parts import GateSpec
 from fanbu.round import evaluated
 from fanbu.search.compare import BEFORE, Bench, opened, scored
 from fanbu.search.costs import reads_rows
-from fanbu.search.halving import Trial
+from fanbu.search.halving import Trial, rungs_of
 from fanbu.types import derived_seed, silent
 
 SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
@@ -29,9 +29,11 @@ def measured(recipe: Recipe, work: Path, shares: Sequence[float] = SHARES) -> di
     under ``work``, so that a run that was stopped goes on."""
     bench = opened(recipe, silent, log)
     bench.by_steps = False
+    rows = float(np.mean([len(d.train) for d in bench.turn.feeding]))
     found: dict[str, Any] = {
-        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "state": bench.state,
-        "scale": bench.scale, "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
+        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "least": rungs_of(rows),
+        "state": bench.state, "scale": bench.scale,
+        "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
     }  # fmt: skip
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:

@@ -69,7 +69,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     past = [seen for i, other in enumerate(tables) if i != left_out for seen in seen_of(i, other)]
     priors, truth = (Prior(past, NEAR), Prior(past, NEAR, "seconds")), truths(found)
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
-    shares = {name: _shares(found, name) for name in actions}
+    shares = {name: _shares(found, name)[-1 - found["least"] :] for name in actions}
     lost: dict[str, list[list[float]]] = {way: [[] for _ in BUDGETS] for way in WAYS}
     for seed in range(REPLAYS):
         run, order = Replay(found, seed), list(truth)
@@ -79,7 +79,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
             beliefs = [p.belief("new", found["state"], actions, shares) for p in priors]
             chosen = {
                 "bandit": explore(*beliefs, run, budget, found["scale"], priors[0].unknown(actions)),
-                "halving, cold": halving([Arm(n, found["grows"][n]) for n in order], run, budget),
+                "halving, cold": halving([Arm(n, found["grows"][n]) for n in order], run, budget, least=found["least"]),
                 "uniform": uniform(found, order, run, budget),
             }
             for way, history in chosen.items():

@@ -75,7 +75,7 @@ Way = Callable[[Mapping[str, Any], list[str], Replay, float, int], str | None]
 
 
 def by_halving(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
-    best = halving([Arm(n, found["grows"][n]) for n in order], run, budget).best
+    best = halving([Arm(n, found["grows"][n]) for n in order], run, budget, least=found["least"]).best
     return best.arm if best else None
 
 
@@ -97,7 +97,7 @@ def pruned(found: Mapping[str, Any], order: list[str], run: Replay, budget: floa
     for name in order:
         trial = study.ask()
         trial.set_user_attr("name", name)
-        shares = SHARES if found["grows"][name] else SHARES[-1:]
+        shares = SHARES[-1 - found["least"] :] if found["grows"][name] else SHARES[-1:]
         last, over = 0.0, False
         for step, share in enumerate(shares, len(SHARES) - len(shares)):
             cost = found["candidates"][name][f"{share:.3f}"]["seconds"]

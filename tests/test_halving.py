@@ -85,8 +85,8 @@ def test_what_is_too_costly_does_not_stop_the_others() -> None:
 
 def test_costs_are_read_off_the_line() -> None:
     history = History([Trial("a", 1 / 27, 0, 6.0), Trial("b", 1 / 27, 0, 2.0)])
-    assert seconds(history, "b", 1.0) == pytest.approx(2.0)
-    assert seconds(history, "a", 1.0) == pytest.approx(2.0 + 4 * 27)
+    assert seconds(history, "b", 1.0) == pytest.approx(1.0 + 1 * 27)
+    assert seconds(history, "a", 1.0) == pytest.approx(1.0 + 5 * 27)
     history.trials.append(Trial("a", 1 / 9, 0, 14.0))
     assert seconds(history, "a", 1.0) == pytest.approx(14 + 8 / (2 / 27) * (8 / 9))
 

@@ -35,7 +35,7 @@ from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, certain, explore
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.experience import NEAR, action_of, experience, state_of
-from fanbu.search.halving import Arm, History, Trial, halving, shares_of
+from fanbu.search.halving import Arm, History, Trial, halving, rungs_of, shares_of
 from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
@@ -193,16 +193,20 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, by successive halving, or as earlier comparisons say."""
     arms, turn = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()], bench.turn
     past = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number)
+    rungs = rungs_of(float(np.mean([len(d.train) for d in turn.feeding])), spec.eta)
+    cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(spec.eta, rungs)}
+
+    def steps(name: str, share: float) -> float:
+        return steps_of(turn.recipe, bench.steps[name], cut[share])
+
     if not past:
-        return halving(arms, bench, budget, spec.eta)
+        return halving(arms, bench, budget, spec.eta, rungs, steps if bench.by_steps else None)
     turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
     actions = {name: action_of(step) for name, step in bench.steps.items()}
-    shares = {arm.name: shares_of(spec.eta) if arm.grows else (1.0,) for arm in arms}
+    shares = {arm.name: tuple(cut) if arm.grows else (1.0,) for arm in arms}
     here, prior = (str(turn.workspace.root), bench.state, actions, shares), Prior(past, NEAR)
     if bench.by_steps:
-        cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(spec.eta)}
-        points = [(name, share) for name, known in shares.items() for share in known]
-        costs = certain({(n, s): steps_of(turn.recipe, bench.steps[n], cut[s]) for n, s in points})
+        costs = certain({(name, share): steps(name, share) for name, known in shares.items() for share in known})
     else:
         costs = Prior(past, NEAR, "seconds").belief(*here)
     return explore(prior.belief(*here), costs, bench, budget, bench.scale, prior.unknown(actions))

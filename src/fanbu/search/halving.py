@@ -3,7 +3,7 @@
 A candidate that reads no rows is tried once, as a whole: what it cost is spent, and it stands until the end. Others are
 tried with a growing share of the rows, and of those of one rung the best 1 in ``eta`` go on (Jamieson and Talwalkar
 2016). Nothing that would end above the budget is begun. What a trial will take is read off the line through its earlier
-ones; after the first, that of the cheapest candidate counts as the part that does not grow with the rows.
+ones; after the first, half of what the cheapest candidate took counts as the part that does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from fanbu.errors import FanbuError, RetryError
 
-LEAST = 3  # rungs below the whole: the least share of the rows is eta to the minus this
+LEAST = 3  # rungs below the whole at most: the least share of the rows is eta to the minus this
+_TELLING = 24  # rows of a domain, on average, below which a trial tells nothing
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class History:
 
     trials: list[Trial] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    costs: Callable[[str, float], float] | None = None  # where it is known beforehand what a trial takes
 
     @property
     def seconds(self) -> float:
@@ -61,28 +63,69 @@ class History:
 Run = Callable[[str, float], Trial]
 
 
-def halving(arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: int = LEAST) -> History:
+def halving(
+    arms: Sequence[Arm], run: Run, budget: float, eta: int = 3, least: int = LEAST,
+    costs: Callable[[str, float], float] | None = None,
+) -> History:  # fmt: skip
     """Tries candidates until the budget (seconds) is spent; ``run`` makes one trial of a candidate with a share of the
     rows. The order of ``arms`` is that of their promise: where the budget does not do for all, the last are left out.
 
     Candidates that would not fit the budget with all rows are left out after their first trial, and until then so much
-    is kept as the best of a rung would take with all.
+    is kept as the best of a rung would take with all. Where few rows save little time, candidates are tried with the
+    least share that saves half of it, or with all rows at once.
     """
-    history, shares = History(), shares_of(eta, least)
-    standing = []
+    history, shares = History(costs=costs), list(shares_of(eta, least))
+    growing, standing = sum(arm.grows for arm in arms), list[str]()
     for arm in arms:
         share = shares[0] if arm.grows else 1.0
-        if history.seconds >= budget or history.seconds + _usual(history, share) > budget:
+        left = budget - history.seconds - (_whole_of_best(history, standing) if share < 1 else 0.0)
+        half = budget / 2 - sum(t.seconds for t in history.trials if t.share < 1)
+        if left <= 0 or _usual(history, arms, arm, share) > (min(left, half) if share < 1 else left):
             history.left_out[arm.name] = "the budget was spent before its first trial"
-            continue
-        if attempt(history, run, arm.name, share) and arm.grows:
+        elif attempt(history, run, arm.name, share) and share < 1:
             standing.append(arm.name)
+            if len(standing) == 1 and growing * history.trials[-1].seconds > budget / eta:
+                shares = _saving(history, run, arm.name, shares, budget)
     for share in shares[1:]:
         standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
         if share < 1:
             standing = standing[: math.ceil(len(standing) / eta)]
-        standing = _rung(history, run, standing, share, budget)
+        standing = _rung(history, run, [n for n in standing if history.of(n)[-1].share < share], share, budget)
     return history
+
+
+def _whole_of_best(history: History, standing: Sequence[str]) -> float:
+    """What is kept for the best so far; nothing once a candidate was tried with all rows."""
+    if history.best or not standing:
+        return 0.0
+    return seconds(history, max(standing, key=lambda name: history.of(name)[-1].score), 1.0)
+
+
+def _saving(history: History, run: Run, arm: str, shares: Sequence[float], budget: float) -> list[float]:
+    """The shares that save time: a first candidate climbs until the line through its trials tells what all rows take,
+    as far as three fourths of the budget would do for it however it grows."""
+    for share in shares[1:]:
+        last = history.of(arm)[-1]
+        if last.seconds * share / last.share > 0.75 * (budget - history.seconds) or not attempt(
+            history, run, arm, share
+        ):
+            break
+        whole = seconds(history, arm, 1.0)
+        saving = [s for s in shares if s == 1 or _on_line(history, arm, s) <= whole / 2]
+        if saving[0] < 1 or share == 1:
+            return saving
+    return list(shares)
+
+
+def _on_line(history: History, arm: str, share: float) -> float:
+    """What a share takes by the line through the smallest and the largest trial of a candidate."""
+    first, last = history.of(arm)[0], history.of(arm)[-1]
+    return first.seconds + (last.seconds - first.seconds) * (share - first.share) / (last.share - first.share)
+
+
+def rungs_of(rows: float, eta: int = 3) -> int:
+    """How many rungs below the whole there are for domains of so many rows, so that the smallest still tells."""
+    return min(LEAST, max(0, math.floor(math.log(max(rows, 1.0) / _TELLING, eta) + 1e-9)))
 
 
 def shares_of(eta: int = 3, least: int = LEAST) -> tuple[float, ...]:
@@ -123,17 +166,23 @@ def attempt(history: History, run: Run, arm: str, share: float) -> bool:
 
 def seconds(history: History, arm: str, share: float) -> float:
     """What a candidate will take with a share of the rows."""
+    if history.costs:
+        return history.costs(arm, share)
     known = history.of(arm)
     last = known[-1]
     if len(known) > 1:
         first = known[-2]
         slope = max(0.0, (last.seconds - first.seconds) / (last.share - first.share))
         return last.seconds + slope * (share - last.share)
-    fixed = min(t.seconds for t in history.trials if t.share == last.share)
+    fixed = min(t.seconds for t in history.trials if t.share == last.share) / 2
     return fixed + (last.seconds - fixed) * share / last.share
 
 
-def _usual(history: History, share: float) -> float:
-    """The mean of what trials with this share took so far; 0 where there were none."""
-    known = [t.seconds for t in history.trials if t.share == share]
+def _usual(history: History, arms: Sequence[Arm], arm: Arm, share: float) -> float:
+    """The mean of what trials with this share took so far, of those that rows make a difference to or of the others; 0
+    where there was none, and what is known where it is."""
+    if history.costs:
+        return history.costs(arm.name, share)
+    alike = {other.name for other in arms if other.grows == arm.grows}
+    known = [t.seconds for t in history.trials if t.share == share and t.arm in alike]
     return sum(known) / len(known) if known else 0.0
