@@ -8,9 +8,9 @@ Each recipe is left out in turn. The bandit (`fanbu.search.bandit`) learns from 
 validation rows are drawn anew with replacement, and the bandit, successive halving and uniform trials (in order, with
 all rows) choose within budgets of one, two and three full runs of the costliest candidate. Regret is how many points of
 test accuracy the chosen one lies below the best candidate. The interval is over recipes. Then one live run of `fanbu
-compare` with `learn` (not with --tables).
+compare` with `learn` (not with --replays).
 
-Run: python benchmarks/bandit.py [--quick] [--data DIR] [--work DIR] [--tables FILE]. --quick: four recipes.
+Run: python benchmarks/bandit.py [--quick] [--data DIR] [--work DIR] [--tables FILE] [--replays]. --quick: four recipes.
 """
 
 from __future__ import annotations
@@ -125,13 +125,14 @@ def live(work: Path, asked: Sequence[Any], tables: Sequence[Mapping[str, Any]]) 
 def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--tables", type=Path, default=None, help="tables that were measured")
+    flags.add_argument("--replays", action="store_true", help="no live run")
     args = flags.parse_args()
     count, name = (4, "bandit-quick") if args.quick else (RECIPES, "bandit")
     work = args.work / "bandit"
+    asked = recipes(args.data, work, count)
     if args.tables:
         tables = json.loads(args.tables.read_text())[:count]
     else:
-        asked = recipes(args.data, work, count)
         tables = [measured(recipe, work / str(number)) for number, recipe in enumerate(asked)]
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-tables.json", json.dumps(tables, sort_keys=True))
@@ -154,7 +155,7 @@ def main() -> int:
             "below 0, with its interval", high < 0),
     ]  # fmt: skip
     values: dict[str, Any] = {"by recipe": by_recipe, "apart": apart}
-    if not args.tables:
+    if not args.replays:
         values["live"] = one = live(work, asked, tables)
         got = f"{one['winner']}, {one['below']:.2f} points below the best, {one['spent']:.0f} of {one['budget']:.0f} s"
         bars.append(bar("one live run within its budget", got, "within it", one["spent"] <= one["budget"]))

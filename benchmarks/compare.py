@@ -9,9 +9,9 @@ The replays: 300 times, validation rows are drawn anew with replacement and cand
 `fanbu compare`'s halving, with a budget of three full runs (of the costliest candidate), chooses by them; beside it, on
 the same draws and budget: candidates in order of their coming, each with all rows (uniform); Optuna's median pruner;
 and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
-on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --table).
+on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --replays).
 
-Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N]. Four
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N] [--replays]. Four
 domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick: three domains, and
 six candidates.
 """
@@ -162,16 +162,17 @@ def replayed(found: Mapping[str, Any], replays: int) -> dict[str, dict[str, floa
 
 def main() -> int:
     flags = parser(__doc__ or "")
+    flags.add_argument("--replays", action="store_true", help="no live run")
     flags.add_argument("--domains", type=int, default=None, help="how many, from the first")
     flags.add_argument("--rows", type=int, default=100, help="training rows of each, at most")
     flags.add_argument("--table", type=Path, default=None, help="a table that was measured")
     args = flags.parse_args()
     name = "compare-quick" if args.quick else "compare"
     work = args.work / name
+    recipe = recipe_of(args.data, work, args.quick, args.domains or (3 if args.quick else 4), args.rows)
     if args.table:
         found = json.loads(args.table.read_text())
     else:
-        recipe = recipe_of(args.data, work, args.quick, args.domains or (3 if args.quick else 4), args.rows)
         found = measured(recipe, work)
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
@@ -189,7 +190,7 @@ def main() -> int:
         bar("beside the others", f"{ours['near']:.2f} and {max(o['near'] for o in others):.2f}", "more",
             ours["near"] > max(o["near"] for o in others)),
     ]  # fmt: skip
-    if not args.table:
+    if not args.replays:
         seconds = RUNS * max(took.values())
         spec = recipe.compare.model_copy(update={"seconds": seconds})
         live = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)
