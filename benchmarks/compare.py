@@ -11,9 +11,9 @@ the same draws and budget: candidates in order of their coming, each with all ro
 and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
 on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --replays).
 
-Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N] [--replays]. Four
-domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick: three domains, and
-six candidates.
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N]
+[--replays]. Four domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick:
+three domains, and six candidates.
 """
 
 from __future__ import annotations
