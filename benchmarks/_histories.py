@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
 
 from _common import text_domains
 from _outcomes import BASE, usable
-from fanbu.recipe import Recipe, load_recipe
+from fanbu.errors import DataError
+from fanbu.recipe import Recipe, load_domains, load_recipe
 
 RECIPES = 12
 ROWS, EPOCHS = (30, 60, 120), (1, 3)
@@ -21,9 +23,19 @@ CANDIDATES: list[dict[str, Any]] = [
 
 
 def recipes(data: Path, work: Path, count: int) -> list[Recipe]:
-    """So many recipes of two to four domains; the seed is the recipe's number."""
-    folders = usable(text_domains(data))
-    return [_recipe(folders, number, work / str(number)) for number in range(count)]
+    """So many recipes of two to four domains; the seed is the recipe's number. Those with too few rows for their labels
+    are left out."""
+    folders, found = usable(text_domains(data)), list[Recipe]()
+    for number in itertools.count():
+        if len(found) == count:
+            return found
+        recipe = _recipe(folders, number, work / str(number))
+        try:
+            load_domains(recipe)
+            found.append(recipe)
+        except DataError:
+            continue
+    raise AssertionError
 
 
 def _recipe(folders: dict[str, Path], number: int, work: Path) -> Recipe:

@@ -201,6 +201,9 @@ def test_trees_that_cannot_be_followed(tmp_path: Path) -> None:
     refused({"groups": GROUPS, "shrinkage": 5}, FitError, "other-architecture", shrink=pruned)
     for way in ("multitask", "fedavg"):
         refused({"groups": GROUPS}, FitError, "tree-ignored", feedback=[Step(method=way, tree={"groups": GROUPS})])
+    four = recipe_in(tmp_path, None, "slerp")
+    with pytest.raises(FitError, match="too-many"):  # no tree: a way that takes two specialists at most
+        check_plan(four, load_domains(four))
     apart = {"groups": {}, "by": "texts"}
     recipe = recipe_in(tmp_path, apart)
     few = {n: replace(d, train=d.train.first(20), share=PRESETS["internal"]) for n, d in load_domains(recipe).items()}

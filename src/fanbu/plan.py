@@ -220,6 +220,11 @@ def misfit(
                 "not-shared", f"{way.name} needs what {d.name} does not share: {', '.join(refused)}",
                 allowed=d.share.as_dict(), remedy="choose another way, or widen `share` with the owner's consent",
             )  # fmt: skip
+    if needs.most is not None and len(feeding) > needs.most:
+        return FitError(
+            "too-many", f"{way.name} takes {needs.most} specialists at most", allowed=needs.most, got=len(feeding),
+            remedy="take another way, or let fewer domains feed",
+        )  # fmt: skip
     for step in shrink:
         changes = method(step.method, "shrink").code.CHANGES
         if needs.same_architecture and changes:

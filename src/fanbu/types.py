@@ -147,6 +147,7 @@ class Needs:
     ``kind`` is what crosses; ``texts`` and ``labels`` say that rows with them cross; ``probe`` that specialists are
     asked about shared texts; ``target`` that some of these are of an owner in their industry who has no specialist.
     ``specialist`` is False where what is sent comes of the owner's rows and the base, and not of its specialist.
+    ``most`` is how many may feed at once, where that is bounded.
     """
 
     kind: Kind
@@ -157,6 +158,7 @@ class Needs:
     labels: bool = False
     target: bool = False
     specialist: bool = True
+    most: int | None = None
     tasks: tuple[Task, ...] = TASKS
 
 

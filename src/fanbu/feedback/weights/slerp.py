@@ -16,7 +16,7 @@ from fanbu.types import Context, Needs
 
 __all__ = ["LINEAR", "NEEDS", "NEUTRAL", "SENSITIVITY", "absorb", "contribute"]
 
-NEEDS = Needs(kind="weights", same_architecture=True)
+NEEDS = Needs(kind="weights", same_architecture=True, most=2)
 LINEAR = False
 SENSITIVITY = None
 NEUTRAL = {"t": 1.0}
