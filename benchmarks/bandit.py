@@ -47,7 +47,13 @@ def seen_of(number: int, found: Mapping[str, Any]) -> list[Seen]:
              reward(told["score"], found["scale"]), told["seconds"])
         for name, by in found["candidates"].items()
         for share, told in zip(_shares(found, name), by.values(), strict=True)
+        if share in _ladder(found, name)
     ]  # fmt: skip
+
+
+def _ladder(found: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """The shares that a comparison tries."""
+    return _shares(found, name)[-1 - found["least"] :]
 
 
 def _shares(found: Mapping[str, Any], name: str) -> tuple[float, ...]:
@@ -69,7 +75,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     past = [seen for i, other in enumerate(tables) if i != left_out for seen in seen_of(i, other)]
     priors, truth = (Prior(past, NEAR), Prior(past, NEAR, "seconds")), truths(found)
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
-    shares = {name: _shares(found, name)[-1 - found["least"] :] for name in actions}
+    shares = {name: _ladder(found, name) for name in actions}
     lost: dict[str, list[list[float]]] = {way: [[] for _ in BUDGETS] for way in WAYS}
     for seed in range(REPLAYS):
         run, order = Replay(found, seed), list(truth)
@@ -95,6 +101,7 @@ def told_as_comparison(found: Mapping[str, Any], workspace: Path) -> None:
          told["seconds"]}
         for name, by in found["candidates"].items()
         for share, told in zip(_shares(found, name), by.values(), strict=True)
+        if share in _ladder(found, name)
     ]  # fmt: skip
     (workspace / COMPARED).mkdir(parents=True, exist_ok=True)
     write_text(workspace / COMPARED / "1.json",

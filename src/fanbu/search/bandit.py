@@ -31,7 +31,7 @@ _QUANTITIES = {"reward": (0.0, 0.1), "seconds": (-1.5, 0.5)}  # what the fewest 
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
-_SAFE = 1.0  # standard deviations more than expected that a trial must fit the budget with
+_SAFE = 0.5  # standard deviations more than expected that a trial must fit the budget with
 _IDLE = 2e-3  # of the reward: no trial that can be expected to add less is begun
 
 
@@ -218,9 +218,11 @@ def explore(
     of which most is expected, with all rows, for which so much of the budget is kept. ``costs`` is a belief in the
     logarithms of seconds, ``scale`` is what a reward of 1 is in the score that trials have.
 
-    A candidate that would not fit the budget with all rows is left out, and a trial that may well not fit (one standard
-    deviation more than is expected) is not begun. Those that are ``unknown`` are tried with the fewest rows, then with
-    the next more, for which they may take as many times as long; then it is read off the line through these.
+    Chosen is the one of those tried with all rows of which most is expected in the end: what is known of the ways
+    steadies scores of few validation rows. A candidate that would not fit the budget with all rows is left out, and a
+    trial that may well not fit (half a standard deviation more than is expected) is not begun. Those that are
+    ``unknown`` are tried with the fewest rows, then with the next more, for which they may take as many times as long;
+    then it is read off the line through these.
     """
     history, known = History(), set[str]()
 
@@ -243,6 +245,7 @@ def explore(
                 without(name, "it would take more than the budget with all rows")
         if not belief.whole:
             return history
+        history.chosen = belief.best(known) if known else None
         shares = {name: sorted(s for other, s in belief.points if other == name) for name, _ in belief.points}
         turns = {name: len(history.of(name)) if name in unknown else len(shares[name]) for name in shares}
         safe = [name for name in shares if name in known or price((name, 1.0), _SAFE) <= left]

@@ -38,10 +38,12 @@ class Trial:
 
 @dataclass
 class History:
-    """What was tried, in its order, and what was not begun, with the reason."""
+    """What was tried, in its order, and what was not begun, with the reason; and which candidate was ``chosen``, where
+    that is not simply the one with the best score."""
 
     trials: list[Trial] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    chosen: str | None = None
     costs: Callable[[str, float], float] | None = None  # where it is known beforehand what a trial takes
 
     @property
@@ -51,8 +53,8 @@ class History:
 
     @property
     def best(self) -> Trial | None:
-        """The best of those that were tried with all rows; None where none was."""
-        whole = [t for t in self.trials if t.share == 1]
+        """The best of those that were tried with all rows, or the chosen one; None where none was."""
+        whole = [t for t in self.trials if t.share == 1 and self.chosen in (None, t.arm)]
         return max(whole, key=lambda t: (t.score, t.arm), default=None)
 
     def of(self, arm: str) -> list[Trial]:

@@ -100,10 +100,13 @@ def tuned(
     """
     known = {t.share: t.score for t in history.of(winner)}
     shares = sorted({min(known, key=lambda share: abs(share - FIRST)), 1.0})
+    names = {winner}
     for values, _ in zip(draws, range(count), strict=False):
         if history.seconds + sum(seconds(history, winner, share) for share in shares) > budget:
-            return
-        draws.tell(_scored(history, run, new(values), shares, known))
+            break
+        names.add(name := new(values))
+        draws.tell(_scored(history, run, name, shares, known))
+    history.chosen = max((t for t in history.trials if t.share == 1 and t.arm in names), key=lambda t: t.score).arm
 
 
 def _scored(
