@@ -100,7 +100,7 @@ def _drawn(
 
 def drawn(turn: Turn, s: Specialist, parent: Model, rows: int, shrinkage: float) -> Specialist:
     """At its owner: a specialist drawn towards the group that it stands in."""
-    model = _between(turn, s.model, _part(turn, parent, s.domain), rows, shrinkage, s.domain.name, s.domain)
+    model = _between(turn, s.model, parent, rows, shrinkage, s.domain.name, s.domain)
     return Specialist(model, s.domain, s.origin)
 
 

@@ -65,7 +65,7 @@ def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError |
     return reason or (_untreed(way, step.tree, recipe, domains) if step.tree else None)
 
 
-FEWEST = 32  # texts whose mean may cross where none of them may
+_FEWEST = 32  # texts whose mean may cross where none of them may
 _OF_TREE = {"weights": "weights", "texts": "statistics", "answers": "predictions"}  # the kind that crosses
 
 
@@ -113,8 +113,8 @@ def _unlike(by: Likeness, d: Domain) -> BoundaryError | None:
         why = f"needs {kind}, which {d.name} does not share"
     elif d.share.together and kind in ADDED:
         why = f"needs {kind} of single owners, and {d.name} shares them in sums alone"
-    elif by == "texts" and not d.share.texts and len(d.train) + len(d.unlabelled) < FEWEST:
-        why = f"needs the mean over {FEWEST} texts, and {d.name} has fewer, of which it shares none"
+    elif by == "texts" and not d.share.texts and len(d.train) + len(d.unlabelled) < _FEWEST:
+        why = f"needs the mean over {_FEWEST} texts, and {d.name} has fewer, of which it shares none"
     if not why:
         return None
     return BoundaryError(

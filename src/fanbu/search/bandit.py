@@ -226,10 +226,9 @@ def explore(
     """
     history, known = History(), set[str]()
 
-    def without(name: str, why: str) -> None:
+    def without(name: str) -> None:
         nonlocal belief, costs
         belief, costs = belief.without(name), costs.without(name)
-        history.left_out.setdefault(name, why)
 
     def price(point: Point, deviations: float = 0.0) -> float:
         tried = history.of(point[0]) if point[0] in unknown else []
@@ -242,7 +241,8 @@ def explore(
         left = budget - history.seconds
         for name, share in list(costs.points):
             if share == 1 and name not in known and price((name, share)) > left:
-                without(name, "it would take more than the budget with all rows")
+                without(name)
+                history.left_out[name] = "it would take more than the budget with all rows"
         if not belief.whole:
             return history
         history.chosen = belief.best(known) if known else None
@@ -258,14 +258,14 @@ def explore(
             and price(p, _SAFE) + (0.0 if p == (best, 1.0) else kept) <= left
         }  # fmt: skip
         if not gains and best in known:
-            for name in shares.keys() - {t.arm for t in history.trials}:
-                history.left_out.setdefault(name, "earlier comparisons promise too little of it")
+            for name in sorted(shares.keys() - {t.arm for t in history.trials}):
+                history.left_out[name] = "earlier comparisons promise too little of it"
             return history
         name, share = max(gains, key=lambda p: (gains[p] / price(p), p)) if gains else (best, 1.0)
         if not gains and turns[best] < 2:
             share = shares[best][min(turns[best], len(shares[best]) - 1)]
         if not attempt(history, run, name, share):
-            without(name, "")
+            without(name)
             continue
         trial = history.trials[-1]
         known |= {name} if share == 1 else set()

@@ -209,7 +209,8 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
         costs = certain({(name, share): steps(name, share) for name, known in shares.items() for share in known})
     else:
         costs = Prior(past, NEAR, "seconds").belief(*here)
-    return explore(prior.belief(*here), costs, bench, budget, bench.scale, prior.unknown(actions))
+    unknown = set[str]() if bench.by_steps else prior.unknown(actions)  # by what they take
+    return explore(prior.belief(*here), costs, bench, budget, bench.scale, unknown)
 
 
 def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> None:

@@ -88,6 +88,7 @@ def halving(
             standing.append(arm.name)
             if len(standing) == 1 and growing * history.trials[-1].seconds > budget / eta:
                 shares = _saving(history, run, arm.name, shares, budget)
+                standing = [] if arm.name in history.left_out else standing  # it failed on its way
     for share in shares[1:]:
         standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
         if share < 1:
@@ -108,21 +109,15 @@ def _saving(history: History, run: Run, arm: str, shares: Sequence[float], budge
     as far as three fourths of the budget would do for it however it grows."""
     for share in shares[1:]:
         last = history.of(arm)[-1]
-        if last.seconds * share / last.share > 0.75 * (budget - history.seconds) or not attempt(
-            history, run, arm, share
-        ):
+        if last.seconds * share / last.share > 0.75 * (budget - history.seconds):
+            break
+        if not attempt(history, run, arm, share):
             break
         whole = seconds(history, arm, 1.0)
-        saving = [s for s in shares if s == 1 or _on_line(history, arm, s) <= whole / 2]
+        saving = [s for s in shares if s == 1 or seconds(history, arm, s) <= whole / 2]
         if saving[0] < 1 or share == 1:
             return saving
     return list(shares)
-
-
-def _on_line(history: History, arm: str, share: float) -> float:
-    """What a share takes by the line through the smallest and the largest trial of a candidate."""
-    first, last = history.of(arm)[0], history.of(arm)[-1]
-    return first.seconds + (last.seconds - first.seconds) * (share - first.share) / (last.share - first.share)
 
 
 def rungs_of(rows: float, eta: int = 3) -> int:
