@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fanbu.files import write_text
+from fanbu.model import Model
 from fanbu.progress import log
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import GateSpec
 from fanbu.round import evaluated
-from fanbu.search.compare import BEFORE, Bench, opened, scored
+from fanbu.search.compare import BEFORE, Bench, judged, opened, scored
 from fanbu.search.costs import reads_rows
 from fanbu.search.halving import Trial, rungs_of
 from fanbu.types import derived_seed, silent
@@ -24,39 +25,59 @@ SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
 WHOLE = "1.000"
 
 
-def measured(recipe: Recipe, work: Path, shares: Sequence[float] = SHARES) -> dict[str, Any]:
+def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
     """The table: by candidate and share its seconds and outcomes, as strings of 0 and 1 by domain. Each trial is kept
-    under ``work``, so that a run that was stopped goes on."""
+    under ``work``, so that a run that was stopped goes on. ``whole``: of every trial the outcomes on all test rows, so
+    that validation rows may be drawn from those; and shares that `fanbu compare` would try alone."""
     bench = opened(recipe, silent, log)
     bench.by_steps = False
-    rows = float(np.mean([len(d.train) for d in bench.turn.feeding]))
+    least = rungs_of(float(np.mean([len(d.train) for d in bench.turn.feeding])))
     found: dict[str, Any] = {
-        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "least": rungs_of(rows),
+        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "least": least,
         "state": bench.state, "scale": bench.scale,
         "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
     }  # fmt: skip
+    if whole:
+        found["valid"] = {d.name: len(d.valid) for d in bench.turn.feeding}
+        found["before"] = _tested(bench, BEFORE, bench.incumbent)
+    shares = SHARES[-1 - least :] if whole else SHARES
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:
             kept = work / "trials" / f"{name.replace(' ', '_')}-{share:.3f}.json"
             if not kept.exists():
                 log(f"== {name}, {share:.0%}")
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                write_text(kept, json.dumps(_one(bench, name, share)))
+                write_text(kept, json.dumps(_one(bench, name, share, whole)))
             found["candidates"].setdefault(name, {})[f"{share:.3f}"] = json.loads(kept.read_text())
     return found
 
 
-def _one(bench: Bench, name: str, share: float) -> dict[str, Any]:
+def _one(bench: Bench, name: str, share: float, whole: bool) -> dict[str, Any]:
     """One trial."""
+    if whole:
+        bench.seen = _shared(bench, share)  # what others made for themselves is paid for again
     trial = bench(name, share)
-    row = bench.rows[-1]
-    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, "changes": row["changes"]}
-    for who, key in ((name, "valid"), (BEFORE, "before")):
-        told[key] = {d: _bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
-    if share == 1:
-        tested = {d.name: evaluated(bench.turn, name, bench.models[name, share], d)[0] for d in bench.turn.feeding}
-        told["test"] = {d: _bits(outcomes.tensors["told"]) for d, outcomes in tested.items()}
+    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, "changes": bench.rows[-1]["changes"]}
+    if not whole:
+        for who, key in ((name, "valid"), (BEFORE, "before")):
+            told[key] = {d: _bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
+    if whole or share == 1:
+        told["test"] = _tested(bench, name, bench.models[name, share])
     return told
+
+
+def _shared(bench: Bench, share: float) -> set[Path]:
+    """What all candidates share: the incumbent's outcomes."""
+    turn = replace(bench._at(share), costs=[], crossed={}, used=[])
+    for d in bench.turn.feeding:
+        bench._valued(turn, BEFORE, bench.incumbent, d, share)
+    return set(turn.used)
+
+
+def _tested(bench: Bench, name: str, model: Model) -> dict[str, str]:
+    return {
+        d.name: _bits(evaluated(bench.turn, name, model, d)[0].tensors["told"]) for d in bench.turn.feeding
+    }  # fmt: skip
 
 
 def _bits(column: Any) -> str:
@@ -70,19 +91,21 @@ def numbers(text: str) -> np.ndarray[Any, Any]:
 
 @dataclass
 class Replay:
-    """The table with its validation rows drawn anew."""
+    """The table with validation rows drawn anew: of a ``whole`` one from all test rows, as many as `fanbu compare` has
+    and, with a share of the rows, as many of them as it looks at; else from the validation rows."""
 
     table: Mapping[str, Any]
     seed: int
 
     def __call__(self, name: str, share: float) -> Trial:
         """A trial on rows that are drawn alike for all candidates."""
-        told = self.table["candidates"][name][f"{share:.3f}"]
+        told, sizes = self.table["candidates"][name][f"{share:.3f}"], self.table.get("valid")
         changes = {}
-        for domain, text in sorted(told["valid"].items()):
-            change = numbers(text) - numbers(told["before"][domain])
+        for domain, text in sorted(told["test" if sizes else "valid"].items()):
+            change = numbers(text) - numbers((self.table if sizes else told)["before"][domain])
             rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
-            changes[domain] = float(change[rng.integers(0, len(change), len(change))].mean())
+            drawn = rng.integers(0, len(change), sizes[domain] if sizes else len(change))
+            changes[domain] = float(change[drawn[: judged(share, len(drawn))] if sizes else drawn].mean())
         return Trial(name, share, scored(changes, GateSpec()), told["seconds"])
 
 

@@ -37,11 +37,12 @@ from fanbu.search.compare import candidates, compare
 from fanbu.search.halving import Arm, History, halving
 
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
+SPLITS = ("train", "valid", "test")
 TIMES = 3  # inner rounds of federated ways
 KIN = {"fedavgm", "fednova", "fedprox", "fedyogi"}  # which differ little from fedavg or fedadam over so few
 QUICK = ["average", "tsv_m", "ensemble", "probe", "multitask", "distill"]
 MORE: list[dict[str, Any]] = [
-    {"method": "task_arithmetic", "scale": 0.3}, {"method": "ties", "density": 0.5},
+    {"method": "task_arithmetic", "scale": 0.6}, {"method": "ties", "density": 0.5},
     {"method": "distill", "train": {"lr": 3e-4}}, {"method": "distill", "train": {"lr": 3e-5}},
     {"method": "multitask", "train": {"lr": 3e-4}}, {"method": "multitask", "train": {"lr": 3e-5}},
     {"method": "fedavg", "times": TIMES, "train": {"epochs": 1, "lr": 3e-4}},
@@ -51,10 +52,7 @@ MORE: list[dict[str, Any]] = [
 def recipe_of(data: Path, work: Path, quick: bool, count: int, rows: int) -> Recipe:
     """All domains in one place, one thread; ``compare`` lists the candidates."""
     domains = {
-        name: {
-            **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
-            "limit": {"train": rows, "valid": 200, "test": 500},
-        }
+        name: {**drawn(folder, work / "rows" / name), "limit": {"train": rows}}
         for name, folder in list(usable(text_domains(data)).items())[:count]
     }
     plain: dict[str, Any] = {
@@ -69,6 +67,25 @@ def recipe_of(data: Path, work: Path, quick: bool, count: int, rows: int) -> Rec
         {**s.model_dump(mode="json"), **({"times": TIMES} if s.times > 1 else {})} for s in usual if s.method not in KIN
     ]
     return load_recipe({**plain, "compare": {"ways": [*every, *MORE]}})
+
+
+def drawn(folder: Path, out: Path) -> dict[str, str]:
+    """A domain's rows in new splits, so that validation rows are as test rows are: at most 45% and 1,000 for testing,
+    25% and 500 for validation; each label has a row to train on."""
+    rows = {
+        row["text"]: line for split in SPLITS for line in (folder / f"{split}.jsonl").read_text().splitlines()
+        if (row := json.loads(line))
+    }  # fmt: skip
+    lines = list(rows.values())
+    random.Random(0).shuffle(lines)
+    first = {json.loads(line)["label"]: line for line in reversed(lines)}  # of each label
+    rest = [line for line in lines if first[json.loads(line)["label"]] is not line]
+    test, valid = min(1000, int(0.45 * len(lines))), min(500, len(lines) // 4)
+    parts = [*first.values(), *rest[test + valid :]], rest[test : test + valid], rest[:test]
+    out.mkdir(parents=True, exist_ok=True)
+    for split, part in zip(SPLITS, parts, strict=True):
+        write_text(out / f"{split}.jsonl", "".join(line + "\n" for line in part))
+    return {split: str(out / f"{split}.jsonl") for split in SPLITS}
 
 
 Way = Callable[[Mapping[str, Any], list[str], Replay, float, int], str | None]
@@ -164,7 +181,7 @@ def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--replays", action="store_true", help="no live run")
     flags.add_argument("--domains", type=int, default=None, help="how many, from the first")
-    flags.add_argument("--rows", type=int, default=100, help="training rows of each, at most")
+    flags.add_argument("--rows", type=int, default=300, help="training rows of each, at most")
     flags.add_argument("--table", type=Path, default=None, help="a table that was measured")
     args = flags.parse_args()
     name = "compare-quick" if args.quick else "compare"
@@ -173,7 +190,7 @@ def main() -> int:
     if args.table:
         found = json.loads(args.table.read_text())
     else:
-        found = measured(recipe, work)
+        found = measured(recipe, work, whole=True)
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
     told = replayed(found, REPLAYS)

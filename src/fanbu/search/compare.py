@@ -119,10 +119,10 @@ class Bench:
 
     def _valued(self, turn: Turn, name: str, model: Model, d: Domain, share: float) -> tuple[float, float]:
         """The values of a candidate and of the incumbent on a domain's validation rows."""
-        rows = d.valid if share == 1 else d.valid.first(max(_JUDGED, math.ceil(share * len(d.valid))))
+        rows = d.valid.first(judged(share, len(d.valid)))
         found = []
-        for who, judged in ((name, model), (BEFORE, self.incumbent)):
-            outcomes, _ = evaluated(turn, who, judged, replace(d, test=rows))
+        for who, tried in ((name, model), (BEFORE, self.incumbent)):
+            outcomes, _ = evaluated(turn, who, tried, replace(d, test=rows))
             self.outcomes.setdefault((who, share), {})[d.name] = outcomes
             column = outcomes.tensors.get(self.turn.recipe.gate.mode, outcomes.tensors["told"])
             found.append(float(column.sum() / outcomes.tensors["weight"].sum()))
@@ -140,6 +140,11 @@ class Bench:
         told = [json.loads(cost.read_text()) for cost in costs if cost.exists()]
         seconds, joules = (sum(float(cost.get(what, 0.0)) for cost in told) for what in ("seconds", "joules"))
         return seconds, joules
+
+
+def judged(share: float, rows: int) -> int:
+    """How many of a domain's validation rows a trial with a share of the rows is judged by."""
+    return min(rows, max(_JUDGED, math.ceil(share * rows)))
 
 
 def _portion(d: Domain, share: float) -> Domain:
