@@ -1,8 +1,9 @@
 """What specialists are worth, on real text domains: a copy, a poisoned one, and drawn orders beside all orders.
 
-Five owners: three domains of their own, a fourth who has the very rows of the first (`NAME@copy`, the first being
-`NAME@one`), and a fifth whose training labels were shuffled. One round, then `fanbu worth` by all orders, by drawn
-ones, and in a second workspace by all orders without the copy.
+The large model knows four domains by probed label rows. Five owners feed: three have these rows, a fourth the very
+rows of the first (`NAME@copy`, the first being `NAME@one`), and the labels of a fifth, to train on and to validate by,
+were each put in the place of the next one. One round, then `fanbu worth` by all orders, by drawn ones, and in a second
+workspace by all orders without the copy.
 
 Run: python benchmarks/attribution.py [--quick] [--data DIR] [--work DIR] [--way NAME]. At most 300 training rows each;
 --quick: 120.
@@ -11,7 +12,6 @@ Run: python benchmarks/attribution.py [--quick] [--data DIR] [--work DIR] [--way
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,33 @@ from _outcomes import BASE, usable
 from fanbu.generations import run
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_recipe
+from fanbu.round import raise_incumbent
 from fanbu.search.worth import worth
+from fanbu.turn import start
 
 PAIRS = 6  # of orders, where they are drawn
 SPLITS = ("train", "valid", "test")
 
 
-def shuffled(folder: Path, out: Path) -> Path:
-    """A domain's files with the labels of its training and validation rows in another order."""
+def flipped(folder: Path, out: Path) -> Path:
+    """A domain's files with each label of its training and validation rows put in the place of the next."""
+    rows = {s: [json.loads(line) for line in (folder / f"{s}.jsonl").read_text().splitlines()] for s in SPLITS}
+    names = sorted({row["label"] for part in rows.values() for row in part})
+    after = dict(zip(names, [*names[1:], names[0]], strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-        labels = [row["label"] for row in rows]
-        if split != "test":
-            random.Random(0).shuffle(labels)
-        text = "".join(json.dumps({**row, "label": label}) + "\n" for row, label in zip(rows, labels, strict=True))
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    for split, part in rows.items():
+        told = [row if split == "test" else {**row, "label": after[row["label"]]} for row in part]
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
     return out
 
 
-def recipe_of(folders: dict[str, Path], workspace: Path, way: str, rows: int) -> Recipe:
+def recipe_of(folders: dict[str, Path], workspace: Path, way: str, rows: int, model: str) -> Recipe:
     domains = {
         name: {**{s: str(folder / f"{s}.jsonl") for s in SPLITS}, "limit": {"train": rows, "valid": 150, "test": 300}}
         for name, folder in folders.items()
     }
     return load_recipe({
-        "fanbu": 1, "name": "attribution", "model": BASE, "workspace": str(workspace), "threads": 1, "device": "cpu",
+        "fanbu": 1, "name": "attribution", "model": model, "workspace": str(workspace), "threads": 1, "device": "cpu",
         "precision": "fp32", "max_length": 64, "domains": domains, "feedback": {"method": way},
         "shrink": [{"method": "finetune", "train": {"epochs": 3, "lr": 2e-4}}],
     })  # fmt: skip
@@ -60,13 +61,15 @@ def main() -> int:
     work, rows = args.work / name, 120 if args.quick else 300
     [first, second, third, last], found = list(usable(text_domains(args.data)).items())[:4], {}
     one, copy = f"{first[0]}@one", f"{first[0]}@copy"
-    alone = {one: first[1], second[0]: second[1], third[0]: third[1], last[0]: shuffled(last[1], work / "shuffled")}
-    recipe = recipe_of({**alone, copy: first[1]}, work / "with", args.way, rows)
+    honest = {one: first[1], second[0]: second[1], third[0]: third[1], last[0]: last[1]}
+    known = raise_incumbent(start(recipe_of(honest, work / "before", args.way, rows, BASE))).path
+    alone = {**honest, last[0]: flipped(last[1], work / "flipped")}
+    recipe = recipe_of({**alone, copy: first[1]}, work / "with", args.way, rows, str(known))
     run(recipe, log=log)
     found["all orders"] = worth(recipe, 0, log=log)["shapley"]
     found["drawn orders"] = worth(recipe, PAIRS, log=log)["shapley"]
     found["left out"] = worth(recipe, None, log=log)["left_out"]
-    fewer = recipe_of(alone, work / "without", args.way, rows)
+    fewer = recipe_of(alone, work / "without", args.way, rows, str(known))
     run(fewer, log=log)
     found["without the copy"] = worth(fewer, 0, log=log)["shapley"]
     return report(name, found, one, copy, last[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import open_gate, probe_of, probed_for, rows, tiny_recipe, write_rows
+from conftest import open_gate, probe_of, probed_for, rows, tiny_recipe, write_domain, write_rows
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist, load_domain
 from fanbu.errors import UsageError
@@ -242,6 +242,16 @@ def test_a_round_with_owners_and_one_that_leaves(tmp_path: Path) -> None:
         run(load_recipe({**value, "domains": guarding, "guards": guard, "rounds": 3}))
     leave(tmp_path / "ws", "food@south")
     assert not any("fo" in label for label in open_model(tmp_path / "ws" / _champion(tmp_path)).labels)
+
+
+def test_owners_of_the_same_rows_make_the_same_specialist(tmp_path: Path, opened: Model, context: Context) -> None:
+    files = write_domain(tmp_path, "food", train=96)
+    north, south = (load_domain(f"food@{owner}", **files, limit={"train": 24}) for owner in ("north", "south"))
+    assert north.train.texts == south.train.texts
+    plan = {"epochs": 2, "lr": 5e-3, "batch_size": 8}
+    made = [method("finetune").shrink(opened, d, tmp_path / d.name, context, train=plan) for d in (north, south)]
+    one, other = (load_network(model).state_dict() for model in made)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _champion(folder: Path) -> str:

@@ -31,7 +31,7 @@ def fit_probe(network: Any, tokenizer: Any, domain: Domain, context: Context) ->
     scale = 1.0 / float(x.norm(dim=1).mean().clamp_min(1e-12))
     weight, bias, strength = fit_logistic(
         (x * scale).numpy(), np.array(domain.train.labels), (v * scale).numpy(), np.array(domain.valid.labels),
-        context.seeded("probe", domain.name),
+        context.seeded("probe", domain.industry),
     )  # fmt: skip
     head = Head(domain.full_labels, weight * scale, bias)
     spread = float((x @ head.weight_lh.T + head.bias_l).logsumexp(1).mean())

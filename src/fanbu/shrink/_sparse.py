@@ -32,12 +32,12 @@ def shrink_sparsely(
     network, tokenizer = open_for(parent, domain, context)
     if pattern:
         _check(network, pattern[1])
-    set_up(context, name, domain.name)
+    set_up(context, name, domain.industry)
     masks = make_sparse(network, tokenizer, domain, how, share, pattern, context)
     metrics: dict[str, float] = {}
     if train is not None:
         hold_zeros(network, masks)
-        metrics = tune(network, tokenizer, domain, train, context, f"{name} {domain.name}")
+        metrics = tune(network, tokenizer, domain, train, context, f"{name} {domain.industry}")
     metrics |= {"zeros": share_of_zeros(network, list(masks))}
     made = provenance(
         name, [parent], context, domain=domain.name, importance=how, sparsity=share,

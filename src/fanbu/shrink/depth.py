@@ -61,7 +61,7 @@ def shrink(
     kept = _kept(network, tokenizer, domain, stack, layers, importance, context)
     keep_layers(network, stack, kept)
     _check_reloads(network, kept)
-    metrics = {} if train is None else tune(network, tokenizer, domain, train, context, f"depth {domain.name}")
+    metrics = {} if train is None else tune(network, tokenizer, domain, train, context, f"depth {domain.industry}")
     made = provenance(
         "depth", [parent], context, domain=domain.name, kept=kept, importance=importance, train=train and vars(train)
     )
@@ -79,7 +79,7 @@ def _kept(
     if importance == "even" or not drop:
         spaced = [round((i + 1) * count / layers) - 1 for i in range(layers)]
         return sorted({0, *spaced[1:]} if first else set(spaced))
-    set_up(context, "depth", domain.name)
+    set_up(context, "depth", domain.industry)
     if importance == "loss":
         return _by_loss(network, tokenizer, domain, stack, layers, context)
     texts = domain.train.texts[:SAMPLE]

@@ -88,14 +88,14 @@ def shrink(
     network, tokenizer = open_for(parent, domain, context)
     chosen = _teacher(parent, domain, teacher, context)
     texts = [*domain.train.texts, *domain.unlabelled.texts]
-    texts += augmented(texts, extra.augment, context.seeded("augment", domain.name))
+    texts += augmented(texts, extra.augment, context.seeded("augment", domain.industry))
     sequences = encode(tokenizer, texts, limit(network, context))
     network.to(context.device)
     student = nn.ModuleDict({"network": network})
     taught = _by_labels if domain.task in CLASSIFYING else _by_tokens
     loss, head = taught(student, tokenizer, chosen, domain, texts, sequences, asked, context)
     history = train_network(
-        student, [len(s) for s in sequences], loss, train, context, f"distill {domain.name}", head=head,
+        student, [len(s) for s in sequences], loss, train, context, f"distill {domain.industry}", head=head,
         validate=(lambda _: validation_value(network, tokenizer, domain, context)) if len(domain.valid) else None,
     )  # fmt: skip
     made = provenance(
@@ -128,7 +128,7 @@ def _by_labels(
     answers = kept(asked.extra.cache, "answers", named, lambda: _answers(teacher, domain, texts, context))
     h_nt, z_nl = answers["features"], answers["logits"]
     if asked.hidden:
-        set_up(context, "distill", domain.name)
+        set_up(context, "distill", domain.industry)
         student["map"] = nn.Linear(final_layer(network).in_features, h_nt.shape[1]).to(context.device)
     loss = taught_labels(sequences, h_nt, z_nl, domain.train.labels or (), pad, asked.weigh, asked.hidden)
     if asked.extra.relations:

@@ -32,7 +32,7 @@ def shrink(
     Reference: Kumar et al. 2022, "Fine-tuning can distort pretrained features" (start from the probe).
     """
     network, tokenizer = open_for(parent, domain, context)
-    metrics = tune(network, tokenizer, domain, train, context, f"finetune {domain.name}")
+    metrics = tune(network, tokenizer, domain, train, context, f"finetune {domain.industry}")
     made = provenance("finetune", [parent], context, domain=domain.name, train=vars(train))
     made = replace(made, metrics=metrics, data={domain.name: domain.digest})
     return save_network(network, tokenizer, out, made)

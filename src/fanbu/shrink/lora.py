@@ -47,9 +47,9 @@ def shrink(
     References: Hu et al. 2022 (LoRA); Liu et al. 2024 (DoRA); Kalajdzievski 2023 (rsLoRA).
     """
     network, tokenizer = open_for(parent, domain, context)
-    set_up(context, "lora", domain.name)
+    set_up(context, "lora", domain.industry)
     wrapped = with_adapters(network, domain.task, targets, kind=kind, rank=rank, alpha=alpha, dropout=dropout)
-    metrics = tune(network, tokenizer, domain, train, context, f"lora {domain.name}")
+    metrics = tune(network, tokenizer, domain, train, context, f"lora {domain.industry}")
     beside = out.with_name(f"{out.name}.adapter")
     if adapter:
         save_adapter(wrapped, parent, beside)

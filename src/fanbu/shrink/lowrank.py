@@ -49,7 +49,7 @@ def shrink(
     Reference: Wang et al. 2024, "SVD-LLM" (truncation that looks at activations).
     """
     network, tokenizer = open_for(parent, domain, context)
-    set_up(context, "lowrank", domain.name)
+    set_up(context, "lowrank", domain.industry)
     layers = linear_layers(network)
     matrices = {n: columns(layers[n]) for n in inner_layers(network)}
     # what hands channels through needs its full rank
@@ -68,7 +68,7 @@ def shrink(
     metrics: dict[str, float] = {}
     if train is not None:
         with _factors_trained({layers[n]: pair for n, pair in factors.items()}):
-            metrics = tune(network, tokenizer, domain, train, context, f"lowrank {domain.name}")
+            metrics = tune(network, tokenizer, domain, train, context, f"lowrank {domain.industry}")
     made = provenance(
         "lowrank", [parent], context, domain=domain.name, share=share, ranks=ranks, train=train and vars(train)
     )

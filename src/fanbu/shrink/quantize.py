@@ -58,13 +58,13 @@ def shrink(
     """
     _group([], bits, group)  # before anything is trained: is the library there
     network, tokenizer = open_for(parent, domain, context)
-    set_up(context, "quantize", domain.name)
+    set_up(context, "quantize", domain.industry)
     names = _layers(network, group)
     before = validation_value(network, tokenizer, domain, context) if len(domain.valid) else None
     metrics: dict[str, float] = {} if before is None else {"valid_before": before}
     if train is not None:
         with _rounding(network, names, bits, group):
-            metrics |= tune(network, tokenizer, domain, train, context, f"quantize {domain.name}")
+            metrics |= tune(network, tokenizer, domain, train, context, f"quantize {domain.industry}")
     steps = _round_layers(network, tokenizer, domain, names, (bits, group, rounding), context)
     table = table_of(network) if embeddings else None
     if table is not None:

@@ -84,7 +84,7 @@ def shrink(
         He et al. 2017, "Channel pruning for accelerating very deep neural networks" (least squares).
     """
     network, tokenizer = open_for(parent, domain, context)
-    set_up(context, "width", domain.name)
+    set_up(context, "width", domain.industry)
     found = units(network, parent, channels=channels < 1)
     shares = {"neurons": neurons, "heads": heads, "channels": channels}
     targets = {"parameters": parameters, "milliseconds": milliseconds}
@@ -106,7 +106,7 @@ def shrink(
     if compensate:
         _compensate(network, tokenizer, domain, found, keep, context)
     smaller = narrowed(network, found, keep, parent)
-    metrics = {} if train is None else tune(smaller, tokenizer, domain, train, context, f"width {domain.name}")
+    metrics = {} if train is None else tune(smaller, tokenizer, domain, train, context, f"width {domain.industry}")
     metrics |= times
     made = provenance(
         "width", [parent], context, domain=domain.name, kept=_by_kind(found, counts), importance=importance,
