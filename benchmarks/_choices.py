@@ -16,8 +16,9 @@ from fanbu.progress import log
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import GateSpec
 from fanbu.round import evaluated
-from fanbu.search.compare import BEFORE, Bench, judged, opened, scored
+from fanbu.search.compare import BEFORE, Bench, judged, opened
 from fanbu.search.costs import reads_rows
+from fanbu.search.experience import scored
 from fanbu.search.halving import Trial, rungs_of
 from fanbu.types import derived_seed, silent
 

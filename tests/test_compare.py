@@ -17,6 +17,7 @@ from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import GateSpec, Step
 from fanbu.record import with_choices
 from fanbu.report.candidates import compared_page
+from fanbu.search.bandit import reward
 from fanbu.search.compare import candidates, compare, front, scored
 from fanbu.search.costs import steps_of
 from fanbu.search.experience import experience
@@ -150,6 +151,14 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     assert not experience([own], own, 1)  # nothing of the round that begins
     assert len(experience([own], own, 2)) == len(again["trials"])
     assert with_choices(own, again["record"])["comparison"]["winner"] == again["winner"]
+    (own / "compare" / "1.json").rename(own / "one.json")  # as if `fanbu run` had made the round
+    [seen] = experience([own], own, 2)
+    one = next(t for t in again["trials"] if t["candidate"] == again["winner"] and t["share"] == 1)
+    assert (seen.action.way, seen.share) == (one["step"]["method"], 1)
+    assert seen.seconds > 0
+    assert seen.state[:3] == pytest.approx(again["state"][:3])  # the others are of test rows
+    assert 0.5 < seen.reward / reward(one["score"], again["scale"]) < 2
+    (own / "one.json").rename(own / "compare" / "1.json")
     by_hand = {**again["record"], "recipe": {"feedback": [{"method": "average"}]}}
     assert "comparison" not in with_choices(own, by_hand) or again["winner"] == "average"
     (own / "compare" / "1.json").write_text(json.dumps({"trials": []}))

@@ -29,12 +29,12 @@ from fanbu.model import Model, open_model
 from fanbu.plan import need_rows_here, refusal
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
-from fanbu.recipe_parts import CompareSpec, GateSpec, Step
+from fanbu.recipe_parts import CompareSpec, Step
 from fanbu.record import COMPARED, chose, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, certain, explore
 from fanbu.search.costs import reads_rows, steps_of
-from fanbu.search.experience import NEAR, action_of, experience, state_of
+from fanbu.search.experience import NEAR, action_of, experience, scored, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, rungs_of, shares_of
 from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import check_space, space_of, with_values
@@ -154,12 +154,6 @@ def _portion(d: Domain, share: float) -> Domain:
         rows.first(max(least, math.ceil(share * len(rows)))) for rows in (d.train, d.valid, d.unlabelled)
     )
     return replace(d, train=train, valid=valid, unlabelled=unlabelled)
-
-
-def scored(changes: Mapping[str, float], gate: GateSpec) -> float:
-    """The mean change over domains (of a loss, as a share of the incumbent's), less what any lost beyond its margin."""
-    lost = [max(0.0, -change - gate.margins.get(name, gate.margin)) for name, change in changes.items()]
-    return float(np.mean(list(changes.values()))) - sum(lost)
 
 
 def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""What earlier comparisons left in ledgers, as a bandit learns from it, and the state of one that begins."""
+"""What earlier comparisons and rounds left in ledgers, as a bandit learns from it, and the state of one that begins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from fanbu.catalogue import method, methods
 from fanbu.domain import Specialist
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.model import Model, read_json
-from fanbu.recipe_parts import Step
-from fanbu.record import COMPARED
+from fanbu.recipe_parts import GateSpec, Step
+from fanbu.record import COMPARED, finished
 from fanbu.round import evaluated
 from fanbu.search.bandit import Action, Seen, reward
 from fanbu.turn import Turn
@@ -30,21 +31,34 @@ def action_of(step: Step) -> Action:
     return Action(way.family, way.name, digest(step.model_dump(mode="json")))
 
 
-def state_of(turn: Turn, incumbent: Model, specialists: Sequence[Specialist]) -> tuple[tuple[float, ...], float]:
+def scored(changes: Mapping[str, float], gate: GateSpec) -> float:
+    """The mean change over domains (of a loss, as a share of the incumbent's), less what any lost beyond its margin."""
+    lost = [max(0.0, -change - gate.margins.get(name, gate.margin)) for name, change in changes.items()]
+    return float(np.mean(list(changes.values()))) - sum(lost)
+
+
+State = tuple[tuple[float, ...], float]
+
+
+def state_of(turn: Turn, incumbent: Model, specialists: Sequence[Specialist]) -> State:
     """Numbers that describe a round before its way back, and the mean gain of its specialists on validation rows, in
     which rewards are told: log2 of the number of domains, log10 of their training rows and labels, the value of the
     large model, the mean and least gain of its specialists, and log2 of the round's number."""
-    before, gains = [], []
-    for s in specialists:
-        old, new = _values(turn, incumbent, s)
-        before.append(old)
-        gains.append((new - old) / (abs(old) if s.domain.metric == "loss" else 1.0))
+    pairs = [(*_values(turn, incumbent, s), s.domain.metric == "loss") for s in specialists]
     feeding = [s.domain for s in specialists]
+    return _state(pairs, [len(d.train) for d in feeding], [len(d.labels) for d in feeding], turn.number)
+
+
+def _state(
+    pairs: Sequence[tuple[float, float, bool]], rows: Sequence[int], labels: Sequence[int], number: int
+) -> State:
+    """Of the values of the large model and of the specialist of each domain, and whether these are losses."""
+    gains = [(new - old) / (abs(old) if of_loss else 1.0) for old, new, of_loss in pairs]
+    before, mean = float(np.mean([old for old, _, _ in pairs])), float(np.mean(gains))
     state = (
-        math.log2(len(feeding)), _log10([len(d.train) for d in feeding]), _log10([len(d.labels) for d in feeding]),
-        float(np.mean(before)), float(np.mean(gains)), min(gains), math.log2(turn.number),
+        math.log2(len(pairs)), _log10(rows), _log10(labels), before, mean, min(gains), math.log2(number),
     )  # fmt: skip
-    return state, max(float(np.mean(gains)), _LEAST_GAIN)
+    return state, max(mean, _LEAST_GAIN)
 
 
 def _log10(counts: Sequence[int]) -> float:
@@ -61,38 +75,76 @@ def _values(turn: Turn, incumbent: Model, s: Specialist) -> tuple[float, float]:
 
 
 def experience(workspaces: Sequence[Path], own: Path, number: int) -> list[Seen]:
-    """All trials of the comparisons in workspaces; of a recipe's own, of rounds before ``number``. UsageError where one
-    has none, but for the own, and IntegrityError where one cannot be read."""
+    """All trials of the comparisons in workspaces, and what their other rounds came to; of a recipe's own, of rounds
+    before ``number``. UsageError where one has none, but for the own, and IntegrityError where one cannot be read."""
     seen: list[Seen] = []
     for workspace in workspaces:
         files = {int(f.stem): f for f in (workspace / COMPARED).glob("*.json") if f.stem.isdigit()}
+        records = {int(r["round"]): r for r in finished(workspace)[0]}
         mine = workspace.resolve() == own.resolve()
-        if not files and not mine:
+        if not files and not records and not mine:
             raise UsageError(
-                "no-comparison", f"no finished comparison in {workspace}", allowed="workspaces of `fanbu compare`",
-                got=workspace, remedy="leave it out of compare.learn, or compare there first",
+                "no-comparison", f"no finished comparison or round in {workspace}",
+                allowed="workspaces of `fanbu compare` or `fanbu run`", got=workspace,
+                remedy="leave it out of compare.learn, or compare there first",
             )  # fmt: skip
-        for made in sorted(n for n in files if not mine or n < number):
-            seen += _read(files[made], f"{workspace}#{made}")
+        for made in sorted(n for n in {*files, *records} if not mine or n < number):
+            name = f"{workspace}#{made}"
+            if made in files:
+                seen += _checked(files[made], _trials, read_json(files[made], "comparison-broken"), name)
+            else:
+                seen += _checked(workspace, _verdict, records[made], name)
     return seen
 
 
-def _read(file: Path, name: str) -> list[Seen]:
-    """The trials of a finished comparison, but those of ways that are not installed here."""
-    known = {m.name for m in methods() if m.family != "shrink"}
-    found = read_json(file, "comparison-broken")
+Told = Mapping[str, Any]
+
+
+def _checked(source: Path, read: Callable[[Told, str], list[Seen]], told: Told, name: str) -> list[Seen]:
+    """What a comparison or round has to tell."""
     try:
-        state, scale = tuple(float(v) for v in found["state"]), float(found["scale"])
-        seen = [
-            Seen(name, state, action_of(Step(**row["step"])), float(row["share"]),
-                 reward(float(row["score"]), scale), float(row["seconds"]))
-            for row in found["trials"] if row["step"]["method"] in known
-        ]  # fmt: skip
-        if len(state) != len(NEAR) or not all(map(math.isfinite, (*state, *(s.reward for s in seen)))):
-            raise ValueError(f"{len(state)} numbers in its state, or one that is not finite")
+        seen = read(told, name)
+        if not all(
+            len(s.state) == len(NEAR) and all(map(math.isfinite, (*s.state, s.reward, s.seconds))) for s in seen
+        ):
+            raise ValueError(f"not {len(NEAR)} numbers in its state, or one that is not finite")
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise IntegrityError(
-            "comparison-broken", f"{file} is no comparison that can be learned from", allowed="state, scale and trials",
+            "comparison-broken", f"{source} holds nothing that can be learned from", allowed="state, scale and trials",
             got=repr(error)[:100], remedy="leave its workspace out of compare.learn, or compare there again",
         ) from None  # fmt: skip
     return seen
+
+
+def _trials(found: Told, name: str) -> list[Seen]:
+    """The trials of a finished comparison, but those of ways that are not installed here."""
+    state, scale = tuple(float(v) for v in found["state"]), float(found["scale"])
+    return [
+        Seen(name, state, action_of(Step(**row["step"])), float(row["share"]), reward(float(row["score"]), scale),
+             float(row["seconds"]))
+        for row in found["trials"] if _installed(row["step"])
+    ]  # fmt: skip
+
+
+def _verdict(record: Told, name: str) -> list[Seen]:
+    """What a round's verdict says of its way back; nothing where it took several, or one that is not installed here."""
+    steps, verdict = record["recipe"]["feedback"], record["verdict"]
+    [step] = steps if isinstance(steps, list) and len(steps) == 1 else [steps]
+    fed = {n: d for n, d in record["domains"].items() if d["specialist"] and n in verdict["domains"]}
+    if isinstance(step, list) or not _installed(step) or not fed:
+        return []
+    way, rows = Step(**step), {n: verdict["domains"][n] for n in fed}
+    signs = {n: 1.0 if row["higher_is_better"] else -1.0 for n, row in rows.items()}
+    before = {n: signs[n] * row["incumbent"] for n, row in rows.items()}
+    pairs = [(before[n], signs[n] * d["specialist"]["score"], signs[n] < 0) for n, d in fed.items()]
+    rows_of, labels = [d["rows"]["train"] for d in fed.values()], [d["labels"] for d in fed.values()]
+    state, scale = _state(pairs, rows_of, labels, record["round"])
+    changes = {n: row["delta"] / (abs(before[n]) if signs[n] < 0 else 1.0) for n, row in rows.items()}
+    score = scored(changes, GateSpec(**record["recipe"]["gate"]))
+    own = (f"{way.method} ", "evaluate candidate ")
+    spent = [float(c["seconds"]) for c in record["costs"] if c["stage"] == way.called or c["stage"].startswith(own)]
+    return [Seen(name, state, action_of(way), 1.0, reward(score, scale), sum(spent))]
+
+
+def _installed(step: Told) -> bool:
+    return step["method"] in {m.name for m in methods() if m.family != "shrink"}
