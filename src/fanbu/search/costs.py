@@ -1,10 +1,10 @@
 """What a way back will take: seconds, memory and bytes that cross, found by trying it on a few rows on this machine.
 
-A way that reads rows is tried with two numbers of them, after a first trial that only loads libraries, and one that
-trains once more with two epochs: so what it takes is told apart into a part that does not grow, one for each row, and
-one for each row of each epoch. One that works on weights alone is tried once, on the whole model. Each
-way is tried in a process of its own, since memory that one has taken is not given back. What was found is kept, for
-this machine, in the workspace.
+A way that reads rows is tried with more and more of them, after a first trial that only loads libraries, until one
+takes twice what the fewest took; and one that trains once more with two epochs. So what it takes is told apart into a
+part that does not grow, one for each row, and one for each row of each epoch. One that works on weights alone is tried
+once, on the whole model. Each way is tried in a process of its own, since memory that one has taken is not given back.
+What was found is kept, for this machine, in the workspace.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from fanbu.round import grow, raise_incumbent
 from fanbu.turn import Log, Turn
 from fanbu.types import Progress, Train, digest, silent
 
-# (rows of a domain that are tried, beside one of each label; epochs), the first to load libraries
-TRIALS: tuple[tuple[int, int], ...] = ((4, 1), (20, 1), (60, 1), (60, 2))
+SIZES = (4, 20, 60, 180, 540)  # rows of a domain that are tried, beside one of each label, the first to load libraries
+_GROWN = 2  # of SIZES: so many rows specialists are grown on, and ways tried that read none
+_TELLS = 2.0  # a trial that takes so many times what the fewest rows took tells what a row takes
 _TIMES = 2  # inner rounds that are tried
 _FILE = "costs.json"
 
@@ -88,28 +89,33 @@ def _tried(
 ) -> list[tuple[Work, Cost]]:  # fmt: skip
     """What trials took, found once on a machine; without the one that loads libraries."""
     way, plan = method(step.method, "feedback"), training(step)
-    trials = TRIALS if plan and plan.epochs > 1 else TRIALS[:-1]
-    trials = trials if reads_rows(step) else trials[-1:]
-    small = [{name: _few(d, size) for name, d in domains.items()} for size, _ in trials]
-    briefs = [_brief(recipe, step, epochs, ledger.root) for _, epochs in trials]
+    briefs = {n: _brief(recipe, step, n, ledger.root) for n in ((1, 2) if plan and plan.epochs > 1 else (1,))}
+    few = {size: {name: _few(d, size) for name, d in domains.items()} for size in SIZES}
     inputs = {
         "machine": [platform.node(), platform.machine()], "base": base.digest,
-        "recipes": [[s.model_dump(mode="json") for s in (*b.shrink, *b.feedback)] for b in briefs],
+        "recipes": [[s.model_dump(mode="json") for s in (*b.shrink, *b.feedback)] for b in briefs.values()],
         "arguments": plain(way.check(step.arguments)),
-        "domains": [[d.digest for d in few.values()] for few in small],
+        "domains": [[d.digest for d in some.values()] for some in few.values()],
         "probe": digest(recipe.probe.model_dump(mode="json")), "pooling": recipe.pooling,
         "settings": [recipe.seed, recipe.device, recipe.precision, recipe.threads, recipe.max_length],
     }  # fmt: skip
 
     def produce(out: Path, scratch: Path) -> None:
-        found = _apart(list(zip(briefs, small, strict=True)), base)
-        write_text(out / _FILE, json.dumps([asdict(cost) for cost in found]))
+        found = _apart(briefs, few, base)
+        write_text(out / _FILE, json.dumps([asdict(trial) for trial in found]))
 
     done = ledger.stage(f"cost of {way.name}", way.module, inputs, produce, log)
-    costs = [Cost(**c) for c in json.loads((done.path / _FILE).read_text())]
-    works = [Work.of(recipe, b.feedback[0], few) for b, few in zip(briefs, small, strict=True)]
-    found = list(zip(works, costs, strict=True))
-    return found[1:] or found
+    found = [Tried(t["size"], t["epochs"], Cost(**t["cost"])) for t in json.loads((done.path / _FILE).read_text())]
+    return [(Work.of(recipe, briefs[t.epochs].feedback[0], few[t.size]), t.cost) for t in found]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial with so many rows of a domain, beside one of each label, and so many epochs."""
+
+    size: int
+    epochs: int
+    cost: Cost
 
 
 def reads_rows(step: Step) -> bool:
@@ -148,29 +154,45 @@ def _few(d: Domain, count: int) -> Domain:
     return replace(d, train=train, valid=valid, test=test, unlabelled=unlabelled)
 
 
-def _apart(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -> list[Cost]:
+Few = Mapping[int, Mapping[str, Domain]]
+
+
+def _apart(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
     """The trials of one way, in a process of its own. RetryError where it is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_trials, trials, base).result()
+            return pool.submit(_trials, briefs, few, base).result()
         except BrokenProcessPool:
             raise RetryError(
-                "worker-killed", f"the trial of {trials[0][0].feedback[0].method} was killed", got=len(trials[0][1]),
+                "worker-killed", f"the trial of {briefs[1].feedback[0].method} was killed", got=len(few[SIZES[0]]),
                 remedy="run again; where memory ran out, leave this way out",
             ) from None  # fmt: skip
 
 
-def _trials(trials: Sequence[tuple[Recipe, Mapping[str, Domain]]], base: Model) -> list[Cost]:
-    """All with the specialists that grew on the most rows."""
+def _trials(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
+    """All with the same specialists. ``briefs`` by epochs, ``few`` by rows of a domain."""
     import torch
 
-    torch.set_num_threads(trials[0][0].threads)
-    turns = [_turn(brief, domains, base) for brief, domains in trials]
-    incumbent = raise_incumbent(turns[-1])
-    grown = {d.name: grow(turns[-1], incumbent, d) for d in turns[-1].feeding}
-    return [_trial(turn, incumbent, grown) for turn in turns]
+    torch.set_num_threads(briefs[1].threads)
+    turn = _turn(briefs[1], few[SIZES[_GROWN]], base)
+    incumbent = raise_incumbent(turn)
+    grown = {d.name: grow(turn, incumbent, d) for d in turn.feeding}
+
+    def tried(size: int, epochs: int = 1) -> Tried:
+        return Tried(size, epochs, _trial(_turn(briefs[epochs], few[size], base), incumbent, grown))
+
+    if not reads_rows(briefs[1].feedback[0]):
+        return [tried(SIZES[_GROWN])]
+    tried(SIZES[0])
+    found = [tried(SIZES[1])]
+    for size, fewer in zip(SIZES[2:], SIZES[1:], strict=False):
+        told = found[-1].cost.seconds >= _TELLS * found[0].cost.seconds
+        if told or all(few[size][n].digest == d.digest for n, d in few[fewer].items()):
+            break
+        found.append(tried(size))
+    return [*found, tried(found[-1].size, 2)] if 2 in briefs else found
 
 
 def _turn(brief: Recipe, domains: Mapping[str, Domain], base: Model) -> Turn:
@@ -192,22 +214,27 @@ def _trial(turn: Turn, incumbent: Model, grown: Mapping[str, Model]) -> Cost:
 def of_all_rows(whole: Work, tried: Sequence[tuple[Work, Cost]], step: Step) -> Cost:
     """What trials say of the whole work: f + p rows + t trained, and as often as the way is taken.
 
-    t is the slope between one epoch and two of as many rows, p that between two numbers of rows, less what is t's.
+    t is the slope between one epoch and two of as many rows, p that between the fewest and the most rows, less what is
+    t's. Memory is the most that a trial held: batches are what takes it, not rows.
     """
     often = step.times * step.participation / min(step.times, _TIMES)
-    found = {}
-    for name in asdict(tried[0][1]):
-        values, works = [getattr(cost, name) for _, cost in tried], [work for work, _ in tried]
-        at, value = works[min(1, len(works) - 1)], values[min(1, len(values) - 1)]
-        if len(tried) == 3:
-            each = _slope(values[2] - value, works[2].trained - at.trained)
-            rows = _slope(value - values[0] - each * (at.trained - works[0].trained), at.rows - works[0].rows)
-            value += rows * (whole.rows - at.rows) + each * (whole.trained - at.trained)
-        elif len(tried) == 2 and at.trained:
-            value += _slope(value - values[0], at.trained - works[0].trained) * (whole.trained - at.trained)
-        elif len(tried) == 2:
-            value += _slope(value - values[0], at.rows - works[0].rows) * (whole.rows - at.rows)
-        found[name] = value if name == "peak_bytes" else often * value
+    works, costs = [work for work, _ in tried], [cost for _, cost in tried]
+    twice = len(works) > 1 and works[-1].rows == works[-2].rows
+    last = len(works) - 1 - twice
+    more, rows = whole.trained - works[last].trained, whole.rows - works[last].rows
+    longer, wider = works[last].trained - works[0].trained, works[last].rows - works[0].rows
+    found = {"peak_bytes": max(cost.peak_bytes for cost in costs)}
+    for name in ("seconds", "crossed_bytes"):
+        values = [float(getattr(cost, name)) for cost in costs]
+        value, rise = values[last], values[last] - values[0]
+        if twice:
+            each = _slope(values[-1] - value, works[-1].trained - works[last].trained)
+            value += _slope(rise - each * longer, wider) * rows + each * more
+        elif longer:
+            value += _slope(rise, longer) * more
+        else:
+            value += _slope(rise, wider) * rows
+        found[name] = often * value
     return Cost(**found)
 
 
