@@ -49,11 +49,10 @@ MORE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def recipe_of(data: Path, work: Path, quick: bool, count: int, rows: int) -> Recipe:
+def recipe_of(folders: Mapping[str, Path], work: Path, quick: bool, rows: int) -> Recipe:
     """All domains in one place, one thread; ``compare`` lists the candidates."""
     domains = {
-        name: {**drawn(folder, work / "rows" / name), "limit": {"train": rows}}
-        for name, folder in list(usable(text_domains(data)).items())[:count]
+        name: {**drawn(folder, work / "rows" / name), "limit": {"train": rows}} for name, folder in folders.items()
     }
     plain: dict[str, Any] = {
         "fanbu": 1, "name": "compare", "model": BASE, "workspace": str(work / "workspace"), "threads": 1,
