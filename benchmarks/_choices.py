@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fanbu.recipe import Recipe
 from fanbu.recipe_parts import GateSpec
 from fanbu.round import evaluated
 from fanbu.search.compare import BEFORE, Bench, judged, opened
+from fanbu.search.compare import work as work_of
 from fanbu.search.costs import reads_rows
 from fanbu.search.experience import scored
 from fanbu.search.halving import Trial, rungs_of
@@ -39,6 +40,7 @@ def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
         "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
     }  # fmt: skip
     if whole:
+        found["work"] = [[name, f"{share:.3f}", steps] for (name, share), steps in work_of(bench).items()]
         found["valid"] = {d.name: len(d.valid) for d in bench.turn.feeding}
         found["before"] = _tested(bench, BEFORE, bench.incumbent)
     shares = SHARES[-1 - least :] if whole else SHARES
@@ -97,6 +99,7 @@ class Replay:
 
     table: Mapping[str, Any]
     seed: int
+    costs: Callable[[str, float], float] | None = None  # seconds, where none are given
 
     def __call__(self, name: str, share: float) -> Trial:
         """A trial on rows that are drawn alike for all candidates."""
@@ -107,7 +110,8 @@ class Replay:
             rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
             drawn = rng.integers(0, len(change), sizes[domain] if sizes else len(change))
             changes[domain] = float(change[drawn[: judged(share, len(drawn))] if sizes else drawn].mean())
-        return Trial(name, share, scored(changes, GateSpec()), told["seconds"])
+        spent = self.costs(name, share) if self.costs else told["seconds"]
+        return Trial(name, share, scored(changes, GateSpec()), spent)
 
 
 def whole_seconds(table: Mapping[str, Any]) -> dict[str, float]:

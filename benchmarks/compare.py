@@ -1,19 +1,23 @@
-"""How often `fanbu compare` finds a champion near the best, replayed on a table of what every candidate does.
+"""How often `fanbu compare` finds a champion near the best, replayed on tables of what every candidate does.
 
-The table: real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of the
-rows (1/27, 1/9, 1/3, all), as `fanbu compare` tries it: right or wrong on each validation row, seconds, and with all
-rows also right or wrong on each test row. It is measured once and kept under --work, trial by trial, so a stopped run
-goes on; results/compare-table.json is what was measured, and --table takes it instead of measuring.
+A table: four real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of
+the rows that `fanbu compare` would try, as it tries it: seconds, training steps, and right or wrong on each test row.
+There are two: of the first four domains (300 training rows each) and of the next four (150). They are measured once and
+kept under --work, trial by trial, so a stopped run goes on; results/compare-tables.json is what was measured, and
+--tables takes it instead of measuring.
 
-The replays: 300 times, validation rows are drawn anew with replacement and candidates come in another order.
-`fanbu compare`'s halving, with a budget of three full runs (of the costliest candidate), chooses by them; beside it, on
-the same draws and budget: candidates in order of their coming, each with all rows (uniform); Optuna's median pruner;
-and Optuna's TPE, which draws candidates and tries them with all rows. A replay finds a good champion where its accuracy
-on test rows is within half a point of the best candidate's. Then one live run of `fanbu compare` (not with --replays).
+The replays: 300 times for each table, as many rows as there are for validation are drawn anew, with replacement, from
+the test rows, and candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs
+(of the costliest candidate) in training steps, as it does where a recipe says nothing else; it knows what it comes with
+(known.json) but for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that
+knows nothing (`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median
+pruner; and Optuna's TPE, which draws candidates and tries them with all rows. The same with a budget in seconds, where
+`fanbu compare` knows nothing of other machines. A replay finds a good champion where its accuracy on all test rows is
+within half a point of the best candidate's. Then one live run on each table's domains (not with --replays).
 
-Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--table FILE] [--domains N] [--rows N]
-[--replays]. Four domains, at most 100 training rows each, and every way that fits, but four of fedavg's kin; --quick:
-three domains, and six candidates.
+Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--tables FILE] [--ship] [--replays]. Every way
+that fits, but four of fedavg's kin. --quick: two domains, few rows and six candidates a table; --ship writes known.json
+from the tables.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +38,16 @@ from _outcomes import BASE, usable
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
+from fanbu.recipe_parts import Step
+from fanbu.record import COMPARED
+from fanbu.search.bandit import Belief, Prior, certain, explore
 from fanbu.search.compare import candidates, compare
+from fanbu.search.experience import NEAR as NEAR_STATES
+from fanbu.search.experience import action_of, known
 from fanbu.search.halving import Arm, History, halving
 
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
+KNOWN, OURS = HERE.parent / "src/fanbu/search/known.json", ("fanbu compare", "halving, cold")
 SPLITS = ("train", "valid", "test")
 TIMES = 3  # inner rounds of federated ways
 KIN = {"fedavgm", "fednova", "fedprox", "fedyogi"}  # which differ little from fedavg or fedadam over so few
@@ -87,43 +98,95 @@ def drawn(folder: Path, out: Path) -> dict[str, str]:
     return {split: str(out / f"{split}.jsonl") for split in SPLITS}
 
 
-Way = Callable[[Mapping[str, Any], list[str], Replay, float, int], str | None]
+@dataclass(frozen=True)
+class Game:
+    """A replay of a table: the candidates in the order of their coming, what trials cost, and the budget."""
+
+    found: Mapping[str, Any]
+    order: list[str]
+    seed: int
+    unit: str
+
+    def cost(self, name: str, share: float) -> float:
+        """Of one trial."""
+        if self.unit == "seconds":
+            return float(self.found["candidates"][name][f"{share:.3f}"]["seconds"])
+        return float(next(steps for n, s, steps in self.found["work"] if (n, s) == (name, f"{share:.3f}")))
+
+    @property
+    def budget(self) -> float:
+        """So many full runs of the costliest candidate."""
+        return RUNS * max(self.cost(name, 1.0) for name in self.order)
+
+    @property
+    def run(self) -> Replay:
+        """What makes a trial."""
+        return Replay(self.found, self.seed, self.cost)
+
+    def shares(self, name: str) -> tuple[float, ...]:
+        """Those that a candidate is tried with."""
+        return SHARES[-1 - self.found["least"] :] if self.found["grows"][name] else SHARES[-1:]
 
 
-def by_halving(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
-    best = halving([Arm(n, found["grows"][n]) for n in order], run, budget, least=found["least"]).best
+Way = Callable[[Game], str | None]
+
+
+def by_halving(game: Game) -> str | None:
+    arms = [Arm(n, game.found["grows"][n]) for n in game.order]
+    costs = game.cost if game.unit == "steps" else None
+    best = halving(arms, game.run, game.budget, least=game.found["least"], costs=costs).best
     return best.arm if best else None
 
 
-def uniform(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+def by_compare(game: Game) -> str | None:
+    """`fanbu compare` as it comes."""
+    if game.unit == "seconds":
+        return by_halving(game)
+    found = game.found
+    points = {(n, s): game.cost(n, s) for n in game.order for s in game.shares(n)}
+    best = explore(beliefs(game), certain(points), game.run, game.budget, found["scale"]).best
+    return best.arm if best else None
+
+
+_BELIEFS: dict[int, Belief] = {}
+
+
+def beliefs(game: Game) -> Belief:
+    """What is expected of a table's candidates; found once."""
+    found = game.found
+    if id(found) not in _BELIEFS:
+        actions = {n: action_of(Step(**found["steps"][n])) for n in sorted(game.order)}
+        shares = {n: game.shares(n) for n in actions}
+        prior = Prior(known("text-classification", found["before"]), NEAR_STATES)
+        _BELIEFS[id(found)] = prior.belief("new", found["state"], actions, shares)
+    return _BELIEFS[id(found)]
+
+
+def uniform(game: Game) -> str | None:
     """Each with all rows, in order, while the budget lasts."""
-    history, costs = History(), whole_seconds(found)
-    for name in order:
-        if history.seconds + costs[name] <= budget:
+    history, run = History(), game.run
+    for name in game.order:
+        if history.seconds + game.cost(name, 1.0) <= game.budget:
             history.trials.append(run(name, 1.0))
     return history.best.arm if history.best else None
 
 
-def pruned(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+def pruned(game: Game) -> str | None:
     """Candidates in order, share by share, ended early by Optuna's median pruner."""
     import optuna
 
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
-    history = History()
-    for name in order:
+    history, run = History(), game.run
+    for name in game.order:
         trial = study.ask()
-        trial.set_user_attr("name", name)
-        shares = SHARES[-1 - found["least"] :] if found["grows"][name] else SHARES[-1:]
         last, over = 0.0, False
-        for step, share in enumerate(shares, len(SHARES) - len(shares)):
-            cost = found["candidates"][name][f"{share:.3f}"]["seconds"]
-            if history.seconds + cost > budget:
+        for share in game.shares(name):
+            if history.seconds + game.cost(name, share) > game.budget:
                 over = True
                 break
-            done = run(name, share)
-            history.trials.append(done)
-            last = done.score
-            trial.report(last, step)
+            history.trials.append(run(name, share))
+            last = history.trials[-1].score
+            trial.report(last, SHARES.index(share))
             if share < 1 and trial.should_prune():
                 over = True
                 break
@@ -132,18 +195,17 @@ def pruned(found: Mapping[str, Any], order: list[str], run: Replay, budget: floa
     return history.best.arm if history.best else None
 
 
-def by_tpe(found: Mapping[str, Any], order: list[str], run: Replay, budget: float, seed: int) -> str | None:
+def by_tpe(game: Game) -> str | None:
     """Optuna's tree-structured Parzen estimator over the candidates, each with all rows."""
     import optuna
 
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
-    study, history, costs = optuna.create_study(direction="maximize", sampler=sampler), History(), whole_seconds(found)
-    for _ in range(3 * len(order)):
+    sampler = optuna.samplers.TPESampler(seed=game.seed, n_startup_trials=3)
+    study, history, run = optuna.create_study(direction="maximize", sampler=sampler), History(), game.run
+    for _ in range(3 * len(game.order)):
         trial = study.ask()
-        name = trial.suggest_categorical("way", order)
-        known = history.of(name)
-        if not known:
-            if history.seconds + costs[name] > budget:
+        name = trial.suggest_categorical("way", game.order)
+        if not history.of(name):
+            if history.seconds + game.cost(name, 1.0) > game.budget:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
             history.trials.append(run(name, 1.0))
@@ -152,68 +214,110 @@ def by_tpe(found: Mapping[str, Any], order: list[str], run: Replay, budget: floa
 
 
 WAYS: dict[str, Way] = {
-    "fanbu compare": by_halving, "uniform": uniform, "Optuna, median pruner": pruned, "Optuna, TPE": by_tpe,
+    "fanbu compare": by_compare, "halving, cold": by_halving, "uniform": uniform, "Optuna, median pruner": pruned,
+    "Optuna, TPE": by_tpe,
 }  # fmt: skip
 
 
-def replayed(found: Mapping[str, Any], replays: int) -> dict[str, dict[str, float]]:
+def replayed(found: Mapping[str, Any], replays: int, unit: str) -> dict[str, dict[str, float]]:
     """By way of choosing: the share of replays with a champion within half a point of the best, and the mean loss."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     truth = truths(found)
-    budget, best = RUNS * max(whole_seconds(found).values()), max(truth.values())
+    best, worst = max(truth.values()), min(truth.values())
     lost: dict[str, list[float]] = {name: [] for name in WAYS}
     for seed in range(replays):
         order = list(truth)
         random.Random(seed).shuffle(order)
         for name, way in WAYS.items():
-            chosen = way(found, order, Replay(found, seed), budget, seed)
-            lost[name].append(best - truth[chosen] if chosen else best)
+            chosen = way(Game(found, order, seed, unit))
+            lost[name].append(best - (truth[chosen] if chosen else worst))
     return {
         name: {"near": float(np.mean(np.array(values) <= NEAR)), "lost": float(np.mean(values))}
         for name, values in lost.items()
     }
 
 
+def ship(tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes what fanbu comes with: what candidates of all tables came to on validation rows."""
+    told = [
+        {
+            "name": name, "task": "text-classification", "domains": sorted(found["before"]),
+            "state": [round(v, 4) for v in found["state"]], "scale": round(found["scale"], 4),
+            "trials": [
+                {"step": Step(**found["steps"][n]).model_dump(mode="json", exclude_defaults=True), "share": share,
+                 "score": round(by[f"{share:.3f}"]["score"], 4), "seconds": round(by[f"{share:.3f}"]["seconds"], 1)}
+                for n, by in found["candidates"].items()
+                for share in SHARES if f"{share:.3f}" in by
+            ],
+        }
+        for name, found in tables.items()
+    ]  # fmt: skip
+    lines = ",\n".join(json.dumps(one, sort_keys=True) for one in told)
+    write_text(KNOWN, f"[\n{lines}\n]\n")
+
+
+def live(recipe: Recipe, found: Mapping[str, Any], work: Path) -> tuple[str, float]:
+    """One run of `fanbu compare` that learns from the comparisons without these domains: the winner, and how many
+    points it lies below the best."""
+    told = [one for one in json.loads(KNOWN.read_text()) if not {*one["domains"]} & {*found["before"]}]
+    for one in told:
+        (work / "told" / one["name"] / COMPARED).mkdir(parents=True, exist_ok=True)
+        write_text(work / "told" / one["name"] / COMPARED / "1.json", json.dumps(one))
+    learn = [str(work / "told" / one["name"]) for one in told]
+    spec = recipe.compare.model_copy(update={"known": False, "learn": learn, "runs": RUNS})
+    winner = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)["winner"]
+    truth = truths(found)
+    return winner, max(truth.values()) - truth[winner]
+
+
 def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--replays", action="store_true", help="no live run")
-    flags.add_argument("--domains", type=int, default=None, help="how many, from the first")
-    flags.add_argument("--rows", type=int, default=300, help="training rows of each, at most")
-    flags.add_argument("--table", type=Path, default=None, help="a table that was measured")
+    flags.add_argument("--ship", action="store_true", help="write known.json")
+    flags.add_argument("--tables", type=Path, default=None, help="tables that were measured")
     args = flags.parse_args()
     name = "compare-quick" if args.quick else "compare"
-    work = args.work / name
-    recipe = recipe_of(args.data, work, args.quick, args.domains or (3 if args.quick else 4), args.rows)
-    if args.table:
-        found = json.loads(args.table.read_text())
+    work, folders = args.work / name, list(usable(text_domains(args.data)).items())
+    size, rows = (2, (60, 60)) if args.quick else (4, (300, 150))
+    parts = {t: (dict(folders[i * size : (i + 1) * size]), rows[i]) for i, t in enumerate(("one", "two"))}
+    asked = {t: recipe_of(part, work / t, args.quick, r) for t, (part, r) in parts.items() if len(part) == size}
+    if args.tables:
+        tables = json.loads(args.tables.read_text())
     else:
-        found = measured(recipe, work, whole=True)
+        tables = {t: measured(recipe, work / t, whole=True) for t, recipe in asked.items()}
         (HERE / "results").mkdir(exist_ok=True)
-        write_text(HERE / "results" / f"{name}-table.json", json.dumps(found, sort_keys=True))
-    told = replayed(found, REPLAYS)
+        write_text(HERE / "results" / f"{name}-tables.json", json.dumps(tables, sort_keys=True))
+    if args.ship:
+        ship(tables)
+    texts, bars, values = [], [], {}
+    for t, found in tables.items():
+        told = values[t] = {unit: replayed(found, REPLAYS, unit) for unit in ("steps", "seconds")}
+        texts.append(f"Table {t}: {', '.join(sorted(found['before']))}\n\n{shown(found, told)}")
+        print(texts[-1], flush=True)
+        ours, others = told["steps"]["fanbu compare"], [told["steps"][w] for w in WAYS if w not in OURS]
+        bars += [
+            bar(f"{t}: near the best", f"{100 * ours['near']:.0f}% of replays", ">= 90%", ours["near"] >= 0.9),
+            bar(f"{t}: beside the others", f"{ours['near']:.2f} and {max(o['near'] for o in others):.2f}", "more",
+                ours["near"] > max(o["near"] for o in others)),
+        ]  # fmt: skip
+        if not args.replays:
+            winner, below = live(asked[t], found, work / t)
+            bars.append(bar(f"{t}: one live run", f"{winner}: {below:.2f} points below the best", f"<= {NEAR}",
+                            below <= NEAR))  # fmt: skip
+    return finish(name, "\n\n".join(texts), {"replays": values}, bars)
+
+
+def shown(found: Mapping[str, Any], told: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """What candidates come to, and how ways of choosing did."""
     truth, took = truths(found), whole_seconds(found)
-    whole = [[n, f"{truth[n]:.2f}", f"{took[n]:.0f}"] for n in truth]
-    lines = [["chosen by", "within 0.5 points of the best", "points lost, mean"]]
-    lines += [[way, f"{100 * r['near']:.0f}%", f"{r['lost']:.2f}"] for way, r in told.items()]
-    ranked = sorted(whole, key=lambda row: -float(row[1]))
-    text = f"{table([['candidate', 'test accuracy, told', 'seconds'], *ranked])}\n\n{table(lines)}"
-    print(text, flush=True)
-    ours, others = told["fanbu compare"], [r for way, r in told.items() if way != "fanbu compare"]
-    bars = [
-        bar("near the best", f"{100 * ours['near']:.0f}% of replays", ">= 90%", ours["near"] >= 0.9),
-        bar("beside the others", f"{ours['near']:.2f} and {max(o['near'] for o in others):.2f}", "more",
-            ours["near"] > max(o["near"] for o in others)),
-    ]  # fmt: skip
-    if not args.replays:
-        seconds = RUNS * max(took.values())
-        spec = recipe.compare.model_copy(update={"seconds": seconds})
-        live = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)
-        best, chosen = float(ranked[0][1]), next(float(row[1]) for row in ranked if row[0] == live["winner"])
-        bars.append(bar("one live run", f"{live['winner']}: {best - chosen:.2f} points below the best", f"<= {NEAR}",
-                        best - chosen <= NEAR))  # fmt: skip
-    return finish(name, text, {"replays": told}, bars)
+    rows = [["candidate", "test accuracy, told", "seconds"]]
+    rows += [[n, f"{truth[n]:.2f}", f"{took[n]:.0f}"] for n in sorted(truth, key=lambda n: -truth[n])]
+    lines = [["chosen by", *(f"budget in {unit}: within 0.5 points | points lost, mean" for unit in told)]]
+    lines += [[w, *(f"{100 * by[w]['near']:.0f}% | {by[w]['lost']:.2f}" for by in told.values())] for w in WAYS]
+    split = [" | ".join(line).split(" | ") for line in lines]
+    return f"{table(rows)}\n\n{table(split)}"
 
 
 if __name__ == "__main__":

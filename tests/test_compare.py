@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fanbu.report.candidates import compared_page
 from fanbu.search.bandit import reward
 from fanbu.search.compare import candidates, compare, front, scored
 from fanbu.search.costs import steps_of
-from fanbu.search.experience import experience
+from fanbu.search.experience import experience, known
 from test_cli import Command
 from test_cli import fanbu as fanbu
 
@@ -30,7 +31,7 @@ WAYS = ["average", "ties", {"method": "distill", "train": SHORT}, {"method": "mu
 
 def recipe_in(folder: Path, workspace: str = "ws", **spec: Any) -> Recipe:
     value = tiny_recipe(folder) | {"references": [], "workspace": str(folder / workspace)}
-    value["compare"] = {"ways": WAYS, "runs": 2, **spec}
+    value["compare"] = {"ways": WAYS, "runs": 2, "known": False, **spec}
     (folder / f"{workspace}.yaml").write_text(json.dumps(value))
     return load_recipe(value)
 
@@ -164,6 +165,21 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     (own / "compare" / "1.json").write_text(json.dumps({"trials": []}))
     with pytest.raises(IntegrityError, match="comparison-broken"):
         experience([own], tmp_path, 5)
+
+
+def test_it_begins_from_what_fanbu_knows(tmp_path: Path) -> None:
+    shipped = known("text-classification")
+    assert known("causal-lm") == []
+    [first, *others] = json.loads(files("fanbu.search").joinpath("known.json").read_text())
+    left = known("text-classification", first["domains"][:1])
+    assert len(shipped) - len(left) == len(first["trials"])
+    assert {s.comparison for s in left} == {one["name"] for one in others}
+    told: list[str] = []
+    ways = ["average", {"method": "multitask", "train": SHORT}, {"method": "distill", "train": SHORT}]
+    found = compare(recipe_in(tmp_path, ways=ways, known=True), log=told.append)
+    assert any(f"learns from {len(shipped)} trials" in line for line in told)
+    assert found["spent"] <= found["budget"]
+    assert {t["candidate"] for t in found["trials"]} | set(found["left_out"]) == {"average", "multitask", "distill"}
 
 
 def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_what_is_too_costly_does_not_stop_the_others() -> None:
     assert found.best.arm != best
 
 
+def test_where_what_went_on_no_longer_fits_another_is_tried_with_all_rows() -> None:
+    took = {("b", 1 / 3): 40.0}  # ten times as long with three times the rows
+
+    def run(arm: str, share: float) -> Trial:
+        return Trial(arm, share, {"a": 0.1, "b": 0.2, "c": 0.0}[arm], took.get((arm, share), 4.0))
+
+    found = halving([Arm("a"), Arm("b"), Arm("c")], run, budget=100.0, least=2)
+    assert "more than the budget" in found.left_out["b"]
+    assert found.best
+    assert (found.best.arm, found.best.share) == ("a", 1.0)
+
+
 def test_costs_are_read_off_the_line() -> None:
     history = History([Trial("a", 1 / 27, 0, 6.0), Trial("b", 1 / 27, 0, 2.0)])
     assert seconds(history, "b", 1.0) == pytest.approx(1.0 + 1 * 27)

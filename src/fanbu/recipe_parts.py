@@ -275,8 +275,9 @@ class CompareSpec(Part):
     a budget of ``seconds``, or of ``runs``, each of so many training steps as the costliest candidate takes with all
     rows. Of the candidates of a rung, the best 1 in ``eta`` go on to ``eta`` times as many rows. A share of the budget
     (``tune``) is for ``settings`` other arguments of the best, at most, which ``sampler`` draws around its own, or from
-    ``space``; with ``mix``, how much of each domain goes in, the same at all depths or not. ``learn`` names workspaces
-    (the recipe's own may be one) whose comparisons say what to try first."""
+    ``space``; with ``mix``, how much of each domain goes in, the same at all depths or not. What to try first is
+    ``known`` from comparisons that fanbu comes with (where the budget is in ``runs``), and from those of workspaces
+    that ``learn`` names (the recipe's own may be one)."""
 
     ways: list[Step] = Field(default_factory=list)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -287,6 +288,7 @@ class CompareSpec(Part):
     sampler: Literal["tpe", "cmaes", "random", "grid"] = "tpe"
     space: dict[str, list[Any]] = Field(default_factory=dict)
     mix: Literal["domain", "layer"] | None = None
+    known: bool = True
     learn: list[str] = Field(default_factory=list)
 
     @field_validator("ways", mode="before")

@@ -34,7 +34,7 @@ from fanbu.record import COMPARED, chose, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, certain, explore
 from fanbu.search.costs import reads_rows, steps_of
-from fanbu.search.experience import NEAR, action_of, experience, scored, state_of
+from fanbu.search.experience import NEAR, action_of, experience, known, scored, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, rungs_of, shares_of
 from fanbu.search.mixing import coefficients, mixing_space
 from fanbu.search.spaces import check_space, space_of, with_values
@@ -189,27 +189,36 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
 
 
 def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
-    """The candidates, by successive halving, or as earlier comparisons say."""
-    arms, turn = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()], bench.turn
-    past = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number)
-    rungs = rungs_of(float(np.mean([len(d.train) for d in turn.feeding])), spec.eta)
-    cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(spec.eta, rungs)}
-
-    def steps(name: str, share: float) -> float:
-        return steps_of(turn.recipe, bench.steps[name], cut[share])
-
-    if not past:
-        return halving(arms, bench, budget, spec.eta, rungs, steps if bench.by_steps else None)
+    """The candidates, as earlier comparisons say, or by successive halving."""
+    turn, steps = bench.turn, work(bench, spec.eta)
+    learned = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number)
+    shipped = known(turn.feeding[0].task) if spec.known else []
+    if not learned and not (shipped and bench.by_steps):  # what trials take on another machine is not known here
+        arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
+        rungs = len({share for _, share in steps}) - 1
+        return halving(arms, bench, budget, spec.eta, rungs, (lambda *p: steps[p]) if bench.by_steps else None)
+    past = [*shipped, *learned]
     turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
     actions = {name: action_of(step) for name, step in bench.steps.items()}
-    shares = {arm.name: tuple(cut) if arm.grows else (1.0,) for arm in arms}
-    here, prior = (str(turn.workspace.root), bench.state, actions, shares), Prior(past, NEAR)
+    shares = {name: tuple(share for other, share in steps if other == name) for name in actions}
+    here, unknown = (str(turn.workspace.root), bench.state, actions, shares), set[str]()
     if bench.by_steps:
-        costs = certain({(name, share): steps(name, share) for name, known in shares.items() for share in known})
+        costs = certain(steps)
     else:
-        costs = Prior(past, NEAR, "seconds").belief(*here)
-    unknown = set[str]() if bench.by_steps else prior.unknown(actions)  # by what they take
-    return explore(prior.belief(*here), costs, bench, budget, bench.scale, unknown)
+        took = Prior(learned, NEAR, "seconds")
+        costs, unknown = took.belief(*here), took.unknown(actions)
+    return explore(Prior(past, NEAR).belief(*here), costs, bench, budget, bench.scale, unknown)
+
+
+def work(bench: Bench, eta: int = 3) -> dict[tuple[str, float], float]:
+    """The training steps of each candidate with each share of the rows that it is tried with."""
+    turn = bench.turn
+    rungs = rungs_of(float(np.mean([len(d.train) for d in turn.feeding])), eta)
+    cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(eta, rungs)}
+    return {
+        (name, share): float(steps_of(turn.recipe, step, cut[share]))
+        for name, step in bench.steps.items() for share in (cut if reads_rows(step) else [1.0])
+    }  # fmt: skip
 
 
 def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +81,32 @@ def experience(workspaces: Sequence[Path], own: Path, number: int) -> list[Seen]
     before ``number``. UsageError where one has none, but for the own, and IntegrityError where one cannot be read."""
     seen: list[Seen] = []
     for workspace in workspaces:
-        files = {int(f.stem): f for f in (workspace / COMPARED).glob("*.json") if f.stem.isdigit()}
+        compared = {int(f.stem): f for f in (workspace / COMPARED).glob("*.json") if f.stem.isdigit()}
         records = {int(r["round"]): r for r in finished(workspace)[0]}
         mine = workspace.resolve() == own.resolve()
-        if not files and not records and not mine:
+        if not compared and not records and not mine:
             raise UsageError(
                 "no-comparison", f"no finished comparison or round in {workspace}",
                 allowed="workspaces of `fanbu compare` or `fanbu run`", got=workspace,
                 remedy="leave it out of compare.learn, or compare there first",
             )  # fmt: skip
-        for made in sorted(n for n in {*files, *records} if not mine or n < number):
+        for made in sorted(n for n in {*compared, *records} if not mine or n < number):
             name = f"{workspace}#{made}"
-            if made in files:
-                seen += _checked(files[made], _trials, read_json(files[made], "comparison-broken"), name)
+            if made in compared:
+                seen += _checked(compared[made], _trials, read_json(compared[made], "comparison-broken"), name)
             else:
                 seen += _checked(workspace, _verdict, records[made], name)
     return seen
+
+
+def known(task: str, apart_from: Collection[str] = ()) -> list[Seen]:
+    """The trials that fanbu comes with: those of comparisons of a task over none of some domains, as
+    `benchmarks/compare.py` measured them; none for a task that was not measured."""
+    shipped = json.loads(files("fanbu.search").joinpath("known.json").read_text(encoding="utf-8"))
+    return [
+        seen for told in shipped if told["task"] == task and not {*told["domains"]} & {*apart_from}
+        for seen in _trials(told, told["name"])
+    ]  # fmt: skip
 
 
 Told = Mapping[str, Any]

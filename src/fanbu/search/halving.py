@@ -94,6 +94,9 @@ def halving(
         if share < 1:
             standing = standing[: math.ceil(len(standing) / eta)]
         standing = _rung(history, run, [n for n in standing if history.of(n)[-1].share < share], share, budget)
+    for name in sorted({t.arm for t in history.trials}, key=lambda name: -history.of(name)[-1].score):
+        if history.best is None:  # of those that went on, none fits with all rows
+            _rung(history, run, [name], 1.0, budget)
     return history
 
 
