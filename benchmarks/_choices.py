@@ -21,7 +21,7 @@ from fanbu.search.compare import work as work_of
 from fanbu.search.costs import reads_rows
 from fanbu.search.experience import scored
 from fanbu.search.halving import Trial, rungs_of
-from fanbu.types import derived_seed, silent
+from fanbu.types import derived_seed, digest, silent
 
 SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
 WHOLE = "1.000"
@@ -44,9 +44,15 @@ def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
         found["valid"] = {d.name: len(d.valid) for d in bench.turn.feeding}
         found["before"] = _tested(bench, BEFORE, bench.incumbent)
     shares = SHARES[-1 - least :] if whole else SHARES
+    made_of = digest([bench.incumbent.digest, *(d.digest for d in bench.turn.feeding)])[:12]
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:
-            kept = work / "trials" / f"{name.replace(' ', '_')}-{share:.3f}.json"
+            kept = (
+                work
+                / "trials"
+                / made_of
+                / f"{name.replace(' ', '_')}-{digest(found['steps'][name])[:8]}-{share:.3f}.json"
+            )
             if not kept.exists():
                 log(f"== {name}, {share:.0%}")
                 kept.parent.mkdir(parents=True, exist_ok=True)

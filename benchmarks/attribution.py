@@ -18,6 +18,7 @@ from typing import Any
 
 from _common import bar, finish, parser, table, text_domains
 from _outcomes import BASE, usable
+from fanbu.domain import load_domain
 from fanbu.generations import run
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_recipe
@@ -27,6 +28,17 @@ from fanbu.turn import start
 
 PAIRS = 6  # of orders, where they are drawn
 SPLITS = ("train", "valid", "test")
+
+
+def cut(name: str, folder: Path, out: Path, rows: int) -> Path:
+    """Files of so many of a domain's rows."""
+    files = {split: str(folder / f"{split}.jsonl") for split in SPLITS}
+    d = load_domain(name, **files, limit={"train": rows, "valid": 150, "test": 300})
+    out.mkdir(parents=True, exist_ok=True)
+    for split, part in zip(SPLITS, (d.train, d.valid, d.test), strict=True):
+        told = [{"text": t, "label": d.labels[n]} for t, n in zip(part.texts, part.labels or (), strict=True)]
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    return out
 
 
 def flipped(folder: Path, out: Path) -> Path:
@@ -41,11 +53,8 @@ def flipped(folder: Path, out: Path) -> Path:
     return out
 
 
-def recipe_of(folders: dict[str, Path], workspace: Path, way: str, rows: int, model: str) -> Recipe:
-    domains = {
-        name: {**{s: str(folder / f"{s}.jsonl") for s in SPLITS}, "limit": {"train": rows, "valid": 150, "test": 300}}
-        for name, folder in folders.items()
-    }
+def recipe_of(folders: dict[str, Path], workspace: Path, way: str, model: str) -> Recipe:
+    domains = {name: {split: str(folder / f"{split}.jsonl") for split in SPLITS} for name, folder in folders.items()}
     return load_recipe({
         "fanbu": 1, "name": "attribution", "model": model, "workspace": str(workspace), "threads": 1, "device": "cpu",
         "precision": "fp32", "max_length": 64, "domains": domains, "feedback": {"method": way},
@@ -59,17 +68,19 @@ def main() -> int:
     args = flags.parse_args()
     name = f"attribution-{args.way}" + ("-quick" if args.quick else "")
     work, rows = args.work / name, 120 if args.quick else 300
-    [first, second, third, last], found = list(usable(text_domains(args.data)).items())[:4], {}
+    folders = list(usable(text_domains(args.data)).items())[:4]
+    [first, second, third, last] = [(d, cut(d, folder, work / "rows" / d, rows)) for d, folder in folders]
+    found: dict[str, Any] = {}
     one, copy = f"{first[0]}@one", f"{first[0]}@copy"
     honest = {one: first[1], second[0]: second[1], third[0]: third[1], last[0]: last[1]}
-    known = raise_incumbent(start(recipe_of(honest, work / "before", args.way, rows, BASE))).path
+    known = raise_incumbent(start(recipe_of(honest, work / "before", args.way, BASE))).path
     alone = {**honest, last[0]: flipped(last[1], work / "flipped")}
-    recipe = recipe_of({**alone, copy: first[1]}, work / "with", args.way, rows, str(known))
+    recipe = recipe_of({**alone, copy: first[1]}, work / "with", args.way, str(known))
     run(recipe, log=log)
     found["all orders"] = worth(recipe, 0, log=log)["shapley"]
     found["drawn orders"] = worth(recipe, PAIRS, log=log)["shapley"]
     found["left out"] = worth(recipe, None, log=log)["left_out"]
-    fewer = recipe_of(alone, work / "without", args.way, rows, str(known))
+    fewer = recipe_of(alone, work / "without", args.way, str(known))
     run(fewer, log=log)
     found["without the copy"] = worth(fewer, 0, log=log)["shapley"]
     return report(name, found, one, copy, last[0])

@@ -122,7 +122,7 @@ def live(work: Path, asked: Sequence[Any], tables: Sequence[Mapping[str, Any]]) 
         told_as_comparison(found, work / "told" / str(number))
     others = [str(work / "told" / str(n)) for n in range(1, len(tables))]
     budget = 2 * max(whole_seconds(tables[0]).values())
-    spec = asked[0].compare.model_copy(update={"seconds": budget, "learn": others})
+    spec = asked[0].compare.model_copy(update={"seconds": budget, "known": False, "learn": others})
     found = compare(asked[0].model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)
     truth = truths(tables[0])
     return {"winner": found["winner"], "below": max(truth.values()) - truth[found["winner"]], "spent": found["spent"],

@@ -45,6 +45,7 @@ from fanbu.search.compare import candidates, compare
 from fanbu.search.experience import NEAR as NEAR_STATES
 from fanbu.search.experience import action_of, known
 from fanbu.search.halving import Arm, History, halving
+from fanbu.types import digest
 
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
 KNOWN, OURS = HERE.parent / "src/fanbu/search/known.json", ("fanbu compare", "halving, cold")
@@ -100,12 +101,14 @@ def drawn(folder: Path, out: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Game:
-    """A replay of a table: the candidates in the order of their coming, what trials cost, and the budget."""
+    """A replay of a table: the candidates in the order of their coming, the unit of their costs, and what is expected
+    of them."""
 
     found: Mapping[str, Any]
     order: list[str]
     seed: int
     unit: str
+    belief: Belief | None
 
     def cost(self, name: str, share: float) -> float:
         """Of one trial."""
@@ -140,26 +143,21 @@ def by_halving(game: Game) -> str | None:
 
 def by_compare(game: Game) -> str | None:
     """`fanbu compare` as it comes."""
-    if game.unit == "seconds":
+    if game.unit == "seconds" or not game.belief:
         return by_halving(game)
-    found = game.found
     points = {(n, s): game.cost(n, s) for n in game.order for s in game.shares(n)}
-    best = explore(beliefs(game), certain(points), game.run, game.budget, found["scale"]).best
+    best = explore(game.belief, certain(points), game.run, game.budget, game.found["scale"]).best
     return best.arm if best else None
 
 
-_BELIEFS: dict[int, Belief] = {}
-
-
-def beliefs(game: Game) -> Belief:
-    """What is expected of a table's candidates; found once."""
-    found = game.found
-    if id(found) not in _BELIEFS:
-        actions = {n: action_of(Step(**found["steps"][n])) for n in sorted(game.order)}
-        shares = {n: game.shares(n) for n in actions}
-        prior = Prior(known("text-classification", found["before"]), NEAR_STATES)
-        _BELIEFS[id(found)] = prior.belief("new", found["state"], actions, shares)
-    return _BELIEFS[id(found)]
+def belief_in(found: Mapping[str, Any]) -> Belief | None:
+    """What is expected of a table's candidates by what is known of other domains; None where nothing is."""
+    past = known("text-classification", found["before"])
+    if not past:
+        return None
+    actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
+    shares = {n: SHARES[-1 - found["least"] :] if found["grows"][n] else SHARES[-1:] for n in actions}
+    return Prior(past, NEAR_STATES).belief("new", found["state"], actions, shares)
 
 
 def uniform(game: Game) -> str | None:
@@ -224,14 +222,14 @@ def replayed(found: Mapping[str, Any], replays: int, unit: str) -> dict[str, dic
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    truth = truths(found)
+    truth, belief = truths(found), belief_in(found)
     best, worst = max(truth.values()), min(truth.values())
     lost: dict[str, list[float]] = {name: [] for name in WAYS}
     for seed in range(replays):
         order = list(truth)
         random.Random(seed).shuffle(order)
         for name, way in WAYS.items():
-            chosen = way(Game(found, order, seed, unit))
+            chosen = way(Game(found, order, seed, unit, belief))
             lost[name].append(best - (truth[chosen] if chosen else worst))
     return {
         name: {"near": float(np.mean(np.array(values) <= NEAR)), "lost": float(np.mean(values))}
@@ -262,12 +260,15 @@ def live(recipe: Recipe, found: Mapping[str, Any], work: Path) -> tuple[str, flo
     """One run of `fanbu compare` that learns from the comparisons without these domains: the winner, and how many
     points it lies below the best."""
     told = [one for one in json.loads(KNOWN.read_text()) if not {*one["domains"]} & {*found["before"]}]
+    work, learn = work / f"live-{digest(told)[:12]}", list[str]()
     for one in told:
-        (work / "told" / one["name"] / COMPARED).mkdir(parents=True, exist_ok=True)
-        write_text(work / "told" / one["name"] / COMPARED / "1.json", json.dumps(one))
-    learn = [str(work / "told" / one["name"]) for one in told]
+        folder = work / "told" / one["name"]
+        (folder / COMPARED).mkdir(parents=True, exist_ok=True)
+        write_text(folder / COMPARED / "1.json", json.dumps(one))
+        learn.append(str(folder))
     spec = recipe.compare.model_copy(update={"known": False, "learn": learn, "runs": RUNS})
-    winner = compare(recipe.model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)["winner"]
+    asked = recipe.model_copy(update={"compare": spec, "workspace": str(work / "workspace")})
+    winner = compare(asked, log=log)["winner"]
     truth = truths(found)
     return winner, max(truth.values()) - truth[winner]
 
@@ -278,6 +279,8 @@ def main() -> int:
     flags.add_argument("--ship", action="store_true", help="write known.json")
     flags.add_argument("--tables", type=Path, default=None, help="tables that were measured")
     args = flags.parse_args()
+    if args.ship and args.quick:
+        flags.error("what fanbu comes with is measured as a whole: --ship without --quick")
     name = "compare-quick" if args.quick else "compare"
     work, folders = args.work / name, list(usable(text_domains(args.data)).items())
     size, rows = (2, (60, 60)) if args.quick else (4, (300, 150))

@@ -149,11 +149,13 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no-comparison"):
         compare(recipe_in(tmp_path, "third", ways=ways, learn=[str(tmp_path / "nowhere")]))
     own = tmp_path / "again"
-    assert not experience([own], own, 1)  # nothing of the round that begins
-    assert len(experience([own], own, 2)) == len(again["trials"])
+    fed = again["record"]["domains"]
+    assert not experience([own], own, 1, fed)  # nothing of the round that begins
+    assert len(experience([own], own, 2, fed)) == len(again["trials"])
     assert with_choices(own, again["record"])["comparison"]["winner"] == again["winner"]
     (own / "compare" / "1.json").rename(own / "one.json")  # as if `fanbu run` had made the round
-    [seen] = experience([own], own, 2)
+    assert not experience([own], own, 2, fed)  # its test rows do not choose the next way
+    [seen] = experience([own], own, 2, ["law"])
     one = next(t for t in again["trials"] if t["candidate"] == again["winner"] and t["share"] == 1)
     assert (seen.action.way, seen.share) == (one["step"]["method"], 1)
     assert seen.seconds > 0
@@ -164,7 +166,7 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
     assert "comparison" not in with_choices(own, by_hand) or again["winner"] == "average"
     (own / "compare" / "1.json").write_text(json.dumps({"trials": []}))
     with pytest.raises(IntegrityError, match="comparison-broken"):
-        experience([own], tmp_path, 5)
+        experience([own], tmp_path, 5, ["law"])
 
 
 def test_it_begins_from_what_fanbu_knows(tmp_path: Path) -> None:

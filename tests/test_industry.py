@@ -245,9 +245,8 @@ def test_a_round_with_owners_and_one_that_leaves(tmp_path: Path) -> None:
 
 
 def test_owners_of_the_same_rows_make_the_same_specialist(tmp_path: Path, opened: Model, context: Context) -> None:
-    files = write_domain(tmp_path, "food", train=96)
-    north, south = (load_domain(f"food@{owner}", **files, limit={"train": 24}) for owner in ("north", "south"))
-    assert north.train.texts == south.train.texts
+    files = write_domain(tmp_path, "food", train=24)
+    north, south = (load_domain(f"food@{owner}", **files) for owner in ("north", "south"))
     plan = {"epochs": 2, "lr": 5e-3, "batch_size": 8}
     made = [method("finetune").shrink(opened, d, tmp_path / d.name, context, train=plan) for d in (north, south)]
     one, other = (load_network(model).state_dict() for model in made)

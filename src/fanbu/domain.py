@@ -234,7 +234,6 @@ def _read(
     columns: Mapping[str, str] | None, task: Task, limit: Mapping[str, int], role: Role, arrived: Arrived,
 ) -> dict[str, list[RawRow]]:  # fmt: skip
     labelled, kind = task in CLASSIFYING, MEDIA.get(task, "text")
-    salt = industry_of(name)  # a row that two owners of an industry have lies in the same split of both
     raw: dict[str, list[RawRow]] = {}
     if python is not None:
         raw["train"], test, valid = list(function_bodies(python)), test or 0.2, valid or 0.1
@@ -247,7 +246,7 @@ def _read(
         elif source is None or (role == "guard" and split == "valid"):
             raw[split] = []
         elif isinstance(source, float) and 0 < source < 1:
-            raw["train"], raw[split] = carve(raw["train"], source, f"{salt}/{split}")
+            raw["train"], raw[split] = carve(raw["train"], source, f"{name}/{split}")
         else:
             raise UsageError(
                 "split-share",
@@ -258,15 +257,15 @@ def _read(
             )
     raw["unlabelled"] = load_rows(unlabelled, columns, labelled=False, kind=kind) if unlabelled else []
     if isinstance(test, float):  # they may get a label later, and be tested then
-        raw["unlabelled"] = not_carved(raw["unlabelled"], test, f"{salt}/test")
+        raw["unlabelled"] = not_carved(raw["unlabelled"], test, f"{name}/test")
     unknown = set(limit) - set(raw)
     if unknown:
         raise UsageError("unknown-split", f"{name}: limit", allowed=sorted(raw), got=unknown, remedy="fix the name")
-    raw = {split: cap(rows, limit.get(split), f"{salt}/{split}") for split, rows in raw.items()}
+    raw = {split: cap(rows, limit.get(split), f"{name}/{split}") for split, rows in raw.items()}
     # test rows are the same in all rounds, so that champions can be compared over them
     waiting = ("train", "valid", "unlabelled") if isinstance(valid, float) else ("train", "unlabelled")
     for split in waiting:
-        raw[split] = portion(raw[split], arrived.portion, arrived.of, f"{salt}/arrivals")
+        raw[split] = portion(raw[split], arrived.portion, arrived.of, f"{name}/arrivals")
     return raw
 
 

@@ -191,13 +191,13 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
 def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, as earlier comparisons say, or by successive halving."""
     turn, steps = bench.turn, work(bench, spec.eta)
-    learned = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number)
-    shipped = known(turn.feeding[0].task) if spec.known else []
-    if not learned and not (shipped and bench.by_steps):  # what trials take on another machine is not known here
+    learned = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number, turn.domains)
+    shipped = known(turn.feeding[0].task) if spec.known and bench.by_steps else []  # other machines take other seconds
+    past = [*shipped, *learned]
+    if len(past) == len({s.comparison for s in past}):  # nothing was compared
         arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
         rungs = len({share for _, share in steps}) - 1
         return halving(arms, bench, budget, spec.eta, rungs, (lambda *p: steps[p]) if bench.by_steps else None)
-    past = [*shipped, *learned]
     turn.log(f"learns from {len(past)} trials of {len({s.comparison for s in past})} earlier comparisons")
     actions = {name: action_of(step) for name, step in bench.steps.items()}
     shares = {name: tuple(share for other, share in steps if other == name) for name in actions}

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fanbu.catalogue import method
@@ -92,7 +93,8 @@ def _tried(
     briefs = {n: _brief(recipe, step, n, ledger.root) for n in ((1, 2) if plan and plan.epochs > 1 else (1,))}
     few = {size: {name: _few(d, size) for name, d in domains.items()} for size in SIZES}
     inputs = {
-        "machine": [platform.node(), platform.machine()], "base": base.digest,
+        "machine": [platform.node(), platform.machine()], "trials": [*SIZES, _GROWN, _TELLS, _TIMES],
+        "base": base.digest,
         "recipes": [[s.model_dump(mode="json") for s in (*b.shrink, *b.feedback)] for b in briefs.values()],
         "arguments": plain(way.check(step.arguments)),
         "domains": [[d.digest for d in some.values()] for some in few.values()],
@@ -183,13 +185,15 @@ def _trials(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
     def tried(size: int, epochs: int = 1) -> Tried:
         return Tried(size, epochs, _trial(_turn(briefs[epochs], few[size], base), incumbent, grown))
 
-    if not reads_rows(briefs[1].feedback[0]):
+    [step] = briefs[1].feedback
+    if not reads_rows(step):
         return [tried(SIZES[_GROWN])]
-    tried(SIZES[0])
+    with TemporaryDirectory(dir=turn.workspace.root) as once:  # after a kill, too
+        _trial(_turn(briefs[1].model_copy(update={"workspace": once}), few[SIZES[0]], base), incumbent, grown)
     found = [tried(SIZES[1])]
     for size, fewer in zip(SIZES[2:], SIZES[1:], strict=False):
         told = found[-1].cost.seconds >= _TELLS * found[0].cost.seconds
-        if told or all(few[size][n].digest == d.digest for n, d in few[fewer].items()):
+        if told or Work.of(briefs[1], step, few[size]) == Work.of(briefs[1], step, few[fewer]):
             break
         found.append(tried(size))
     return [*found, tried(found[-1].size, 2)] if 2 in briefs else found

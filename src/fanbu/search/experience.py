@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -76,26 +77,24 @@ def _values(turn: Turn, incumbent: Model, s: Specialist) -> tuple[float, float]:
     return old, new
 
 
-def experience(workspaces: Sequence[Path], own: Path, number: int) -> list[Seen]:
-    """All trials of the comparisons in workspaces, and what their other rounds came to; of a recipe's own, of rounds
-    before ``number``. UsageError where one has none, but for the own, and IntegrityError where one cannot be read."""
+def experience(workspaces: Sequence[Path], own: Path, number: int, domains: Collection[str]) -> list[Seen]:
+    """All trials of the comparisons in workspaces (of a recipe's own, those of rounds before ``number``), and what
+    rounds over none of some ``domains`` came to: verdicts are of test rows, and a round's own may not choose its way.
+    UsageError where a workspace has neither, but for the own, and IntegrityError where one cannot be read."""
     seen: list[Seen] = []
     for workspace in workspaces:
         compared = {int(f.stem): f for f in (workspace / COMPARED).glob("*.json") if f.stem.isdigit()}
-        records = {int(r["round"]): r for r in finished(workspace)[0]}
         mine = workspace.resolve() == own.resolve()
-        if not compared and not records and not mine:
+        for made in sorted(n for n in compared if not mine or n < number):
+            seen += _checked(compared[made], partial(_compared, compared[made], f"{workspace}#{made}"))
+        rounds = _checked(workspace, partial(_rounds, workspace, {*compared}, {*domains}))
+        seen += rounds
+        if not compared and not rounds and not mine:
             raise UsageError(
-                "no-comparison", f"no finished comparison or round in {workspace}",
-                allowed="workspaces of `fanbu compare` or `fanbu run`", got=workspace,
+                "no-comparison", f"no finished comparison, and no round over other domains, in {workspace}",
+                allowed="workspaces of `fanbu compare`, or of `fanbu run` over other domains", got=workspace,
                 remedy="leave it out of compare.learn, or compare there first",
             )  # fmt: skip
-        for made in sorted(n for n in {*compared, *records} if not mine or n < number):
-            name = f"{workspace}#{made}"
-            if made in compared:
-                seen += _checked(compared[made], _trials, read_json(compared[made], "comparison-broken"), name)
-            else:
-                seen += _checked(workspace, _verdict, records[made], name)
     return seen
 
 
@@ -112,20 +111,30 @@ def known(task: str, apart_from: Collection[str] = ()) -> list[Seen]:
 Told = Mapping[str, Any]
 
 
-def _checked(source: Path, read: Callable[[Told, str], list[Seen]], told: Told, name: str) -> list[Seen]:
-    """What a comparison or round has to tell."""
+def _checked(source: Path, read: Callable[[], list[Seen]]) -> list[Seen]:
+    """What a comparison or rounds have to tell."""
     try:
-        seen = read(told, name)
+        seen = read()
         if not all(
             len(s.state) == len(NEAR) and all(map(math.isfinite, (*s.state, s.reward, s.seconds))) for s in seen
         ):
             raise ValueError(f"not {len(NEAR)} numbers in its state, or one that is not finite")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise IntegrityError(
             "comparison-broken", f"{source} holds nothing that can be learned from", allowed="state, scale and trials",
             got=repr(error)[:100], remedy="leave its workspace out of compare.learn, or compare there again",
         ) from None  # fmt: skip
     return seen
+
+
+def _compared(file: Path, name: str) -> list[Seen]:
+    return _trials(read_json(file, "comparison-broken"), name)
+
+
+def _rounds(workspace: Path, compared: Collection[int], domains: Collection[str]) -> list[Seen]:
+    """What rounds that no comparison made came to, over none of some domains."""
+    records = [r for r in finished(workspace)[0] if r["round"] not in compared and not {*r["domains"]} & {*domains}]
+    return [seen for r in records for seen in _verdict(r, f"{workspace}#{r['round']}")]
 
 
 def _trials(found: Told, name: str) -> list[Seen]:
@@ -147,14 +156,15 @@ def _verdict(record: Told, name: str) -> list[Seen]:
         return []
     way, rows = Step(**step), {n: verdict["domains"][n] for n in fed}
     signs = {n: 1.0 if row["higher_is_better"] else -1.0 for n, row in rows.items()}
-    before = {n: signs[n] * row["incumbent"] for n, row in rows.items()}
+    before = {n: signs[n] * d["parent"]["score"] for n, d in fed.items()}
     pairs = [(before[n], signs[n] * d["specialist"]["score"], signs[n] < 0) for n, d in fed.items()]
     rows_of, labels = [d["rows"]["train"] for d in fed.values()], [d["labels"] for d in fed.values()]
     state, scale = _state(pairs, rows_of, labels, record["round"])
     changes = {n: row["delta"] / (abs(before[n]) if signs[n] < 0 else 1.0) for n, row in rows.items()}
     score = scored(changes, GateSpec(**record["recipe"]["gate"]))
-    own = (f"{way.method} ", "evaluate candidate ")
-    spent = [float(c["seconds"]) for c in record["costs"] if c["stage"] == way.called or c["stage"].startswith(own)]
+    own = (f"{way.method} contribution ", "evaluate candidate ")
+    took = {c["stage"]: float(c["seconds"]) for c in record["costs"]}  # each stage once
+    spent = [s for stage, s in took.items() if stage == way.called or stage.startswith(own)]
     return [Seen(name, state, action_of(way), 1.0, reward(score, scale), sum(spent))]
 
 

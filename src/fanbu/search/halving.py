@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fanbu.errors import FanbuError, RetryError
 
 LEAST = 3  # rungs below the whole at most: the least share of the rows is eta to the minus this
+_FAILED = "it ended with an error"
 _TELLING = 24  # rows of a domain, on average, below which a trial tells nothing
 
 
@@ -94,9 +95,9 @@ def halving(
         if share < 1:
             standing = standing[: math.ceil(len(standing) / eta)]
         standing = _rung(history, run, [n for n in standing if history.of(n)[-1].share < share], share, budget)
-    for name in sorted({t.arm for t in history.trials}, key=lambda name: -history.of(name)[-1].score):
-        if history.best is None:  # of those that went on, none fits with all rows
-            _rung(history, run, [name], 1.0, budget)
+    for name in sorted({t.arm for t in history.trials}, key=lambda name: (-history.of(name)[-1].score, name)):
+        if history.best is None and not history.left_out.get(name, "").startswith(_FAILED):
+            _rung(history, run, [name], 1.0, budget)  # of those that went on, none fits with all rows
     return history
 
 
@@ -158,7 +159,7 @@ def attempt(history: History, run: Run, arm: str, share: float) -> bool:
     except RetryError:  # of the machine, not of the candidate
         raise
     except FanbuError as error:
-        history.left_out[arm] = f"it ended with an error: {error.what} [{error.code}]"
+        history.left_out[arm] = f"{_FAILED}: {error.what} [{error.code}]"
         return False
     history.left_out.pop(arm, None)  # what there was no room for on a rung may be tried on the next
     return True
