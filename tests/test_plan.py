@@ -131,6 +131,9 @@ def test_what_domains_have_in_common(domains: dict[str, Domain]) -> None:
     found = overlaps([replace(twice, train=rows(("a soup", 0), ("rye", 1))), other])
     assert any("50% of the smaller one's training texts" in w for w in found)
     assert any("1 labels have the same name (bread)" in w for w in found)
+    assert not any("test texts" in w for w in found)
+    seen = replace(other, train=rows((food.test.texts[0].upper(), 0), ("rye", 1)))
+    assert any("1 test texts of food are training texts of meals" in w for w in overlaps([food, seen]))
     owners = [
         replace(food, name=f"food@{owner}", train=rows(("a soup", n), ("rye", n))) for n, owner in enumerate("ab")
     ]

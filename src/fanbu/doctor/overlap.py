@@ -22,6 +22,7 @@ def overlaps(domains: Sequence[Domain]) -> list[str]:
     found = [w for d in feeding for w in _contradicted(d.name, said[d.name], d.labels)]
     for a, b in combinations(feeding, 2):
         found += _shared_texts(a, b, said[a.name], said[b.name])
+        found += [*_tested(a, b, said[b.name]), *_tested(b, a, said[a.name])]
         found += _shared_labels(a, b) if a.industry != b.industry else ()
     return found
 
@@ -60,6 +61,14 @@ def _shared_texts(a: Domain, b: Domain, one: Said, two: Said) -> Iterator[str]:
         yield (
             f"{a.name} and {b.name}: {share:.0%} of the smaller one's training texts are in both; what both teach "
             f"counts twice" + ("" if a.industry == b.industry else ", and a text has labels of both")
+        )
+
+
+def _tested(a: Domain, b: Domain, taught: Said) -> Iterator[str]:
+    if known := {normalised(text) for text in a.test.texts} & taught.keys():
+        yield (
+            f"{len(known)} test texts of {a.name} are training texts of {b.name} (such as {min(known)[:60]!r}): what is "
+            f"learned from them looks better than it is; leave them out of {b.name}"
         )
 
 
