@@ -67,8 +67,8 @@ def _shared_texts(a: Domain, b: Domain, one: Said, two: Said) -> Iterator[str]:
 def _tested(a: Domain, b: Domain, taught: Said) -> Iterator[str]:
     if known := {normalised(text) for text in a.test.texts} & taught.keys():
         yield (
-            f"{len(known)} test texts of {a.name} are training texts of {b.name} (such as {min(known)[:60]!r}): what is "
-            f"learned from them looks better than it is; leave them out of {b.name}"
+            f"{len(known)} test texts of {a.name} are training texts of {b.name} (such as {min(known)[:50]!r}): what "
+            f"is learned from them looks better than it is; leave them out of {b.name}"
         )
 
 
