@@ -41,7 +41,6 @@ def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
     }  # fmt: skip
     if whole:
         found["work"] = [[name, f"{share:.3f}", steps] for (name, share), steps in work_of(bench).items()]
-        found["valid"] = {d.name: len(d.valid) for d in bench.turn.feeding}
         found["before"] = _tested(bench, BEFORE, bench.incumbent)
     shares = SHARES[-1 - least :] if whole else SHARES
     made_of = digest([bench.incumbent.digest, *(d.digest for d in bench.turn.feeding)])[:12]
@@ -100,8 +99,8 @@ def numbers(text: str) -> np.ndarray[Any, Any]:
 
 @dataclass
 class Replay:
-    """The table with validation rows drawn anew: of a ``whole`` one from all test rows, as many as `fanbu compare` has
-    and, with a share of the rows, as many of them as it looks at; else from the validation rows."""
+    """The table with validation rows drawn anew: of a ``whole`` one from test rows and, with a share of the rows, as
+    many of them as `fanbu compare` looks at; else from the validation rows."""
 
     table: Mapping[str, Any]
     seed: int
@@ -109,13 +108,13 @@ class Replay:
 
     def __call__(self, name: str, share: float) -> Trial:
         """A trial on rows that are drawn alike for all candidates."""
-        told, sizes = self.table["candidates"][name][f"{share:.3f}"], self.table.get("valid")
+        told, whole = self.table["candidates"][name][f"{share:.3f}"], "before" in self.table
         changes = {}
-        for domain, text in sorted(told["test" if sizes else "valid"].items()):
-            change = numbers(text) - numbers((self.table if sizes else told)["before"][domain])
+        for domain, text in sorted(told["test" if whole else "valid"].items()):
+            change = numbers(text) - numbers((self.table if whole else told)["before"][domain])
             rng = np.random.default_rng(derived_seed(self.seed, domain, len(change)))
-            drawn = rng.integers(0, len(change), sizes[domain] if sizes else len(change))
-            changes[domain] = float(change[drawn[: judged(share, len(drawn))] if sizes else drawn].mean())
+            drawn = rng.integers(0, len(change), len(change))
+            changes[domain] = float(change[drawn[: judged(share, len(drawn))] if whole else drawn].mean())
         spent = self.costs(name, share) if self.costs else told["seconds"]
         return Trial(name, share, scored(changes, GateSpec()), spent)
 

@@ -1,13 +1,13 @@
 """How often `fanbu compare` finds a champion near the best, replayed on tables of what every candidate does.
 
-A table: four real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of
-the rows that `fanbu compare` would try, as it tries it: seconds, training steps, and right or wrong on each test row.
-There are two: of the first four domains with short texts (300 training rows each) and of the next, four at most (150). They are measured once and
-kept under --work, trial by trial, so a stopped run goes on; results/compare-tables.json is what was measured, and
---tables takes it instead of measuring.
+A table: real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of the
+rows that `fanbu compare` would try, as it tries it: seconds, training steps, and right or wrong on each test row. There
+are two: of the first four domains with short texts (300 training rows each), and of the next, four at most (150). They
+are measured once and kept under --work, trial by trial, so a stopped run goes on; results/compare-tables.json is what
+was measured, and --tables takes it instead of measuring.
 
-The replays: 300 times for each table, as many rows as there are for validation are drawn anew, with replacement, from
-the test rows, and candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs
+The replays: 300 times for each table, the test rows are drawn anew with replacement and serve for validation, and
+candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs
 (of the costliest candidate) in training steps, as it does where a recipe says nothing else; it knows what it comes with
 (known.json) but for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that
 knows nothing (`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median
