@@ -94,7 +94,7 @@ def halving(
         standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
         if share < 1:
             standing = standing[: math.ceil(len(standing) / eta)]
-        standing = _rung(history, run, [n for n in standing if history.of(n)[-1].share < share], share, budget)
+        standing = _rung(history, run, standing, share, budget)
     for name in sorted({t.arm for t in history.trials}, key=lambda name: (-history.of(name)[-1].score, name)):
         if history.best is None and not history.left_out.get(name, "").startswith(_FAILED):
             _rung(history, run, [name], 1.0, budget)  # of those that went on, none fits with all rows
@@ -140,6 +140,9 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
     done: list[str] = []
     waiting: list[str] = []
     for name in standing:
+        if history.of(name)[-1].share >= share:  # it has climbed already
+            done.append(name)
+            continue
         left = budget - history.seconds
         kept = seconds(history, (done or [name])[0], 1.0) if share < 1 else 0.0
         if seconds(history, name, 1.0) > left:
