@@ -32,18 +32,18 @@ from typing import Any
 
 import numpy as np
 
-from _choices import SHARES, Replay, measured, truths, whole_seconds
+from _choices import SHARES, Replay, measured, numbers, truths, whole_seconds
 from _common import HERE, bar, finish, parser, table, text_domains
 from _outcomes import BASE, usable
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
-from fanbu.recipe_parts import Step
+from fanbu.recipe_parts import GateSpec, Step
 from fanbu.record import COMPARED
 from fanbu.search.bandit import Belief, Prior, certain, explore
 from fanbu.search.compare import candidates, compare
 from fanbu.search.experience import NEAR as NEAR_STATES
-from fanbu.search.experience import action_of, known
+from fanbu.search.experience import action_of, known, scored
 from fanbu.search.halving import Arm, History, halving
 from fanbu.types import digest
 
@@ -247,15 +247,22 @@ def replayed(found: Mapping[str, Any], replays: int, unit: str) -> dict[str, dic
     }
 
 
+def score_on_test(found: Mapping[str, Any], told: Mapping[str, Any]) -> float:
+    """What `fanbu compare` would say of a trial, by all test rows."""
+    pairs = {d: (told["test"][d], text) for d, text in found["before"].items()}
+    return scored({d: float((numbers(new) - numbers(old)).mean()) for d, (new, old) in pairs.items()}, GateSpec())
+
+
 def ship(tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes what fanbu comes with: what candidates of all tables came to on validation rows."""
+    """Writes what fanbu comes with: what candidates of all tables came to on test rows, which chose nothing."""
     told = [
         {
             "name": name, "task": "text-classification", "domains": sorted(found["before"]),
             "state": [round(v, 4) for v in found["state"]], "scale": round(found["scale"], 4),
             "trials": [
                 {"step": Step(**found["steps"][n]).model_dump(mode="json", exclude_defaults=True), "share": share,
-                 "score": round(by[f"{share:.3f}"]["score"], 4), "seconds": round(by[f"{share:.3f}"]["seconds"], 1)}
+                 "score": round(score_on_test(found, by[f"{share:.3f}"]), 4),
+                 "seconds": round(by[f"{share:.3f}"]["seconds"], 1)}
                 for n, by in found["candidates"].items()
                 for share in SHARES if f"{share:.3f}" in by
             ],

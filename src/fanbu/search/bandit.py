@@ -6,9 +6,10 @@ way in comparisons whose states are close; to one step in one comparison; and, t
 comparison or way with few rows. How much each part counts is learned from the earlier comparisons by the marginal
 likelihood (type II maximum likelihood; Rasmussen and Williams 2006, chapter 5): that is what is learned about learning.
 
-The next trial is the one whose knowledge gradient for its cost is largest: by how much it can be expected to raise the
-mean of the candidate that will be chosen, E[max_a mean_a(with the trial)] - max_a mean_a (Frazier, Powell and Dayanik
-2009), divided by what it takes.
+The next trial is, of those that fit the budget, the one whose knowledge gradient is largest: by how much it can be
+expected to raise the mean of the candidate that will be chosen, E[max_a mean_a(with the trial)] - max_a mean_a
+(Frazier, Powell and Dayanik 2009). It is not divided by what it takes: where the budget does for a few full runs, that
+spends it on what is cheap.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def explore(
             for name in sorted(shares.keys() - {t.arm for t in history.trials}):
                 history.left_out[name] = "earlier comparisons promise too little of it"
             return history
-        name, share = max(gains, key=lambda p: (gains[p] / price(p), p)) if gains else (best, 1.0)
+        name, share = max(gains, key=lambda p: (gains[p], p)) if gains else (best, 1.0)
         if not gains and turns[best] < 2:
             share = shares[best][min(turns[best], len(shares[best]) - 1)]
         if not attempt(history, run, name, share):
