@@ -15,9 +15,9 @@ from fanbu.model import Model
 from fanbu.progress import log
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import GateSpec
+from fanbu.record import COMPARED
 from fanbu.round import evaluated
 from fanbu.search.compare import BEFORE, Bench, judged, opened
-from fanbu.search.compare import work as work_of
 from fanbu.search.costs import reads_rows
 from fanbu.search.experience import scored
 from fanbu.search.halving import Trial, rungs_of
@@ -25,33 +25,28 @@ from fanbu.types import derived_seed, digest, silent
 
 SHARES = (1 / 27, 1 / 9, 1 / 3, 1.0)
 WHOLE = "1.000"
+FEWEST = 24  # rows of a domain
 
 
 def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
     """The table: by candidate and share its seconds and outcomes, as strings of 0 and 1 by domain. Each trial is kept
     under ``work``, so that a run that was stopped goes on. ``whole``: of every trial the outcomes on all test rows, so
-    that validation rows may be drawn from those; and shares that `fanbu compare` would try alone."""
+    that validation rows may be drawn from those; and no shares of fewer than 24 rows a domain, on average."""
     bench = opened(recipe, silent, log)
     bench.by_steps = False
-    least = rungs_of(float(np.mean([len(d.train) for d in bench.turn.feeding])))
+    rows = float(np.mean([len(d.train) for d in bench.turn.feeding]))
     found: dict[str, Any] = {
-        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "least": least,
+        "candidates": {}, "grows": {n: reads_rows(s) for n, s in bench.steps.items()}, "least": rungs_of(rows),
         "state": bench.state, "scale": bench.scale,
         "steps": {n: s.model_dump(mode="json") for n, s in bench.steps.items()},
     }  # fmt: skip
     if whole:
-        found["work"] = [[name, f"{share:.3f}", steps] for (name, share), steps in work_of(bench).items()]
         found["before"] = _tested(bench, BEFORE, bench.incumbent)
-    shares = SHARES[-1 - least :] if whole else SHARES
+    shares = [s for s in SHARES if s * rows >= FEWEST] if whole else SHARES
     made_of = digest([bench.incumbent.digest, *(d.digest for d in bench.turn.feeding)])[:12]
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:
-            kept = (
-                work
-                / "trials"
-                / made_of
-                / f"{name.replace(' ', '_')}-{digest(found['steps'][name])[:8]}-{share:.3f}.json"
-            )
+            kept = work / "trials" / made_of / digest(found["steps"][name])[:12] / f"{share:.3f}.json"
             if not kept.exists():
                 log(f"== {name}, {share:.0%}")
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +60,8 @@ def _one(bench: Bench, name: str, share: float, whole: bool) -> dict[str, Any]:
     if whole:
         bench.seen = _shared(bench, share)  # what others made for themselves is paid for again
     trial = bench(name, share)
-    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, "changes": bench.rows[-1]["changes"]}
+    row = bench.rows[-1]
+    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, **{k: row[k] for k in ("changes", "steps")}}
     if not whole:
         for who, key in ((name, "valid"), (BEFORE, "before")):
             told[key] = {d: _bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
@@ -86,6 +82,13 @@ def _tested(bench: Bench, name: str, model: Model) -> dict[str, str]:
     return {
         d.name: _bits(evaluated(bench.turn, name, model, d)[0].tensors["told"]) for d in bench.turn.feeding
     }  # fmt: skip
+
+
+def told_as_comparison(told: Mapping[str, Any], workspace: Path) -> str:
+    """Makes a workspace whose finished comparison this is, as `fanbu compare` leaves it; its name for `learn`."""
+    (workspace / COMPARED).mkdir(parents=True, exist_ok=True)
+    write_text(workspace / COMPARED / "1.json", json.dumps(told))
+    return str(workspace)
 
 
 def _bits(column: Any) -> str:

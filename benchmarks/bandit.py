@@ -24,13 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from _choices import SHARES, Replay, measured, truths, whole_seconds
+from _choices import SHARES, Replay, measured, told_as_comparison, truths, whole_seconds
 from _common import HERE, bar, finish, parser, table
 from _histories import RECIPES, recipes
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe_parts import Step
-from fanbu.record import COMPARED
 from fanbu.search.bandit import Prior, Seen, explore, reward
 from fanbu.search.compare import compare
 from fanbu.search.experience import NEAR, action_of
@@ -94,8 +93,8 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     return {way: [float(np.mean(each)) for each in by] for way, by in lost.items()}
 
 
-def told_as_comparison(found: Mapping[str, Any], workspace: Path) -> None:
-    """A table written down as the finished comparison of a workspace, as `fanbu compare` leaves it."""
+def comparison(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A table as a finished comparison."""
     trials = [
         {"candidate": name, "step": found["steps"][name], "share": share, "score": told["score"], "seconds":
          told["seconds"]}
@@ -103,9 +102,7 @@ def told_as_comparison(found: Mapping[str, Any], workspace: Path) -> None:
         for share, told in zip(_shares(found, name), by.values(), strict=True)
         if share in _ladder(found, name)
     ]  # fmt: skip
-    (workspace / COMPARED).mkdir(parents=True, exist_ok=True)
-    write_text(workspace / COMPARED / "1.json",
-               json.dumps({"state": found["state"], "scale": found["scale"], "trials": trials}))  # fmt: skip
+    return {"state": found["state"], "scale": found["scale"], "trials": trials}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -118,9 +115,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def live(work: Path, asked: Sequence[Any], tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`fanbu compare` on the first recipe, with what the others found, for two full runs."""
-    for number, found in enumerate(tables):
-        told_as_comparison(found, work / "told" / str(number))
-    others = [str(work / "told" / str(n)) for n in range(1, len(tables))]
+    others = [told_as_comparison(comparison(t), work / "told" / str(n)) for n, t in enumerate(tables) if n]
     budget = 2 * max(whole_seconds(tables[0]).values())
     spec = asked[0].compare.model_copy(update={"seconds": budget, "known": False, "learn": others})
     found = compare(asked[0].model_copy(update={"compare": spec, "workspace": str(work / "live")}), log=log)

@@ -7,12 +7,13 @@ are measured once and kept under --work, trial by trial, so a stopped run goes o
 was measured, and --tables takes it instead of measuring.
 
 The replays: 300 times for each table, the test rows are drawn anew with replacement and serve for validation, and
-candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs
-(of the costliest candidate) in training steps, as it does where a recipe says nothing else; it knows what it comes with
-(known.json) but for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that
-knows nothing (`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median
-pruner; and Optuna's TPE, which draws candidates and tries them with all rows. The same with a budget in seconds, where
-`fanbu compare` knows nothing of other machines. A replay finds a good champion where its accuracy on all test rows is
+candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs (of the costliest
+candidate) in training steps, as it does where a recipe says nothing else; it knows what it comes with (known.json) but
+for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that knows nothing
+(`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median pruner, by shares
+of the rows; and Optuna's TPE, which draws candidates and tries them with all rows. The same with a budget in seconds,
+those of judging by a table's validation rows among them (500 a domain at most), where `fanbu compare` knows nothing of
+other machines. A replay finds a good champion where its accuracy on all test rows is
 within half a point of the best candidate's. Then one live run on each table's domains (not with --replays).
 
 Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--tables FILE] [--ship] [--replays]. Every way
@@ -32,14 +33,13 @@ from typing import Any
 
 import numpy as np
 
-from _choices import SHARES, Replay, measured, numbers, truths, whole_seconds
+from _choices import SHARES, Replay, measured, numbers, told_as_comparison, truths, whole_seconds
 from _common import HERE, bar, finish, parser, table, text_domains
 from _outcomes import BASE, usable
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import GateSpec, Step
-from fanbu.record import COMPARED
 from fanbu.search.bandit import Belief, Prior, certain, explore
 from fanbu.search.compare import candidates, compare
 from fanbu.search.experience import NEAR as NEAR_STATES
@@ -93,19 +93,16 @@ def recipe_of(folders: Mapping[str, Path], work: Path, quick: bool, rows: int) -
 def drawn(folder: Path, out: Path) -> dict[str, str]:
     """A domain's rows in new splits, so that validation rows are as test rows are: at most 45% and 1,000 for testing,
     25% and 500 for validation; each label has a row to train on."""
-    rows = {
-        row["text"]: line for split in SPLITS for line in (folder / f"{split}.jsonl").read_text().splitlines()
-        if (row := json.loads(line))
-    }  # fmt: skip
-    lines = list(rows.values())
-    random.Random(0).shuffle(lines)
-    first = {json.loads(line)["label"]: line for line in reversed(lines)}  # of each label
-    rest = [line for line in lines if first[json.loads(line)["label"]] is not line]
-    test, valid = min(1000, int(0.45 * len(lines))), min(500, len(lines) // 4)
+    lines = [line for split in SPLITS for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = list({row["text"]: row for row in map(json.loads, lines)}.values())
+    random.Random(0).shuffle(rows)
+    first = {row["label"]: row for row in reversed(rows)}  # of each label
+    rest = [row for row in rows if first[row["label"]] is not row]
+    test, valid = min(1000, int(0.45 * len(rows))), min(500, len(rows) // 4)
     parts = [*first.values(), *rest[test + valid :]], rest[test : test + valid], rest[:test]
     out.mkdir(parents=True, exist_ok=True)
     for split, part in zip(SPLITS, parts, strict=True):
-        write_text(out / f"{split}.jsonl", "".join(line + "\n" for line in part))
+        write_text(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
     return {split: str(out / f"{split}.jsonl") for split in SPLITS}
 
 
@@ -122,9 +119,7 @@ class Game:
 
     def cost(self, name: str, share: float) -> float:
         """Of one trial."""
-        if self.unit == "seconds":
-            return float(self.found["candidates"][name][f"{share:.3f}"]["seconds"])
-        return float(next(steps for n, s, steps in self.found["work"] if (n, s) == (name, f"{share:.3f}")))
+        return float(self.found["candidates"][name][f"{share:.3f}"][self.unit])
 
     @property
     def budget(self) -> float:
@@ -136,9 +131,10 @@ class Game:
         """What makes a trial."""
         return Replay(self.found, self.seed, self.cost)
 
-    def shares(self, name: str) -> tuple[float, ...]:
-        """Those that a candidate is tried with."""
-        return SHARES[-1 - self.found["least"] :] if self.found["grows"][name] else SHARES[-1:]
+
+def ladder(found: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """The shares that `fanbu compare` tries a candidate with."""
+    return SHARES[-1 - found["least"] :] if found["grows"][name] else SHARES[-1:]
 
 
 Way = Callable[[Game], str | None]
@@ -155,7 +151,7 @@ def by_compare(game: Game) -> str | None:
     """`fanbu compare` as it comes."""
     if game.unit == "seconds" or not game.belief:
         return by_halving(game)
-    points = {(n, s): game.cost(n, s) for n in game.order for s in game.shares(n)}
+    points = {(n, s): game.cost(n, s) for n in game.order for s in ladder(game.found, n)}
     best = explore(game.belief, certain(points), game.run, game.budget, game.found["scale"]).best
     return best.arm if best else None
 
@@ -166,7 +162,7 @@ def belief_in(found: Mapping[str, Any]) -> Belief | None:
     if not past:
         return None
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
-    shares = {n: SHARES[-1 - found["least"] :] if found["grows"][n] else SHARES[-1:] for n in actions}
+    shares = {name: ladder(found, name) for name in actions}
     return Prior(past, NEAR_STATES).belief("new", found["state"], actions, shares)
 
 
@@ -188,7 +184,7 @@ def pruned(game: Game) -> str | None:
     for name in game.order:
         trial = study.ask()
         last, over = 0.0, False
-        for share in game.shares(name):
+        for share in (s for s in SHARES if f"{s:.3f}" in game.found["candidates"][name]):
             if history.seconds + game.cost(name, share) > game.budget:
                 over = True
                 break
@@ -277,12 +273,8 @@ def live(recipe: Recipe, found: Mapping[str, Any], work: Path) -> tuple[str, flo
     """One run of `fanbu compare` that learns from the comparisons without these domains: the winner, and how many
     points it lies below the best."""
     told = [one for one in json.loads(KNOWN.read_text()) if not {*one["domains"]} & {*found["before"]}]
-    work, learn = work / f"live-{digest(told)[:12]}", list[str]()
-    for one in told:
-        folder = work / "told" / one["name"]
-        (folder / COMPARED).mkdir(parents=True, exist_ok=True)
-        write_text(folder / COMPARED / "1.json", json.dumps(one))
-        learn.append(str(folder))
+    work = work / f"live-{digest(told)[:12]}"
+    learn = [told_as_comparison(one, work / "told" / one["name"]) for one in told]
     spec = recipe.compare.model_copy(update={"known": False, "learn": learn, "runs": RUNS})
     asked = recipe.model_copy(update={"compare": spec, "workspace": str(work / "workspace")})
     winner = compare(asked, log=log)["winner"]

@@ -18,10 +18,11 @@ from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import GateSpec, Step
 from fanbu.record import with_choices
 from fanbu.report.candidates import compared_page
+from fanbu.search import halving as rungs
 from fanbu.search.bandit import reward
-from fanbu.search.compare import candidates, compare, front, scored
+from fanbu.search.compare import candidates, compare, front
 from fanbu.search.costs import steps_of
-from fanbu.search.experience import experience, known
+from fanbu.search.experience import experience, known, scored
 from test_cli import Command
 from test_cli import fanbu as fanbu
 
@@ -47,6 +48,7 @@ def plain(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_best_is_found_judged_and_told_after_a_kill_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rungs, "_TELLING", 24)  # rows of a domain
     whole = compare(recipe_in(tmp_path))
     assert whole["spent"] <= whole["budget"] == 2 * max(t["steps"] for t in whole["trials"])
     shares = {t["candidate"]: [u["share"] for u in whole["trials"] if u["candidate"] == t["candidate"]]

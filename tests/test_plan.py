@@ -59,7 +59,7 @@ def turn_of(recipe: Recipe, domains: dict[str, Domain]) -> Turn:
     return turn
 
 
-HEAVY = {"no kinds", "internal", "in sums alone"}  # of which the plan refuses most
+HEAVY = {"no kinds", "internal"}  # of which the plan refuses most
 
 
 @pytest.mark.parametrize(

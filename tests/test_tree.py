@@ -138,8 +138,7 @@ def test_pairs_of_pairs_are_averaged_as_all_four(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, plain[name], atol=2e-5, rtol=1e-4)
 
 
-@SLOW
-@pytest.mark.parametrize("way", ["regmean", "distill", "ties"])
+@pytest.mark.parametrize("way", ["regmean", pytest.param("distill", marks=SLOW), pytest.param("ties", marks=SLOW)])
 def test_ways_by_which_specialists_speak_go_along_a_tree(way: str, tmp_path: Path) -> None:
     record = run(recipe_in(tmp_path, {"groups": {"eating": ["food", "meal"]}}, way))
     assert [c["name"] for c in made(record)["tree"]["children"]] == ["eating", "rail", "tram"]

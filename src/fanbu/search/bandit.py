@@ -215,7 +215,7 @@ def certain(values: Mapping[Point, float]) -> Belief:
 def explore(
     belief: Belief, costs: Belief, run: Run, budget: float, scale: float, unknown: Collection[str] = ()
 ) -> History:
-    """Tries candidates until the budget (seconds) is spent, or no trial can be expected to add anything; then the one
+    """Tries candidates until the budget is spent, or no trial can be expected to add anything; then the one
     of which most is expected, with all rows, for which so much of the budget is kept. ``costs`` is a belief in the
     logarithms of seconds, ``scale`` is what a reward of 1 is in the score that trials have.
 

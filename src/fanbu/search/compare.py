@@ -190,7 +190,7 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
 
 def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, as earlier comparisons say, or by successive halving."""
-    turn, steps = bench.turn, work(bench, spec.eta)
+    turn, steps = bench.turn, _steps(bench, spec.eta)
     learned = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number, turn.domains)
     shipped = known(turn.feeding[0].task) if spec.known and bench.by_steps else []  # other machines take other seconds
     past = [*shipped, *learned]
@@ -210,7 +210,7 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     return explore(Prior(past, NEAR).belief(*here), costs, bench, budget, bench.scale, unknown)
 
 
-def work(bench: Bench, eta: int = 3) -> dict[tuple[str, float], float]:
+def _steps(bench: Bench, eta: int) -> dict[tuple[str, float], float]:
     """The training steps of each candidate with each share of the rows that it is tried with."""
     turn = bench.turn
     rungs = rungs_of(float(np.mean([len(d.train) for d in turn.feeding])), eta)

@@ -16,7 +16,7 @@ from fanbu.errors import FanbuError, RetryError
 
 LEAST = 3  # rungs below the whole at most: the least share of the rows is eta to the minus this
 _FAILED = "it ended with an error"
-_TELLING = 24  # rows of a domain, on average, below which a trial tells nothing
+_TELLING = 200  # rows of a domain, on average, below which a trial tells nothing
 
 
 @dataclass(frozen=True)
