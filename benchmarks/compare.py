@@ -2,9 +2,9 @@
 
 A table: real text domains, specialists grown from the probed MiniLM encoder; every candidate with every share of the
 rows that `fanbu compare` would try, as it tries it: seconds, training steps, and right or wrong on each test row. There
-are two: of the first four domains with short texts (300 training rows each), and of the next, four at most (150). They
-are measured once and kept under --work, trial by trial, so a stopped run goes on; results/compare-tables.json is what
-was measured, and --tables takes it instead of measuring.
+are three: of the first four domains with short texts (300 training rows each), of the next, four at most (150), and of
+those with longer texts, four at most (150). They are measured once and kept under --work, trial by trial, so a stopped
+run goes on; results/compare-tables.json is what was measured, and --tables takes it instead of measuring.
 
 The replays: 300 times for each table, the test rows are drawn anew with replacement and serve for validation, and
 candidates come in another order. `fanbu compare` chooses by them with a budget of three full runs (of the costliest
@@ -12,9 +12,10 @@ candidate) in training steps, as it does where a recipe says nothing else; it kn
 for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that knows nothing
 (`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median pruner, by shares
 of the rows; and Optuna's TPE, which draws candidates and tries them with all rows. The same with a budget in seconds,
-those of judging by a table's validation rows among them (500 a domain at most), where `fanbu compare` knows nothing of
-other machines. A replay finds a good champion where its accuracy on all test rows is
-within half a point of the best candidate's. Then one live run on each table's domains (not with --replays).
+those of judging by a table's validation rows among them (500 a domain at most), on machines that are up to ten times as
+fast or slow as the known trials' (what they take is all scaled alike). A replay finds a good champion where its
+accuracy on all test rows is within half a point of the best candidate's. Then one live run on each table's domains (not
+with --replays).
 
 Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--tables FILE] [--ship] [--replays]. Every way
 that fits, but four of fedavg's kin. --quick: two domains, few rows and six candidates a table; --ship writes known.json
@@ -24,6 +25,7 @@ from the tables.
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +52,8 @@ from fanbu.types import digest
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
 KNOWN, OURS = HERE.parent / "src/fanbu/search/known.json", ("fanbu compare", "halving, cold")
 SPLITS = ("train", "valid", "test")
+MACHINES = math.log(10)  # how much faster or slower, at most
+SHORT = 20  # words of a training text, at the median
 TIMES = 3  # inner rounds of federated ways
 KIN = {"fedavgm", "fednova", "fedprox", "fedyogi"}  # which differ little from fedavg or fedadam over so few
 QUICK = ["average", "tsv_m", "ensemble", "probe", "multitask", "distill"]
@@ -61,14 +65,19 @@ MORE: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def short(folders: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """The domains whose training texts have 20 words or fewer at the median, so that a table takes hours, not days."""
+def parted(folders: Mapping[str, Path], quick: bool) -> dict[str, tuple[dict[str, Path], int]]:
+    """The domains of each table, and how many training rows they have; no table of a single one."""
 
     def words(folder: Path) -> float:
         lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
         return float(np.median([len(json.loads(line)["text"].split()) for line in lines]))
 
-    return [(name, folder) for name, folder in folders.items() if words(folder) <= 20]
+    short = {name: folder for name, folder in folders.items() if words(folder) <= SHORT}
+    long = {name: folder for name, folder in folders.items() if name not in short}
+    size, few, more = (2, 60, 60) if quick else (4, 150, 300)
+    parts = {"one": (short, 0, more), "two": (short, size, few), "three": (long, 0, few)}
+    found = {t: (dict([*some.items()][at : at + size]), rows) for t, (some, at, rows) in parts.items()}
+    return {t: part for t, part in found.items() if len(part[0]) > 1}
 
 
 def recipe_of(folders: Mapping[str, Path], work: Path, quick: bool, rows: int) -> Recipe:
@@ -106,6 +115,9 @@ def drawn(folder: Path, out: Path) -> dict[str, str]:
     return {split: str(out / f"{split}.jsonl") for split in SPLITS}
 
 
+Beliefs = tuple[Belief, Belief, set[str]]
+
+
 @dataclass(frozen=True)
 class Game:
     """A replay of a table: the candidates in the order of their coming, the unit of their costs, and what is expected
@@ -115,11 +127,12 @@ class Game:
     order: list[str]
     seed: int
     unit: str
-    belief: Belief | None
+    beliefs: Beliefs | None
 
     def cost(self, name: str, share: float) -> float:
-        """Of one trial."""
-        return float(self.found["candidates"][name][f"{share:.3f}"][self.unit])
+        """Of one trial; seconds on a machine that is faster or slower."""
+        slower = math.exp(random.Random(self.seed).uniform(-1, 1) * MACHINES) if self.unit == "seconds" else 1.0
+        return slower * float(self.found["candidates"][name][f"{share:.3f}"][self.unit])
 
     @property
     def budget(self) -> float:
@@ -149,21 +162,26 @@ def by_halving(game: Game) -> str | None:
 
 def by_compare(game: Game) -> str | None:
     """`fanbu compare` as it comes."""
-    if game.unit == "seconds" or not game.belief:
+    if not game.beliefs:
         return by_halving(game)
+    rewards, took, untried = game.beliefs
     points = {(n, s): game.cost(n, s) for n in game.order for s in ladder(game.found, n)}
-    best = explore(game.belief, certain(points), game.run, game.budget, game.found["scale"]).best
+    costs, unknown = (certain(points), set[str]()) if game.unit == "steps" else (took, untried)
+    best = explore(rewards, costs, game.run, game.budget, game.found["scale"], unknown).best
     return best.arm if best else None
 
 
-def belief_in(found: Mapping[str, Any]) -> Belief | None:
-    """What is expected of a table's candidates by what is known of other domains; None where nothing is."""
+def beliefs_in(found: Mapping[str, Any]) -> Beliefs | None:
+    """What is expected of a table's candidates by what is known of other domains, and of the seconds that they take,
+    and which of them are by no known way; None where nothing is known."""
     past = known("text-classification", found["before"])
     if not past:
         return None
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
     shares = {name: ladder(found, name) for name in actions}
-    return Prior(past, NEAR_STATES).belief("new", found["state"], actions, shares)
+    rewards, took = (Prior(past, NEAR_STATES, of) for of in ("reward", "seconds"))
+    here = ("new", found["state"], actions, shares)
+    return rewards.belief(*here), took.belief(*here), took.unknown(actions)
 
 
 def uniform(game: Game) -> str | None:
@@ -228,14 +246,14 @@ def replayed(found: Mapping[str, Any], replays: int, unit: str) -> dict[str, dic
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    truth, belief = truths(found), belief_in(found)
+    truth, beliefs = truths(found), beliefs_in(found)
     best, worst = max(truth.values()), min(truth.values())
     lost: dict[str, list[float]] = {name: [] for name in WAYS}
     for seed in range(replays):
         order = list(truth)
         random.Random(seed).shuffle(order)
         for name, way in WAYS.items():
-            chosen = way(Game(found, order, seed, unit, belief))
+            chosen = way(Game(found, order, seed, unit, beliefs))
             lost[name].append(best - (truth[chosen] if chosen else worst))
     return {
         name: {"near": float(np.mean(np.array(values) <= NEAR)), "lost": float(np.mean(values))}
@@ -291,10 +309,8 @@ def main() -> int:
     if args.ship and args.quick:
         flags.error("what fanbu comes with is measured as a whole: --ship without --quick")
     name = "compare-quick" if args.quick else "compare"
-    work, folders = args.work / name, short(usable(text_domains(args.data)))
-    size, rows = (2, (60, 60)) if args.quick else (4, (300, 150))
-    parts = {t: (dict(folders[i * size : (i + 1) * size]), rows[i]) for i, t in enumerate(("one", "two"))}
-    asked = {t: recipe_of(part, work / t, args.quick, r) for t, (part, r) in parts.items() if len(part) > 1}
+    work, parts = args.work / name, parted(usable(text_domains(args.data)), args.quick)
+    asked = {t: recipe_of(part, work / t, args.quick, rows) for t, (part, rows) in parts.items()}
     if args.tables:
         tables = json.loads(args.tables.read_text())
     else:

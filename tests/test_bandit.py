@@ -163,6 +163,36 @@ def test_an_unknown_way_does_not_break_the_budget(budget: float) -> None:
         assert history.seconds <= budget + 12  # one trial of the fewest rows was dearer than all before
 
 
+@pytest.mark.parametrize("slower", [0.01, 0.1, 10.0, 100.0])
+def test_what_another_machine_took_misleads_for_one_trial(past: list[Seen], slower: float) -> None:
+    """Known seconds are of a machine that is faster or slower; the budget is two runs of the costliest on this one."""
+    priors = Prior(past, NEAR), Prior([replace(s, machine="elsewhere") for s in past], NEAR, "seconds")
+    lost = []
+    for number in range(400, 415):
+        world = World(number)
+
+        def run(name: str, share: float, world: World = world) -> Trial:
+            trial = world(name, share)
+            return replace(trial, seconds=slower * trial.seconds)
+
+        budget = slower * 2 * (0.5 + max(COSTS.values()))
+        history = explore(*beliefs(priors, world), run, budget, 1.0)
+        assert history.seconds <= 1.2 * budget
+        lost.append(regret(history, world))
+    assert np.mean(lost) < 0.1
+
+
+def test_it_begins_where_nothing_is_expected_to_fit_only_if_it_may(past: list[Seen]) -> None:
+    world = World(500)
+
+    def tried(machine: str, budget: float) -> int:
+        priors = Prior(past, NEAR), Prior([replace(s, machine=machine) for s in past], NEAR, "seconds")
+        return len(explore(*beliefs(priors, world), world, budget, 1.0).trials)
+
+    assert tried("elsewhere", 0.3) == 1  # the cheapest takes 1.5: now it is known that the budget does for nothing
+    assert tried("", 0.3) == tried("elsewhere", 0.001) == 0
+
+
 def regret(history: object, world: World) -> float:
     best = history.best  # type: ignore[attr-defined]
     return max(world.true.values()) - (world.true[best.arm] if best else min(world.true.values()))

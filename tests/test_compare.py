@@ -171,7 +171,8 @@ def test_what_earlier_comparisons_found_is_tried_first(tmp_path: Path) -> None:
         experience([own], tmp_path, 5, ["law"])
 
 
-def test_it_begins_from_what_fanbu_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [{"runs": 2}, {"seconds": 120}])
+def test_it_begins_from_what_fanbu_knows(tmp_path: Path, budget: dict[str, float]) -> None:
     shipped = known("text-classification")
     assert known("causal-lm") == []
     [first, *others] = json.loads(files("fanbu.search").joinpath("known.json").read_text())
@@ -180,7 +181,7 @@ def test_it_begins_from_what_fanbu_knows(tmp_path: Path) -> None:
     assert {s.comparison for s in left} == {one["name"] for one in others}
     told: list[str] = []
     ways = ["average", {"method": "multitask", "train": SHORT}, {"method": "distill", "train": SHORT}]
-    found = compare(recipe_in(tmp_path, ways=ways, known=True), log=told.append)
+    found = compare(recipe_in(tmp_path, ways=ways, known=True, **budget), log=told.append)
     assert any(f"learns from {len(shipped)} trials" in line for line in told)
     assert found["spent"] <= found["budget"]
     assert {t["candidate"] for t in found["trials"]} | set(found["left_out"]) == {"average", "multitask", "distill"}

@@ -276,8 +276,8 @@ class CompareSpec(Part):
     rows. Of the candidates of a rung, the best 1 in ``eta`` go on to ``eta`` times as many rows. A share of the budget
     (``tune``) is for ``settings`` other arguments of the best, at most, which ``sampler`` draws around its own, or from
     ``space``; with ``mix``, how much of each domain goes in, the same at all depths or not. What to try first is
-    ``known`` from comparisons that fanbu comes with (where the budget is in ``runs``), and from those of workspaces
-    that ``learn`` names (the recipe's own may be one)."""
+    ``known`` from comparisons that fanbu comes with, and from those of workspaces that ``learn`` names (the recipe's
+    own may be one)."""
 
     ways: list[Step] = Field(default_factory=list)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)

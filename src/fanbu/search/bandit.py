@@ -28,7 +28,8 @@ from fanbu.search.halving import History, Run, attempt, seconds
 
 Floats = NDArray[np.float64]
 Point = tuple[str, float]  # a candidate and a share of the rows
-_QUANTITIES = {"reward": (0.0, 0.1), "seconds": (-1.5, 0.5)}  # what the fewest rows change, and the least deviation
+# What the fewest rows change, the least deviation, and the variances between machines: of all, and of each family.
+_QUANTITIES = {"reward": (0.0, 0.1, (0.0, 0.0)), "seconds": (-1.5, 0.5, (9.0, 1.0))}
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
@@ -54,7 +55,7 @@ class Action:
 @dataclass(frozen=True)
 class Seen:
     """One trial of a comparison: the comparison's name and state (numbers that describe it), what was tried with which
-    share of the rows, the reward, and its seconds."""
+    share of the rows, the reward, and its seconds, on a ``machine`` (this one, where it has no name)."""
 
     comparison: str
     state: tuple[float, ...]
@@ -62,19 +63,21 @@ class Seen:
     share: float
     reward: float
     seconds: float
+    machine: str = ""
 
 
 class Prior:
     """What earlier comparisons say of a quantity (``of``: ``reward``, or the logarithm of ``seconds``).
 
     ``near`` are differences of each number of a state that are small: states that did not vary more so far are as
-    close to each other as if they had.
+    close to each other as if they had. How fast another machine is, and how much faster for one family than for
+    another, is not learned: standard deviations of factors of e^3 and e, until trials tell.
     """
 
     def __init__(self, past: Sequence[Seen], near: Sequence[float], of: str = "reward") -> None:
         self.past, self.ways = list(past), {s.action.way for s in past}
         values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, 1e-3)) for s in past])
-        self.slope, least = _QUANTITIES[of]
+        self.slope, least, self.machines = _QUANTITIES[of]
         values = values - self.slope * np.array([_few(s.share) for s in past])
         self.mean = float(values.mean())
         self.values = values - self.mean
@@ -83,7 +86,7 @@ class Prior:
         parts, noise = self._parts(self.past, self.past), _noises(self.past)
         size = max(float(self.values.var()), least**2)
         self.variances = _fitted([*parts, *noise], self.values, size)
-        whole = _weighted([*parts, *noise], self.variances)
+        whole = self._covariance(self.past, self.past) + _weighted(noise, self.variances[-2:])
         self._factor = cho_factor(whole + 1e-9 * size * np.eye(len(past)), lower=True)
         self._solved = cho_solve(self._factor, self.values)
 
@@ -94,8 +97,7 @@ class Prior:
         """What is expected of each candidate of a new comparison with each of its shares of the rows."""
         points = [(name, share) for name in actions for share in shares[name]]
         new = [Seen(comparison, tuple(state), actions[name], share, 0.0, 1.0) for name, share in points]
-        across = _weighted(self._parts(new, self.past), self.variances)
-        own = _weighted(self._parts(new, new), self.variances)
+        across, own = self._covariance(new, self.past), self._covariance(new, new)
         mean = self.mean + across @ self._solved + self.slope * np.array([_few(share) for _, share in points])
         covariance = own - across @ cho_solve(self._factor, across.T)
         noise = _weighted(_noises(new), self.variances[-2:]).diagonal()
@@ -105,18 +107,23 @@ class Prior:
         """Candidates by a way that no earlier comparison tried."""
         return {name for name, action in actions.items() if action.way not in self.ways}
 
+    def _covariance(self, a: Sequence[Seen], b: Sequence[Seen]) -> Floats:
+        machine, family = _same(a, b, lambda s: s.machine), _same(a, b, lambda s: s.action.family)
+        return _weighted([machine, machine * family, *self._parts(a, b)], [*self.machines, *self.variances])
+
     def _parts(self, a: Sequence[Seen], b: Sequence[Seen]) -> list[Floats]:
         """The covariance's parts between two lists of trials, each with variance 1."""
-
-        def same(of: Callable[[Seen], str]) -> Floats:
-            return np.array([[of(x) == of(y) for y in b] for x in a], dtype=np.float64)
-
-        one, way, step = same(lambda s: s.comparison), same(lambda s: s.action.way), same(lambda s: s.action.step)
+        one, family = _same(a, b, lambda s: s.comparison), _same(a, b, lambda s: s.action.family)
+        way, step = _same(a, b, lambda s: s.action.way), _same(a, b, lambda s: s.action.step)
         x, y = ((np.array([s.state for s in some]) - self.centre) / self.spread for some in (a, b))
         near = np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / (2 * x.shape[1]))
         few = np.outer([_few(s.share) for s in a], [_few(s.share) for s in b])
-        return [one, same(lambda s: s.action.family), way, step, way * near, one * step, few, few * way, few * one,
-                few * near * way]  # fmt: skip
+        return [one, family, way, step, way * near, one * step, few, few * way, few * one, few * near * way]
+
+
+def _same(a: Sequence[Seen], b: Sequence[Seen], of: Callable[[Seen], str]) -> Floats:
+    """1 where two trials have the same, 0 elsewhere."""
+    return np.array([[of(x) == of(y) for y in b] for x in a], dtype=np.float64)
 
 
 def _few(share: float) -> float:
@@ -175,9 +182,9 @@ class Belief:
         surprise = count + 1, squares + float((value - self.mean[i]) ** 2 / scale)
         return Belief(self.points, mean, self.covariance - np.outer(column, column) / scale, self.noise, surprise)
 
-    def without(self, name: str) -> Belief:
-        """With a candidate less."""
-        kept = [i for i, (other, _) in enumerate(self.points) if other != name]
+    def only(self, names: Collection[str]) -> Belief:
+        """That of some candidates."""
+        kept = [i for i, (name, _) in enumerate(self.points) if name in names]
         points, covariance = [self.points[i] for i in kept], self.covariance[np.ix_(kept, kept)]
         return Belief(points, self.mean[kept], covariance, self.noise[kept], self.surprise)
 
@@ -214,22 +221,21 @@ def certain(values: Mapping[Point, float]) -> Belief:
 
 def explore(
     belief: Belief, costs: Belief, run: Run, budget: float, scale: float, unknown: Collection[str] = ()
-) -> History:
+) -> History:  # fmt: skip
     """Tries candidates until the budget is spent, or no trial can be expected to add anything; then the one
     of which most is expected, with all rows, for which so much of the budget is kept. ``costs`` is a belief in the
     logarithms of seconds, ``scale`` is what a reward of 1 is in the score that trials have.
 
     Chosen is the one of those tried with all rows of which most is expected in the end: what is known of the ways
-    steadies scores of few validation rows. A candidate that would not fit the budget with all rows is left out, and a
-    trial that may well not fit (half a standard deviation more than is expected) is not begun. Those that are
-    ``unknown`` are tried with the fewest rows, then with the next more, for which they may take as many times as long;
-    then it is read off the line through these.
+    steadies scores of few validation rows. A candidate that would not fit the budget with all rows is not tried, and a
+    trial that may well not fit (half a standard deviation more than is expected) is not begun. Where none is expected
+    to fit and the first may (a standard deviation less), the cheapest is begun, and tells how fast the machine is; the
+    most promising one is begun with the fewest rows where it may fit or not. Those that are ``unknown`` are tried with
+    the fewest rows, then with the next more, for which they may take as many times as long; then it is read off the
+    line through these.
     """
     history, known = History(), set[str]()
-
-    def without(name: str) -> None:
-        nonlocal belief, costs
-        belief, costs = belief.without(name), costs.without(name)
+    ladder = {name: sorted(s for other, s in belief.points if other == name) for name, _ in belief.points}
 
     def price(point: Point, deviations: float = 0.0) -> float:
         tried = history.of(point[0]) if point[0] in unknown else []
@@ -238,37 +244,47 @@ def explore(
         likely = math.exp(costs.of(point, deviations))
         return max([likely, *(t.seconds * point[1] / t.share for t in tried if deviations)])
 
-    while True:
-        left = budget - history.seconds
-        for name, share in list(costs.points):
-            if share == 1 and name not in known and price((name, share)) > left:
-                without(name)
-                history.left_out[name] = "it would take more than the budget with all rows"
-        if not belief.whole:
-            return history
-        history.chosen = belief.best(known) if known else None
-        shares = {name: sorted(s for other, s in belief.points if other == name) for name, _ in belief.points}
-        turns = {name: len(history.of(name)) if name in unknown else len(shares[name]) for name in shares}
-        safe = [name for name in shares if name in known or price((name, 1.0), _SAFE) <= left]
-        best = belief.best(safe or shares)
-        kept = 0.0 if best in known else price((best, 1.0))
+    def fitting(left: float, deviations: float = 0.0) -> set[str]:
+        return {name for name in ladder if name in known or price((name, 1.0), deviations) <= left}
+
+    def following(left: float) -> Point | None:
+        fits, may, safe = fitting(left), fitting(left, -1.0), fitting(left, _SAFE)
+        if not fits:
+            cheap = min(may, key=lambda name: (price((name, 1.0)), name)) if may and not history.trials else None
+            return (cheap, ladder[cheap][0]) if cheap else None
+        best, hoped = belief.best(safe or fits), belief.best(may)
+        spare = left - (0.0 if best in known else price((best, 1.0)))
+        first = hoped, ladder[hoped][0]
+        if hoped not in safe and first[1] < 1 and not history.of(hoped) and price(first, _SAFE) <= spare:
+            return first
+        turns = {name: len(history.of(name)) if name in unknown else len(ladder[name]) for name in may}
         gains = {
-            p: gain for p, gain in belief.gradients().items()
+            p: gain for p, gain in belief.only(may).gradients().items()
             if gain > _IDLE and p[0] not in known and all(p != (t.arm, t.share) for t in history.trials)
-            and (turns[p[0]] > 1 or p[1] == shares[p[0]][min(turns[p[0]], len(shares[p[0]]) - 1)])
-            and price(p, _SAFE) + (0.0 if p == (best, 1.0) else kept) <= left
+            and (turns[p[0]] > 1 or p[1] == ladder[p[0]][min(turns[p[0]], len(ladder[p[0]]) - 1)])
+            and price(p, _SAFE) <= (left if p == (best, 1.0) else spare)
         }  # fmt: skip
-        if not gains and best in known:
-            for name in sorted(shares.keys() - {t.arm for t in history.trials}):
-                history.left_out[name] = "earlier comparisons promise too little of it"
-            return history
-        name, share = max(gains, key=lambda p: (gains[p], p)) if gains else (best, 1.0)
-        if not gains and turns[best] < 2:
-            share = shares[best][min(turns[best], len(shares[best]) - 1)]
-        if not attempt(history, run, name, share):
-            without(name)
+        if gains:
+            return max(gains, key=lambda p: (gains[p], p))
+        if best in known:
+            return None
+        return best, ladder[best][min(turns[best], len(ladder[best]) - 1)] if turns[best] < 2 else 1.0
+
+    while point := following(budget - history.seconds):
+        if not attempt(history, run, *point):
+            del ladder[point[0]]
+            belief, costs = belief.only(ladder), costs.only(ladder)
             continue
         trial = history.trials[-1]
-        known |= {name} if share == 1 else set()
-        belief = belief.after((name, share), reward(trial.score, scale))
-        costs = costs.after((name, share), math.log(max(trial.seconds, 1e-3)))
+        belief = belief.after(point, reward(trial.score, scale))
+        costs = costs.after(point, math.log(max(trial.seconds, 1e-3)))
+        if point[1] == 1:
+            known.add(point[0])
+        history.chosen = belief.best(known) if known else None
+    fits = fitting(budget - history.seconds)
+    for name in sorted({*ladder} - known):
+        if name not in fits:
+            history.left_out[name] = "it would take more than the budget with all rows"
+        elif not history.of(name):
+            history.left_out[name] = "earlier comparisons promise too little of it"
+    return history

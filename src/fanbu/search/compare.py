@@ -192,7 +192,7 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     """The candidates, as earlier comparisons say, or by successive halving."""
     turn, steps = bench.turn, _steps(bench, spec.eta)
     learned = experience([Path(w) for w in spec.learn], turn.workspace.root, turn.number, turn.domains)
-    shipped = known(turn.feeding[0].task) if spec.known and bench.by_steps else []  # other machines take other seconds
+    shipped = known(turn.feeding[0].task) if spec.known else []
     past = [*shipped, *learned]
     if len(past) == len({s.comparison for s in past}):  # nothing was compared
         arms = [Arm(name, grows=reads_rows(step)) for name, step in bench.steps.items()]
@@ -205,7 +205,7 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     if bench.by_steps:
         costs = certain(steps)
     else:
-        took = Prior(learned, NEAR, "seconds")
+        took = Prior(past, NEAR, "seconds")
         costs, unknown = took.belief(*here), took.unknown(actions)
     return explore(Prior(past, NEAR).belief(*here), costs, bench, budget, bench.scale, unknown)
 

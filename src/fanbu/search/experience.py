@@ -103,7 +103,8 @@ def known(task: str, apart_from: Collection[str] = ()) -> list[Seen]:
     `benchmarks/compare.py` measured them; none for a task that was not measured."""
     shipped = json.loads(files("fanbu.search").joinpath("known.json").read_text(encoding="utf-8"))
     return [
-        seen for told in shipped if told["task"] == task and not {*told["domains"]} & {*apart_from}
+        replace(seen, machine="elsewhere")
+        for told in shipped if told["task"] == task and not {*told["domains"]} & {*apart_from}
         for seen in _trials(told, told["name"])
     ]  # fmt: skip
 
