@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +57,15 @@ def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
 
 def _one(bench: Bench, name: str, share: float, whole: bool) -> dict[str, Any]:
     """One trial."""
-    if whole:
-        bench.seen = _shared(bench, share)  # what others made for themselves is paid for again
-    trial = bench(name, share)
+    bench(name, share)
     row = bench.rows[-1]
-    told: dict[str, Any] = {"seconds": trial.seconds, "score": trial.score, **{k: row[k] for k in ("changes", "steps")}}
+    told: dict[str, Any] = {k: row[k] for k in ("seconds", "score", "changes", "steps")}
     if not whole:
         for who, key in ((name, "valid"), (BEFORE, "before")):
             told[key] = {d: _bits(c.tensors["told"]) for d, c in bench.outcomes[who, share].items()}
     if whole or share == 1:
         told["test"] = _tested(bench, name, bench.models[name, share])
     return told
-
-
-def _shared(bench: Bench, share: float) -> set[Path]:
-    """What all candidates share: the incumbent's outcomes."""
-    turn = replace(bench._at(share), costs=[], crossed={}, used=[])
-    for d in bench.turn.feeding:
-        bench._valued(turn, BEFORE, bench.incumbent, d, share)
-    return set(turn.used)
 
 
 def _tested(bench: Bench, name: str, model: Model) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fanbu.errors import UsageError
-from fanbu.search.bandit import Action, Belief, Prior, Seen, _fitted, explore
+from fanbu.search.bandit import Action, Belief, Prior, Seen, _fitted, certain, explore
 from fanbu.search.halving import Arm, Trial, halving
 
 WAYS = [f"way{i}" for i in range(8)]
@@ -191,6 +191,42 @@ def test_it_begins_where_nothing_is_expected_to_fit_only_if_it_may(past: list[Se
 
     assert tried("elsewhere", 0.3) == 1  # the cheapest takes 1.5: now it is known that the budget does for nothing
     assert tried("", 0.3) == tried("elsewhere", 0.001) == 0
+
+
+def test_any_beliefs_and_costs_come_to_an_end() -> None:
+    """Ways that nobody knew, that take far more or less than was thought, or that fail."""
+    ended = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        seen = [s for n in range(2) for s in World(n).seen() if rng.random() < 0.5] or World(0).seen()
+        priors = Prior(seen, NEAR), Prior(seen, NEAR, "seconds")
+        world, factor = World(1000 + seed), {w: math.exp(rng.gauss(0, 2)) for w in WAYS}
+
+        def run(name: str, share: float, world: World = world, factor: Any = factor, rng: Any = rng) -> Trial:
+            if rng.random() < 0.1:
+                raise UsageError("bad", "cannot", remedy="none")
+            trial = world(name, share)
+            return replace(trial, seconds=factor[name] * trial.seconds)
+
+        history = explore(*beliefs(priors, world), run, rng.uniform(1, 100), 1.0, priors[0].unknown(ACTIONS))
+        tried = {t.arm for t in history.trials if t.share == 1}
+        assert tried.isdisjoint(history.left_out)
+        assert tried | {t.arm for t in history.trials} | history.left_out.keys() == set(WAYS)
+        ended += history.best is not None
+    assert ended > 200
+
+
+@pytest.mark.parametrize("steps", [3.0, 9.0, 10.0, 11.0, 1000.0, 123457.0])
+def test_a_budget_of_whole_runs_does_for_as_many(steps: float) -> None:
+    count = len(WAYS)
+    belief = Belief([(w, 1.0) for w in WAYS], np.zeros(count), np.eye(count), np.full(count, 0.01))
+    known = certain({(w, 1.0): 0.0 if w == "way0" else steps for w in WAYS})
+    rng = random.Random(0)
+    for runs in (1, 2):
+        history = explore(
+            belief, known, lambda n, s: Trial(n, s, rng.random(), 0.0 if n == "way0" else steps), runs * steps, 1.0
+        )
+        assert sum(t.seconds > 0 for t in history.trials) == runs
 
 
 def regret(history: object, world: World) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import make_llama, tiny_recipe
+from conftest import make_llama, open_gate, tiny_recipe
 from fanbu.catalogue import Method
 from fanbu.domain import Domain
 from fanbu.errors import IntegrityError, UsageError
@@ -94,6 +94,9 @@ def test_what_is_compared(tmp_path: Path, domains: dict[str, Domain]) -> None:
     assert everything["fedavg x6"].times == 6
     assert "reptile x6" not in everything  # experimental
     assert "adapt" not in everything  # does not fit
+    named = candidates(recipe_in(tmp_path, ways=["fedavg", "distill", {"method": "fedprox", "times": 1}]), domains)
+    assert list(named) == ["fedavg x6", "distill", "fedprox"]
+    assert named["distill"] == everything["distill"]
     with pytest.raises(UsageError, match="nothing-to-compare"):
         candidates(recipe_in(tmp_path, ways=["average"]), domains)
     with pytest.raises(UsageError, match="did you mean 'ties'"):
@@ -211,14 +214,44 @@ def test_a_domain_that_loses_more_than_its_margin_weighs() -> None:
     assert scored({"food": -0.09, "rail": 0.1}, gate) == pytest.approx(0.005 - 0.04)
 
 
-def test_a_causal_round_is_scored_by_shares_of_the_loss(tmp_path: Path) -> None:
+def test_a_domain_that_leaves_has_left_before_the_trials(tmp_path: Path) -> None:
+    first = recipe_in(tmp_path, ways=["average", "ties"], runs=1)
+    with open_gate():
+        compare(first)
+        domains = {n: d.model_copy(update={"leaves": 2} if n == "rail" else {}) for n, d in first.domains.items()}
+        again = first.compare.model_copy(update={"runs": 1.5})
+        told = compare(first.model_copy(update={"domains": domains, "compare": again}))
+    assert set(told["trials"][0]["changes"]) == {"food"}
+    assert told["record"]["candidate"]["digest"] in {t["model"] for t in told["trials"]}
+
+
+def test_equals_share_the_draws_that_they_win(tmp_path: Path) -> None:
+    ways = [{"method": "task_arithmetic", "scale": 0.5}, "average"]  # of two domains the same
+    trials = compare(recipe_in(tmp_path, ways=ways, runs=1))["trials"]
+    assert trials[0]["changes"] == trials[1]["changes"]
+    assert [t["wins"] for t in trials] == [0.5, 0.5]
+
+
+def test_a_causal_round_is_scored_by_shares_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = tiny_recipe(tmp_path) | {"references": [], "feedback": {"method": "average"}}
     value["model"] = str(make_llama(tmp_path / "llama"))
     for spec in value["domains"].values():
         spec["task"] = "causal-lm"
-    found = compare(load_recipe({**value, "compare": {"ways": ["average", "task_arithmetic"]}}))
+    absorbed: list[str] = []
+    absorb = Method.absorb
+
+    def counted(self: Method, *args: Any, **kwargs: Any) -> Any:
+        absorbed.append(self.name)
+        return absorb(self, *args, **kwargs)
+
+    monkeypatch.setattr(Method, "absorb", counted)
+    ways = ["average", {"method": "task_arithmetic", "scale": 0.3}, "distill"]  # the last one asks the probe set
+    found = compare(load_recipe({**value, "compare": {"ways": ways, "runs": 1}}))
+    assert sorted(absorbed) == ["average", "distill", "task_arithmetic"]  # the round finds its candidate made
     for trial in found["trials"]:
         assert trial["mean"] == pytest.approx(trial["score"], abs=1e-6)  # nobody loses more than its margin
+        assert trial["worst"] <= trial["score"] + 1e-9  # both are shares
+        assert abs(trial["worst"]) < min(abs(c) for c in trial["changes"].values())  # and losses are above 1
     assert found["metric"] == "loss"
     assert "percent of the loss" in compared_page(found)
 

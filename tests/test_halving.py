@@ -95,6 +95,18 @@ def test_where_what_went_on_no_longer_fits_another_is_tried_with_all_rows() -> N
     assert (found.best.arm, found.best.share) == ("a", 1.0)
 
 
+def test_one_that_ends_with_an_error_of_torch_is_named_and_paid_for() -> None:
+    def run(arm: str, share: float) -> Trial:
+        if arm == "a":
+            raise RuntimeError("CUDA out of memory")
+        return Trial(arm, share, 0.1, 10.0)
+
+    found = halving([Arm("a"), Arm("b"), Arm("c")], run, budget=25.0, least=0, costs=lambda name, share: 10.0)
+    assert "RuntimeError: CUDA out of memory" in found.left_out["a"]
+    assert [t.arm for t in found.trials] == ["b"]  # the budget does for two
+    assert found.seconds == 20
+
+
 def test_costs_are_read_off_the_line() -> None:
     history = History([Trial("a", 1 / 27, 0, 6.0), Trial("b", 1 / 27, 0, 2.0)])
     assert seconds(history, "b", 1.0) == pytest.approx(1.0 + 1 * 27)

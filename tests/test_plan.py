@@ -101,7 +101,9 @@ def test_what_would_make_a_way_fit(tmp_path: Path) -> None:
     assert would("multitask", share="internal") == "food, rail shared texts, and food, rail shared labels"
     assert would("average", **SETUPS["cut in depth"]) == "specialists grew without depth"
     assert would("average", share={"kinds": ["scores", "statistics"]}) == "food, rail shared weights"
+    assert would("average", share={"kinds": ["scores", "weights"]}) == "food, rail shared statistics"
     assert would("average", share={"together": 2}) == "it had secure: true"
+    assert "were not private" in would("fedavg", share="private")  # the judge needs outcomes
     assert "unlabelled" in would("adapt")  # nothing that can be switched: what the error advises
 
 

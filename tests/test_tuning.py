@@ -31,6 +31,7 @@ def test_ranges_are_around_what_is_given() -> None:
     assert momentum.high < 1
     over = space_of(way, {}, {"density": [0.1, 0.3], "scope": ["model"]})
     assert over == {"density": Range(0.1, 0.3, log=True), "scope": ("model",)}
+    assert space_of(way, {}, {"density": ["1e-1", "3e-1"]}) == {"density": Range(0.1, 0.3, log=True)}  # YAML's 1e-1
     other = method("distill", "feedback")
     assert space_of(other, {}, {"density": [0.1, 0.3]}) == {}  # no parameter of its own
     check_space({"density": [0.1, 0.3], "train.lr": [1e-4, 1e-3]}, [way, other])

@@ -64,6 +64,52 @@ def test_drawn_orders_agree_with_all_of_them() -> None:
         shapley(tuple("abcdef"), game(), 0, seed=0)
 
 
+@pytest.mark.parametrize("pairs", [2, 3, 8])
+def test_intervals_of_few_orders_are_as_wide_as_orders_differ(pairs: int) -> None:
+    """Eight players who add more together, and no noise of rows."""
+    players = tuple("abcdefgh")
+    rng = np.random.default_rng(1)
+    pull = np.triu(rng.normal(0, 1, (8, 8)))
+
+    def value(chosen: frozenset[str]) -> Mapping[str, Floats]:
+        here = [players.index(p) for p in chosen]
+        return {"x": np.full(2, pull[np.ix_(here, here)].sum() ** 3 / 100)}
+
+    exact = shapley(players, value, 4000, seed=0)
+    inside = []
+    for seed in range(1, 16):
+        parts = shapley(players, value, pairs, seed=seed)
+        inside += [parts[p].low <= exact[p].value <= parts[p].high for p in players]
+    assert np.mean(inside) > 0.85
+    with pytest.raises(UsageError, match="one pair"):
+        shapley(players, value, 1, seed=0)
+
+
+def test_harm_is_found_as_one_of_many() -> None:
+    rng = np.random.default_rng(2)
+    rows = rng.normal(-0.025, 0.25, 400)
+    rows += -0.025 - rows.mean()  # two standard errors below 0
+
+    def value(chosen: frozenset[str]) -> Mapping[str, Floats]:
+        return {"x": rows * ("a" in chosen)}
+
+    few, many = leave_one_out(("a",), value)["a"], leave_one_out(tuple("abcdefghij"), value)["a"]
+    assert few.harmful
+    assert many.high == few.high < 0
+    assert not many.harmful
+
+
+def test_sums_and_noise_are_not_asked_for_again(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path) | {"references": []}
+    for step in (
+        {"method": "fedavg", "secure": True},
+        {"method": "fedavg", "learns": {"privacy": {"epsilon": 8.0}}},
+        {"method": "average", "noise": {"epsilon": 4.0}},
+    ):
+        with pytest.raises(UsageError, match="no-worth"):
+            worth(load_recipe({**value, "feedback": step}))
+
+
 def test_each_set_is_asked_for_once_where_it_is_kept() -> None:
     asked: list[frozenset[str]] = []
     known: dict[frozenset[str], Mapping[str, Floats]] = {}

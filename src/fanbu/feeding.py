@@ -25,7 +25,7 @@ from fanbu.private import OwnerNoise
 from fanbu.recipe_parts import Step
 from fanbu.secure import Session, begun, least_of, summed, tell_keys
 from fanbu.turn import Turn
-from fanbu.types import Context, Inner
+from fanbu.types import CLASSIFYING, Context, Inner
 
 STATE, SAID = "state", "said"  # folders of a stage: what is kept for the next inner round, and told to all owners
 _CROSSED, _DONE = "crossed.json", "done.json"
@@ -131,7 +131,7 @@ def absorb(
     """The new large model, in the centre's folder."""
     inputs = {
         "base": base.digest, "contributions": sorted(c.digest for c in sent), **_numbered(inner),
-        "arguments": plain(way.own("absorb", arguments)), **turn.settings(probe=True),
+        "arguments": plain(way.own("absorb", arguments)), **turn.settings(probe=_asks(turn, way)),
     }  # fmt: skip
 
     def make(out: Path, context: Context) -> Model:
@@ -185,6 +185,11 @@ def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in arguments.items()}
 
 
+def _asks(turn: Turn, way: Method) -> bool:
+    """Whether the probe set matters to what a way makes: classifiers' label rows are aligned on it."""
+    return way.needs.probe or any(d.task in CLASSIFYING for d in turn.domains.values())
+
+
 def _numbered(inner: Inner | None) -> dict[str, int]:
     return {} if inner is None else {"inner": inner.number}
 
@@ -210,7 +215,7 @@ def _repeated(turn: Turn, step: Step, specialists: Sequence[Specialist], base: M
         "base": base.digest, "times": step.times, "participation": step.participation, "secure": step.secure,
         "arguments": plain(way.check(step.arguments)),
         "owners": [[s.model.digest, s.domain.name, s.domain.digest, s.domain.share.as_dict()] for s in specialists],
-        "boundary": code_digest("fanbu.boundary"), **turn.settings(probe=True),
+        "boundary": code_digest("fanbu.boundary"), **turn.settings(probe=_asks(turn, way)),
     }  # fmt: skip
 
     def produce(out: Path, context: Context) -> None:

@@ -36,7 +36,7 @@ def run(
             if len(done) >= recipe.rounds and not _something_new(recipe, workspace, done, line):
                 record = read_records(workspace.root, done)[-1]
                 break
-            _leave_by_recipe(recipe, workspace, len(done) + 1)
+            leave_by_recipe(recipe, workspace, len(done) + 1)
             live.round(len(done) + 1)
             turn = start(recipe, progress, log, live, line)
             record = settle(turn, turn_once(turn))
@@ -88,7 +88,7 @@ def _entry(turn: Turn, model: Model, domains: set[str]) -> dict[str, Any]:
     return {"model": model.digest, "path": path, "domains": sorted(domains), "left": turn.workspace.left()}
 
 
-def _leave_by_recipe(recipe: Recipe, workspace: Workspace, number: int) -> None:
+def leave_by_recipe(recipe: Recipe, workspace: Workspace, number: int) -> None:
     """Domains that the recipe lets leave by this round, and that the champion still knows."""
     champion = workspace.champion()
     for name, spec in recipe.domains.items():

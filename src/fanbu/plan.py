@@ -35,17 +35,22 @@ def check_plan(recipe: Recipe, domains: Mapping[str, Domain]) -> None:
             remedy="leave it out: a classifier writes no texts",
         )  # fmt: skip
     _check_teachers(recipe)
-    for d in domains.values():
+    if reason := unjudged(recipe, list(domains.values())):
+        raise reason
+
+
+def unjudged(recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:
+    """Why no round can be made with these domains, whatever its way back; None where one can."""
+    for d in domains:
         if "scores" not in d.share.kinds or d.share.private:
-            raise BoundaryError(
+            return BoundaryError(
                 "not-shared", f"the judge needs outcomes that {d.name} does not share",
                 allowed="scores among its kinds",
                 got=d.share.as_dict(), remedy="share scores; private domains cannot take part in this version",
             )  # fmt: skip
-    if tasks & set(CLASSIFYING):
-        reason = misfit(method("probe", "feedback"), [], list(domains.values()), recipe)
-        if reason:
-            raise reason
+    if any(d.task in CLASSIFYING for d in domains):
+        return misfit(method("probe", "feedback"), [], domains, recipe)
+    return None
 
 
 def need_rows_here(recipe: Recipe, what: str) -> None:
@@ -56,6 +61,16 @@ def need_rows_here(recipe: Recipe, what: str) -> None:
             allowed="a recipe whose owners are here", got=recipe.transport.kind,
             remedy="look at it with `fanbu doctor`",
         )  # fmt: skip
+
+
+TIMES = 6  # inner rounds of a federated way that a recipe only names
+
+
+def usual(name: str, recipe: Recipe) -> Step:
+    """A way back that is only named: with the recipe's own arguments where it is one of the recipe's, else with its
+    defaults, and federated ones with so many inner rounds as they live by."""
+    own = next((step for step in recipe.feedback if step.method == name), None)
+    return own or Step(method=name, times=TIMES if method(name, "feedback").family == "updates" else 1)
 
 
 def refusal(step: Step, recipe: Recipe, domains: Sequence[Domain]) -> FitError | BoundaryError | None:

@@ -14,11 +14,11 @@ from fanbu.doctor.ways import ways
 from fanbu.domain import Domain
 from fanbu.errors import FanbuError
 from fanbu.model import open_model
-from fanbu.plan import need_rows_here
+from fanbu.plan import need_rows_here, usual
 from fanbu.recipe import Recipe, load_domains
-from fanbu.recipe_parts import Step
 from fanbu.record import finished
-from fanbu.search.costs import expected
+from fanbu.search.costs import Cost, expected
+from fanbu.search.halving import said
 from fanbu.turn import Log
 from fanbu.types import Progress, silent
 
@@ -44,14 +44,17 @@ def choices(recipe: Recipe, names: Sequence[str] = ()) -> tuple[dict[str, Any], 
     return {"name": recipe.name, "model": recipe.model, "ways": known, "warnings": warnings}, domains
 
 
+def _error(error: Exception) -> str:
+    return str(error) if isinstance(error, FanbuError) else said(error)
+
+
 def costs(
     recipe: Recipe, domains: Mapping[str, Domain], found: Mapping[str, Any], progress: Progress = silent,
     log: Log = lambda text: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
     """What each way that fits will take: ``seconds``, ``peak_bytes`` and ``crossed_bytes``; or the ``error`` with which
     its trial ended."""
-    chosen = {step.method: step for step in reversed(recipe.feedback)}
-    steps = [chosen.get(w["name"], Step(method=w["name"])) for w in found["ways"] if w["fits"]]
+    steps = [usual(w["name"], recipe) for w in found["ways"] if w["fits"]]
     base = open_model(recipe.model)
     for step, cost in expected(recipe, domains, base, steps, progress, log):
-        yield step.method, {"error": str(cost)} if isinstance(cost, FanbuError) else asdict(cost)
+        yield step.method, asdict(cost) if isinstance(cost, Cost) else {"error": _error(cost)}

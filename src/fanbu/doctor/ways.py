@@ -10,7 +10,7 @@ from typing import Any
 from fanbu.catalogue import Method, method, methods
 from fanbu.domain import Domain
 from fanbu.errors import BoundaryError, FitError
-from fanbu.plan import refusal
+from fanbu.plan import refusal, unjudged, usual
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import PublicTexts, Step
 
@@ -27,8 +27,8 @@ class _Setup:
 
     @property
     def refusal(self) -> FitError | BoundaryError | None:
-        """Why the way does not fit; None where it does."""
-        return refusal(self.step, self.recipe, self.domains)
+        """Why the way does not fit, or no round can be made; None where one can."""
+        return refusal(self.step, self.recipe, self.domains) or unjudged(self.recipe, self.domains)
 
     def sharing(self, who: Callable[[Domain], bool], **more: Any) -> _Setup:
         """With more that these domains share."""
@@ -41,16 +41,16 @@ _Change = tuple[str, Callable[[_Setup], _Setup]]
 
 def ways(recipe: Recipe, domains: Mapping[str, Domain]) -> list[dict[str, Any]]:
     """Every way back as plain values: ``fits``, ``why`` it does not, what it ``would`` take, and whether the recipe has
-    chosen it. A way of the recipe's is taken with its arguments there, any other with its defaults."""
+    chosen it. Each is taken as it usually is (``plan.usual``)."""
     found = []
     for way in methods():
         if way.family == "shrink":
             continue
-        chosen = next((s for s in recipe.feedback if s.method == way.name), None)
-        setup = _Setup(recipe, tuple(domains.values()), chosen or Step(method=way.name))
+        chosen = any(step.method == way.name for step in recipe.feedback)
+        setup = _Setup(recipe, tuple(domains.values()), usual(way.name, recipe))
         reason = setup.refusal
         found.append({
-            "name": way.name, "family": way.family, "chosen": chosen is not None, "experimental": way.experimental,
+            "name": way.name, "family": way.family, "chosen": chosen, "experimental": way.experimental,
             "fits": reason is None, "code": reason and reason.code, "why": reason.what if reason else "",
             "would": would_fit(way, setup) if reason else "",
         })  # fmt: skip
@@ -88,16 +88,27 @@ def _changes(way: Method, setup: _Setup) -> Iterator[_Change]:
         yield "it had secure: true", lambda s: replace(s, step=s.step.model_copy(update={"secure": True}))
     for step in dict.fromkeys(s.method for s in setup.recipe.shrink if method(s.method, "shrink").code.CHANGES):
         yield f"specialists grew without {step}", _without(step)
-    if who := of(lambda d: needs.kind not in d.share.kinds):
-        yield f"{who} shared {needs.kind}", lambda s: replace(s, domains=tuple(
-            replace(d, share=replace(d.share, kinds=d.share.kinds | {needs.kind})) for d in s.domains
-        ))  # fmt: skip
+    for kind in dict.fromkeys((needs.kind, "scores", "statistics")):
+        if who := of(_lacking(kind)):
+            yield f"{who} shared {kind}", _sharing_kind(kind)
     if who := of(lambda d: not d.share.texts):
         yield f"{who} shared texts", lambda s: s.sharing(lambda d: d.role == "feeds", texts=True)
     if who := of(lambda d: not d.share.labels):
         yield f"{who} shared labels", lambda s: s.sharing(lambda d: d.role == "feeds", labels=True)
     if who := of(lambda d: d.share.private):
         yield f"{who} were not private", lambda s: s.sharing(lambda d: d.role == "feeds", private=False)
+
+
+def _lacking(kind: str) -> Callable[[Domain], bool]:
+    return lambda d: kind not in d.share.kinds
+
+
+def _sharing_kind(kind: str) -> Callable[[_Setup], _Setup]:
+    def change(s: _Setup) -> _Setup:
+        grown = (replace(d, share=replace(d.share, kinds=d.share.kinds | {kind})) for d in s.domains)
+        return replace(s, domains=tuple(grown))
+
+    return change
 
 
 def _texts_to_ask(setup: _Setup) -> Iterator[_Change]:

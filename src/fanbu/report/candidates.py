@@ -58,8 +58,10 @@ def worth_page(found: Mapping[str, Any], recipe: str, t: Words = str) -> str:
     heading += [t("Shapley value"), t("interval")] if values else []
     order = sorted(found["left_out"], key=lambda d: -(values or found["left_out"])[d]["value"])
     rows = [[d, *part(found["left_out"][d]), *(part(values[d]) if values else [])] for d in order]
+    unit = t("in points") if found["metric"] == "accuracy" else t("in percent of the loss")
     lines = [
-        f"{t('round')} {found['round']}, {found['way']}: {t('mean change with all of them')} {_points(found['whole'])}",
+        f"{t('round')} {found['round']}, {found['way']}: {t('mean change with all of them')} {_points(found['whole'])} "
+        f"({unit})",
         *aligned([heading, *rows]),
     ]
     lines += [f"{t('harmful')}: {d}: fanbu leave {recipe} {d} --forget" for d in found["harmful"]]

@@ -124,7 +124,7 @@ def chosen(record: Mapping[str, Any], t: Say) -> Chosen | None:
 
 _REASONS = (
     "the budget was spent before its first trial", "it would take more than the budget with all rows",
-    "earlier comparisons promise too little of it",
+    "earlier comparisons promise too little of it", "what was left of the budget did not do for all rows",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
-from fanbu.search.halving import History, Run, attempt, seconds
+from fanbu.search.halving import BEYOND, SPENT, History, Run, attempt, seconds
 
 Floats = NDArray[np.float64]
 Point = tuple[str, float]  # a candidate and a share of the rows
@@ -33,6 +33,8 @@ _QUANTITIES = {"reward": (0.0, 0.1, (0.0, 0.0)), "seconds": (-1.5, 0.5, (9.0, 1.
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
+_LEAST = 1e-3  # seconds or steps of which a logarithm is taken
+_SLACK = 2e-3  # of a budget, for what logarithms round
 _SAFE = 0.5  # standard deviations more than expected that a trial must fit the budget with
 _IDLE = 2e-3  # of the reward: no trial that can be expected to add less is begun
 
@@ -76,7 +78,7 @@ class Prior:
 
     def __init__(self, past: Sequence[Seen], near: Sequence[float], of: str = "reward") -> None:
         self.past, self.ways = list(past), {s.action.way for s in past}
-        values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, 1e-3)) for s in past])
+        values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, _LEAST)) for s in past])
         self.slope, least, self.machines = _QUANTITIES[of]
         values = values - self.slope * np.array([_few(s.share) for s in past])
         self.mean = float(values.mean())
@@ -215,7 +217,7 @@ class Belief:
 
 def certain(values: Mapping[Point, float]) -> Belief:
     """What needs no learning: the logarithm of a value at each point."""
-    mean = np.log([max(value, 1e-3) for value in values.values()])
+    mean = np.log([max(value, _LEAST) for value in values.values()])
     return Belief([*values], mean, np.zeros((len(values), len(values))), np.ones(len(values)))
 
 
@@ -242,7 +244,7 @@ def explore(
         if len(tried) > 1:
             return seconds(history, *point)
         likely = math.exp(costs.of(point, deviations))
-        return max([likely, *(t.seconds * point[1] / t.share for t in tried if deviations)])
+        return max([likely, *(t.seconds * point[1] / t.share for t in tried if deviations > 0)])
 
     def fitting(left: float, deviations: float = 0.0) -> set[str]:
         return {name for name in ladder if name in known or price((name, 1.0), deviations) <= left}
@@ -270,21 +272,22 @@ def explore(
             return None
         return best, ladder[best][min(turns[best], len(ladder[best]) - 1)] if turns[best] < 2 else 1.0
 
-    while point := following(budget - history.seconds):
-        if not attempt(history, run, *point):
+    while point := following(budget + _SLACK - history.seconds):
+        if not attempt(history, run, *point, price(point)):
             del ladder[point[0]]
             belief, costs = belief.only(ladder), costs.only(ladder)
             continue
         trial = history.trials[-1]
         belief = belief.after(point, reward(trial.score, scale))
-        costs = costs.after(point, math.log(max(trial.seconds, 1e-3)))
+        costs = costs.after(point, math.log(max(trial.seconds, _LEAST)))
         if point[1] == 1:
             known.add(point[0])
         history.chosen = belief.best(known) if known else None
-    fits = fitting(budget - history.seconds)
+    fits = fitting(budget + _SLACK - history.seconds)
     for name in sorted({*ladder} - known):
         if name not in fits:
-            history.left_out[name] = "it would take more than the budget with all rows"
+            more = price((name, 1.0)) > budget + _SLACK
+            history.left_out[name] = BEYOND if more else SPENT
         elif not history.of(name):
             history.left_out[name] = "earlier comparisons promise too little of it"
     return history

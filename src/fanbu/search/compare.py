@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from fanbu.domain import Domain, Specialist
 from fanbu.errors import UsageError
 from fanbu.feeding import feed
 from fanbu.files import write_text
-from fanbu.generations import run
+from fanbu.generations import leave_by_recipe, run
 from fanbu.judge.compare import compare as paired
 from fanbu.ledger import COST, Workspace
 from fanbu.model import Model, open_model
-from fanbu.plan import need_rows_here, refusal
+from fanbu.plan import need_rows_here, refusal, usual
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, Step
@@ -44,19 +44,16 @@ from fanbu.types import CLASSIFYING, Progress, digest, silent
 
 _LEAST_ROWS = 12  # of a domain that a trial works with
 _JUDGED = 100  # validation rows of a domain by which a trial with a share of the rows is judged, at least
-TIMES = 6  # inner rounds of a federated way that a recipe does not name
 BEFORE = "incumbent"
 
 
 def candidates(recipe: Recipe, domains: Mapping[str, Domain]) -> dict[str, Step]:
-    """What is compared, by name: the steps that the recipe lists, or every way that fits and is not experimental; the
-    recipe's own way back is among them, where it is one step."""
-    steps = list(recipe.compare.ways)
+    """What is compared, by name: the steps that the recipe lists, or every way that fits and is not experimental. One
+    that is only named is taken as it usually is (``plan.usual``)."""
+    steps = [usual(s.method, recipe) if s.model_fields_set == {"method"} else s for s in recipe.compare.ways]
     if not steps:
-        known = [m for m in methods() if m.family != "shrink" and not m.experimental]
-        own = {s.method: s for s in recipe.feedback} if len(recipe.feedback) == 1 else {}
-        usual = [own.get(m.name) or Step(method=m.name, times=TIMES if m.family == "updates" else 1) for m in known]
-        steps = [s for s in usual if refusal(s, recipe, list(domains.values())) is None]
+        every = [usual(m.name, recipe) for m in methods() if m.family != "shrink" and not m.experimental]
+        steps = [s for s in every if refusal(s, recipe, list(domains.values())) is None]
     found: dict[str, Step] = {}
     for step in steps:
         same = sum(name.partition(" #")[0] == step.called for name in found)
@@ -82,6 +79,7 @@ class Bench:
     scale: float  # the mean gain of specialists, in which it tells rewards
     shares: dict[float, Turn] = field(default_factory=dict)
     seen: set[Path] = field(default_factory=set)  # stages that were paid for
+    common: set[Path] = field(default_factory=set)  # those of the incumbent's outcomes, which are no candidate's own
     rows: list[dict[str, Any]] = field(default_factory=list)
     outcomes: dict[tuple[str, float], dict[str, Contribution]] = field(default_factory=dict)  # on validation rows
     models: dict[tuple[str, float], Model] = field(default_factory=dict)
@@ -94,17 +92,20 @@ class Bench:
         model = self.models[name, share] = feed(fresh, step, specialists, self.incumbent)
         told = {d.name: self._valued(fresh, name, model, d, share) for d in self.turn.feeding}
         changes = {d: new - old for d, (new, old) in told.items()}
-        score = scored(self._relative(changes, {d: old for d, (_, old) in told.items()}), turn.recipe.gate)
-        (seconds, energy), steps = self._paid(fresh), steps_of(turn.recipe, step, turn.feeding)
+        relative = self._relative(changes, {d: old for d, (_, old) in told.items()})
+        score, own = scored(relative, turn.recipe.gate), {*fresh.used} - self.common
+        (seconds, joules), steps = self._cost(own), steps_of(turn.recipe, step, turn.feeding)
+        paid, _ = self._cost({*fresh.used} - self.seen)
+        self.seen |= {*fresh.used}
         self.rows.append({
             "candidate": name, "step": step.model_dump(mode="json"), "share": share, "score": score,
-            "changes": changes, "worst": min(changes.values()), "seconds": seconds, "steps": steps, "joules": energy,
+            "changes": changes, "worst": min(relative.values()), "seconds": seconds, "steps": steps, "joules": joules,
             "crossed_bytes": sum(c["bytes"] for by in fresh.crossed.values() for c in by.values()
                                  if c["what"].startswith((step.method, "tree contribution"))),
             "peak_bytes": max((c.get("peak_bytes", 0) for c in fresh.costs), default=0), "model": model.digest,
         })  # fmt: skip
         self.turn.log(f"{name}, {share:.0%} of the rows: {100 * score:+.2f}")
-        return Trial(name, share, score, float(steps) if self.by_steps else seconds)
+        return Trial(name, share, score, float(steps) if self.by_steps else paid)
 
     def _at(self, share: float) -> Turn:
         """The round with a share of each owner's rows, and the probe set that these make."""
@@ -122,7 +123,9 @@ class Bench:
         rows = d.valid.first(judged(share, len(d.valid)))
         found = []
         for who, tried in ((name, model), (BEFORE, self.incumbent)):
+            before = len(turn.used)
             outcomes, _ = evaluated(turn, who, tried, replace(d, test=rows))
+            self.common |= {*turn.used[before:]} if who == BEFORE else set()
             self.outcomes.setdefault((who, share), {})[d.name] = outcomes
             column = outcomes.tensors.get(self.turn.recipe.gate.mode, outcomes.tensors["told"])
             found.append(float(column.sum() / outcomes.tensors["weight"].sum()))
@@ -132,11 +135,9 @@ class Bench:
         losses = {d.name for d in self.turn.feeding if d.metric == "loss"}
         return {d: change / abs(before[d]) if d in losses else change for d, change in changes.items()}
 
-    def _paid(self, turn: Turn) -> tuple[float, float]:
-        """Seconds and joules of the stages that no trial before this one has paid for."""
-        fresh = set(turn.used) - self.seen
-        self.seen |= fresh
-        costs = [path / COST for path in sorted(fresh) if path.parent == turn.workspace.root / "stages"]
+    def _cost(self, stages: Collection[Path]) -> tuple[float, float]:
+        """Seconds and joules that stages took, those of inner rounds within theirs."""
+        costs = [path / COST for path in sorted(stages) if path.parent == self.turn.workspace.root / "stages"]
         told = [json.loads(cost.read_text()) for cost in costs if cost.exists()]
         seconds, joules = (sum(float(cost.get(what, 0.0)) for cost in told) for what in ("seconds", "joules"))
         return seconds, joules
@@ -166,9 +167,10 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
     need_rows_here(recipe, "a comparison")
     if found := _finished(recipe):
         return found
-    spec = recipe.compare
+    spec, ledger = recipe.compare, Workspace(Path(recipe.workspace))
     if spec.tune:
         Draws({}, spec.sampler, 0)  # what it needs is there, before anything is trained
+    leave_by_recipe(recipe, ledger, len(ledger.rounds()) + 1)
     bench = opened(recipe, progress, log)
     costliest = max(steps_of(recipe, step, bench.turn.feeding) for step in bench.steps.values())
     budget = spec.runs * max(costliest, 1) if spec.seconds is None else spec.seconds
@@ -180,7 +182,7 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
             "budget-too-small", "no candidate could be tried with all rows", allowed="a larger budget", got=budget,
             remedy="raise compare.seconds or compare.runs, or name fewer ways under compare.ways",
         )  # fmt: skip
-    found, ledger = _summary(bench, history, budget), bench.turn.workspace
+    found = _summary(bench, history, budget)
     found["asked"] = _asked(recipe, bench.turn.domains, bench.turn.base)
     (ledger.root / COMPARED).mkdir(exist_ok=True)
     write_text(_file(ledger, bench.turn.number), json.dumps(found, indent=1, sort_keys=True))
@@ -316,12 +318,13 @@ def sureness(bench: Bench, names: Sequence[str], winner: str) -> dict[str, dict[
         draws.append(np.mean([scale * p.draws for (p, _), scale in zip(pairs, scales, strict=True)], 0))
         means.append(float(np.mean([scale * p.delta for (p, _), scale in zip(pairs, scales, strict=True)])))
     drawn, mean = np.stack(draws), np.array(means)
-    best = drawn.argmax(0)
+    best, first = drawn.argmax(0), drawn == drawn.max(0)
+    wins = (first / first.sum(0)).mean(1)  # equals share a draw
     optimism = float(np.mean(drawn[best, np.arange(drawn.shape[1])] - mean[best]))
     found = {}
     for i, name in enumerate(names):
         low, high = np.quantile(drawn[i], [0.025, 0.975])
-        found[name] = {"mean": means[i], "low": float(low), "high": float(high), "wins": float((best == i).mean()),
+        found[name] = {"mean": means[i], "low": float(low), "high": float(high), "wins": float(wins[i]),
                        "corrected": means[i] - (optimism if name == winner else 0.0)}  # fmt: skip
     return found
 

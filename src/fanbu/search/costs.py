@@ -23,7 +23,7 @@ from typing import Any
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
 from fanbu.effort import read_by, taken, trained, training
-from fanbu.errors import FanbuError, RetryError
+from fanbu.errors import RetryError
 from fanbu.feeding import feed, plain
 from fanbu.files import write_text
 from fanbu.ledger import Workspace
@@ -33,6 +33,7 @@ from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step, TransportSpec
 from fanbu.round import grow, raise_incumbent
+from fanbu.search.halving import FAILURES
 from fanbu.turn import Log, Turn
 from fanbu.types import Progress, Train, digest, silent
 
@@ -56,7 +57,7 @@ class Cost:
 def expected(
     recipe: Recipe, domains: Mapping[str, Domain], base: Model, steps: Sequence[Step], progress: Progress = silent,
     log: Log = lambda text: None,
-) -> Iterator[tuple[Step, Cost | FanbuError]]:  # fmt: skip
+) -> Iterator[tuple[Step, Cost | Exception]]:  # fmt: skip
     """What each step will take with all rows of these domains; the error, where its trial ended with one."""
     ledger = Workspace(Path(recipe.workspace) / "costs")
     for number, step in enumerate(steps):
@@ -65,7 +66,7 @@ def expected(
         try:
             tried = _tried(ledger, recipe, domains, base, step, log)
             yield step, of_all_rows(Work.of(recipe, step, domains), tried, step)
-        except FanbuError as error:
+        except FAILURES as error:
             yield step, error
     progress("trials of ways back", len(steps), len(steps))
 

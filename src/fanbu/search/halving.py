@@ -9,13 +9,18 @@ ones; after the first, half of what the cheapest candidate took counts as the pa
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from fanbu.errors import FanbuError, RetryError
 
 LEAST = 3  # rungs below the whole at most: the least share of the rows is eta to the minus this
 _FAILED = "it ended with an error"
+BEYOND = "it would take more than the budget with all rows"
+SPENT = "what was left of the budget did not do for all rows"
 _TELLING = 200  # rows of a domain, on average, below which a trial tells nothing
 
 
@@ -40,17 +45,18 @@ class Trial:
 @dataclass
 class History:
     """What was tried, in its order, and what was not begun, with the reason; and which candidate was ``chosen``, where
-    that is not simply the one with the best score."""
+    that is not simply the one with the best score. ``lost`` is what failed trials took."""
 
     trials: list[Trial] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     chosen: str | None = None
+    lost: float = 0.0
     costs: Callable[[str, float], float] | None = None  # where it is known beforehand what a trial takes
 
     @property
     def seconds(self) -> float:
-        """What all trials took."""
-        return sum(t.seconds for t in self.trials)
+        """What all trials took, those that failed among them."""
+        return sum(t.seconds for t in self.trials) + self.lost
 
     @property
     def best(self) -> Trial | None:
@@ -64,6 +70,8 @@ class History:
 
 
 Run = Callable[[str, float], Trial]
+# what a candidate may end with: torch's out of memory and linear algebra are RuntimeErrors
+FAILURES = (FanbuError, MemoryError, RuntimeError, np.linalg.LinAlgError)
 
 
 def halving(
@@ -145,8 +153,8 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
             continue
         left = budget - history.seconds
         kept = seconds(history, (done or [name])[0], 1.0) if share < 1 else 0.0
-        if seconds(history, name, 1.0) > left:
-            history.left_out[name] = "it would take more than the budget with all rows"
+        if (whole := seconds(history, name, 1.0)) > left:
+            history.left_out[name] = BEYOND if whole > budget else SPENT
         elif seconds(history, name, share) + kept > left:
             history.left_out[name] = f"the budget did not do for {share:.0%} of the rows"
             waiting.append(name)
@@ -155,17 +163,28 @@ def _rung(history: History, run: Run, standing: Sequence[str], share: float, bud
     return done or waiting[:1]
 
 
-def attempt(history: History, run: Run, arm: str, share: float) -> bool:
-    """Makes one trial; whether it came to an end. What a candidate itself cannot do stops no other."""
+def attempt(history: History, run: Run, arm: str, share: float, cost: float | None = None) -> bool:
+    """Makes one trial; whether it came to an end. What a candidate itself cannot do stops no other, and is paid for:
+    ``cost`` where it is given, what is known beforehand, or the time that it took."""
+    began = time.perf_counter()
     try:
         history.trials.append(run(arm, share))
     except RetryError:  # of the machine, not of the candidate
         raise
-    except FanbuError as error:
-        history.left_out[arm] = f"{_FAILED}: {error.what} [{error.code}]"
+    except FAILURES as error:
+        history.left_out[arm] = f"{_FAILED}: {said(error)}"
+        known = history.costs(arm, share) if history.costs else time.perf_counter() - began
+        history.lost += known if cost is None else cost
         return False
     history.left_out.pop(arm, None)  # what there was no room for on a rung may be tried on the next
     return True
+
+
+def said(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, FanbuError):
+        return f"{error.what} [{error.code}]"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def seconds(history: History, arm: str, share: float) -> float:

@@ -16,33 +16,37 @@ from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 from fanbu.errors import UsageError
 
 Floats = NDArray[np.float64]
 Value = Callable[[frozenset[str]], Mapping[str, Floats]]  # by domain, a number a row: what a set of players adds
 EXACT = 5  # players at most for which all orders are taken
-_Z = 1.96
+LEVEL = 0.05  # at which intervals are told, and harm is found over all players together
 
 
 @dataclass(frozen=True)
 class Part:
-    """A player's part in the value, with its 95% interval."""
+    """A player's part in the value, with its 95% interval; whether it is ``harmful``: below 0, as one of so many
+    (Bonferroni)."""
 
     value: float
     low: float
     high: float
+    harmful: bool
 
 
 def leave_one_out(players: Sequence[str], value: Value) -> dict[str, Part]:
     """v(all) - v(all but i) for each player."""
     everybody = frozenset(players)
-    return {p: _part(_sum(value, {everybody: 1.0, everybody - {p}: -1.0}), []) for p in players}
+    return {p: _part(_sum(value, {everybody: 1.0, everybody - {p}: -1.0}), [], len(players)) for p in players}
 
 
 def shapley(players: Sequence[str], value: Value, count: int, seed: int) -> dict[str, Part]:
     """Each player's Shapley value, from ``count`` pairs of an order and its reverse; from all orders where there are no
-    more than ``EXACT`` players and ``count`` is 0 or asks for as many. UsageError where all orders are too many."""
+    more than ``EXACT`` players and ``count`` is 0 or asks for as many. UsageError where all orders are too many, and
+    where one pair is to tell how much pairs differ."""
     ordered = sorted(players)
     if count == 0 and len(ordered) > EXACT:
         raise UsageError(
@@ -53,6 +57,11 @@ def shapley(players: Sequence[str], value: Value, count: int, seed: int) -> dict
     if len(ordered) <= EXACT and (count == 0 or 2 * count >= math.factorial(len(ordered))):
         pairs = [[order] for order in permutations(ordered)]
         drawn = False
+    elif count == 1:
+        raise UsageError(
+            "too-many-orders", "one pair of orders does not tell how much pairs differ", allowed="pairs, from 2",
+            got=count, remedy="draw more, such as 8",
+        )  # fmt: skip
     else:
         rng, drawn = random.Random(seed), True
         pairs = [
@@ -69,7 +78,7 @@ def shapley(players: Sequence[str], value: Value, count: int, seed: int) -> dict
             sets[before] = sets.get(before, 0.0) - 1 / len(orders)
         spread = pairs if drawn else []
         means = [float(np.mean([_marginal(value, order, player) for order in pair])) for pair in spread]
-        found[player] = _part(_sum(value, sets), means)
+        found[player] = _part(_sum(value, sets), means, len(ordered))
     return found
 
 
@@ -90,10 +99,15 @@ def _mean(table: Mapping[str, Floats]) -> float:
     return float(np.mean([rows.mean() for rows in table.values()]))
 
 
-def _part(table: Mapping[str, Floats], means: Sequence[float]) -> Part:
-    """The mean over domains, each counting once; its variance is that of rows, and that of pairs of orders."""
-    spread = sum(rows.var(ddof=1) / len(rows) for rows in table.values()) / len(table) ** 2
-    if len(means) > 1:
-        spread += float(np.var(means, ddof=1)) / len(means)
-    value, half = _mean(table), _Z * math.sqrt(float(spread))
-    return Part(value, value - half, value + half)
+def _part(table: Mapping[str, Floats], means: Sequence[float], among: int) -> Part:
+    """The mean over domains, each counting once; its variance is that of rows, and that of pairs of orders, which are
+    few: their part of the interval is Student's."""
+    rows = float(sum(r.var(ddof=1) / len(r) for r in table.values())) / len(table) ** 2
+    pairs = float(np.var(means, ddof=1)) / len(means) if means else 0.0
+    value = _mean(table)
+
+    def half(level: float) -> float:
+        z, student = -ndtri(level / 2), -stdtrit(max(len(means) - 1, 1), level / 2)
+        return math.sqrt(z**2 * rows + student**2 * pairs)
+
+    return Part(value, value - half(LEVEL), value + half(LEVEL), value + half(LEVEL / among) < 0)

@@ -95,10 +95,18 @@ def _bounds(limit: Any, closed: str, opened: str, inwards: float) -> list[float]
 
 
 def _given(values: list[Any]) -> Range | tuple[Any, ...]:
+    values = [_number(v) for v in values]  # YAML reads 1e-4 as text
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(values) == 2 and len(numbers) == 2 and numbers[0] < numbers[1]:
         return Range(numbers[0], numbers[1], log=numbers[0] > 0, whole=all(isinstance(v, int) for v in numbers))
     return tuple(values)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def with_values(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

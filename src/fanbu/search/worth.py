@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fanbu.catalogue import method
 from fanbu.domain import Specialist
 from fanbu.errors import UsageError
 from fanbu.feeding import feed
@@ -35,8 +36,10 @@ def worth(
     test rows had they alone fed back. Their contributions are those of the round, and every set's model is a stage, so
     that this goes on after a kill. Returns what ``worth/NUMBER.json`` of the workspace holds.
 
-    Raises UsageError where no round is finished, recipe or rows are others than in it, or one specialist fed alone.
+    Raises UsageError where no round is finished, recipe or rows are others than in it, or one specialist fed alone; and
+    where owners share sums alone or add noise, since every set would ask them anew.
     """
+    _need_single_ones(recipe)
     turn = _of_last_round(recipe, progress, log)
     incumbent = raise_incumbent(turn)
     births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
@@ -64,12 +67,23 @@ def worth(
         "whole": float(np.mean([rows.mean() for rows in value(frozenset(names)).values()])),
         "left_out": {n: asdict(p) for n, p in left_out.items()},
         "shapley": None if values is None else {n: asdict(p) for n, p in values.items()},
-        "harmful": [n for n in names if parts[n].high < 0],
+        "harmful": [n for n in names if parts[n].harmful],
     }  # fmt: skip
     (turn.workspace.root / WORTH).mkdir(exist_ok=True)
     file = turn.workspace.root / WORTH / f"{turn.number}.json"
     write_text(file, json.dumps(found, indent=1, sort_keys=True))
     return {**found, "sets": len(known)}
+
+
+def _need_single_ones(recipe: Recipe) -> None:
+    for step in recipe.feedback:
+        learns = method(step.method, "feedback").check(step.arguments).get("learns")
+        if step.secure or step.noise is not None or (learns and learns.privacy.epsilon):
+            raise UsageError(
+                "no-worth", f"what {step.called} made of some specialists alone would ask owners for more than they "
+                "gave", allowed="ways back without secure, noise and learns.privacy", got=step.called,
+                remedy="compare rounds with and without a domain (`fanbu leave`), with its owner's consent",
+            )  # fmt: skip
 
 
 def _of_last_round(recipe: Recipe, progress: Progress, log: Log) -> Turn:
@@ -97,14 +111,15 @@ def _of_last_round(recipe: Recipe, progress: Progress, log: Log) -> Turn:
 
 
 def _changes(turn: Turn, incumbent: Model, specialists: Mapping[str, Specialist]) -> dict[str, Floats]:
-    """By feeding domain, what a round with these specialists alone would have changed on each test row."""
+    """By feeding domain, what a round with these specialists alone would have changed on each test row; of a loss, as
+    a share of the incumbent's."""
     model = incumbent
     for step in turn.recipe.feedback if specialists else ():
         model = feed(turn, step, list(specialists.values()), model)
     mode, found = turn.recipe.gate.mode, {}
     for d in turn.feeding:
         new, old = (evaluated(turn, who, m, d)[0].tensors for who, m in (("a set", model), ("incumbent", incumbent)))
-        scale = len(new["weight"]) / float(new["weight"].sum())
         column = mode if mode in new and mode in old else "told"
-        found[d.name] = (scale * (new[column] - old[column]).double()).numpy()
+        whole = float(old[column].sum()) if d.metric == "loss" else float(new["weight"].sum())
+        found[d.name] = (len(new["weight"]) / abs(whole) * (new[column] - old[column]).double()).numpy()
     return found
