@@ -223,6 +223,7 @@ def chosen_record(names: tuple[str, ...] = DOMAINS, metric: str = "accuracy") ->
         "left_out": {
             "ties": "the budget was spent before its first trial",
             "iso_c": "earlier comparisons promise too little of it",
+            "magmax": "what was left of the budget did not do for all rows",
             "wudi": "it would take more than the budget with all rows", "dare": "it ended with an error: no",
         },
     }  # fmt: skip
