@@ -13,9 +13,10 @@ import pytest
 from conftest import make_llama, open_gate, tiny_recipe
 from fanbu.catalogue import Method
 from fanbu.domain import Domain
+from fanbu.effort import fewer_public
 from fanbu.errors import IntegrityError, UsageError
 from fanbu.recipe import Recipe, load_domains, load_recipe
-from fanbu.recipe_parts import GateSpec, Step
+from fanbu.recipe_parts import GateSpec, ProbeSpec, Step
 from fanbu.record import with_choices
 from fanbu.report.candidates import compared_page
 from fanbu.search import halving as rungs
@@ -192,7 +193,7 @@ def test_it_begins_from_what_fanbu_knows(tmp_path: Path, budget: dict[str, float
 
 def test_a_budget_in_which_nothing_can_be_tried_as_a_whole(tmp_path: Path) -> None:
     ways = [{"method": "distill", "train": SHORT}, {"method": "multitask", "train": SHORT}]
-    with pytest.raises(UsageError, match="budget-too-small"):
+    with pytest.raises(UsageError, match=r"'distill': 'the budget was spent.*no-candidate-tried"):
         compare(recipe_in(tmp_path, ways=ways, runs=0.2))
 
 
@@ -206,6 +207,12 @@ def test_steps_are_counted_before_anything_is_made(tmp_path: Path) -> None:
     assert steps_of(recipe, Step(method="multitask", train={**train, "max_steps": 4}), domains) == 4
     limited = recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"limit": 32})})
     assert steps_of(limited, Step(method="distill", train=train), domains) == 2 * 2
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(2000)))
+    asked = {"domains": False, "public": [{"path": str(tmp_path / "public.jsonl")}]}
+    public = recipe.model_copy(update={"probe": ProbeSpec(**asked)})
+    assert steps_of(public, Step(method="distill", train=train), domains) == 2 * 63
+    third = fewer_public(public, "text-classification", lambda rows: rows // 3)
+    assert steps_of(third, Step(method="distill", train=train), domains) == 2 * 21
 
 
 def test_a_domain_that_loses_more_than_its_margin_weighs() -> None:
@@ -280,7 +287,11 @@ def test_the_command(fanbu: Command, tmp_path: Path) -> None:
     assert code in {0, 3}
     assert "best in" in text
     assert "report:" in text
+    assert '"average"' in text or '"ties"' in text  # as a recipe has it
     code, found = fanbu(*line, "--json")
     assert found["compared"]["winner"] in {"average", "ties"}
     kept = tmp_path / "ws" / "compare" / "1.json"
     assert json.loads(kept.read_text())["winner"] == found["compared"]["winner"]
+    assert fanbu(*line, "--seconds", "60")[0] == 2  # one budget
+    code, found = fanbu(*line, "--set", "compare.seconds=5", "--json")
+    assert found["compared"]["in"] == "steps"  # what the command says goes before what the recipe says

@@ -105,8 +105,18 @@ def test_recipes_in_the_documents_are_recipes(block: Block) -> None:
     recipe = Recipe.model_validate(value if "fanbu" in value else {**PART, **value})
     for step in recipe.shrink:
         method(step.method, "shrink").check(step.arguments)
-    for step in recipe.ways:
+    for step in [*recipe.ways, *recipe.compare.ways]:
         method(step.method, "feedback").check(step.arguments)
+
+
+def test_the_table_of_methods_names_all_their_parameters() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*`) \| (shrink|feedback)[^|]*\| ([^|]*)\|", text, re.MULTILINE)
+    told = {(name, kind): {*re.findall(r"`(\w+)`", said)} for names, kind, said in rows
+            for name in re.findall(r"`(\w+)`", names)}  # fmt: skip
+    assert len(told) > 25
+    for (name, kind), said in told.items():
+        assert said == {*method(name, kind).parameters()}, name
 
 
 def test_the_recipes_that_ship_are_recipes() -> None:

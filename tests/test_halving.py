@@ -107,6 +107,32 @@ def test_one_that_ends_with_an_error_of_torch_is_named_and_paid_for() -> None:
     assert found.seconds == 20
 
 
+def test_what_costs_nothing_follows_a_budget_that_is_spent() -> None:
+    arms = [Arm("a"), Arm("b"), Arm("merge", grows=False)]
+
+    def run(arm: str, share: float) -> Trial:
+        return Trial(arm, share, 0.1, cost(arm, share))
+
+    def cost(arm: str, share: float) -> float:
+        return 0.0 if arm == "merge" else 10 * share
+
+    found = halving(arms, run, 20.0, least=0, costs=cost)
+    assert {t.arm for t in found.trials} == {"a", "b", "merge"}
+
+
+def test_who_climbed_first_is_compared_at_what_all_were_tried_with() -> None:
+    final = {f"m{i}": 0.2 + 0.05 * i for i in range(9)}
+
+    def run(arm: str, share: float) -> Trial:
+        return Trial(arm, share, final[arm] * share**0.8, 2.0 + 98.0 * share)
+
+    for order in ([*final], [*reversed(final)]):
+        found = halving([Arm(name) for name in order], run, 400.0, least=2)
+        assert found.best
+        tried = {t.arm for t in found.trials if t.share < 1}
+        assert found.best.arm == max(tried, key=lambda name: final[name])
+
+
 def test_costs_are_read_off_the_line() -> None:
     history = History([Trial("a", 1 / 27, 0, 6.0), Trial("b", 1 / 27, 0, 2.0)])
     assert seconds(history, "b", 1.0) == pytest.approx(1.0 + 1 * 27)

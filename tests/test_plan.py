@@ -98,6 +98,9 @@ def test_what_would_make_a_way_fit(tmp_path: Path) -> None:
     assert would("distill", share="internal") == (
         "owners made texts up (probe.synthetic); or there were public texts (probe.public); or food, rail shared texts"
     )
+    assert would("distill", probe={"domains": False}).startswith("owners' texts joined the probe set")
+    assert "food, rail shared samples" in would("distill", share={"kinds": ["scores", "statistics", "predictions"],
+                                                                  "texts": True})  # fmt: skip
     assert would("multitask", share="internal") == "food, rail shared texts, and food, rail shared labels"
     assert would("average", **SETUPS["cut in depth"]) == "specialists grew without depth"
     assert would("average", share={"kinds": ["scores", "statistics"]}) == "food, rail shared weights"
@@ -164,6 +167,9 @@ def test_what_ways_take_is_tried_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert first["average"]["crossed_bytes"] > 10 * first["distill"]["crossed_bytes"] > 0
     assert all(c["seconds"] > 0 and c["peak_bytes"] > 1e8 for c in first.values())
     assert not (Path(recipe.workspace) / "stages").exists()  # no trial is a part of a round
+    kept = Path(recipe.workspace) / "costs"
+    assert not [p for p in kept.rglob("*") if p.is_file() and p.stat().st_size > 4000]  # no model, no texts
+    assert len([*(kept / "stages").iterdir()]) == 2
 
     def again(*_: Any) -> None:
         pytest.fail("tried again")

@@ -41,6 +41,16 @@ def test_ranges_are_around_what_is_given() -> None:
         check_space({"density": []}, [way])
 
 
+def test_numbers_are_whole_where_the_parameter_is() -> None:
+    ties, ensemble = method("ties", "feedback"), method("ensemble", "feedback")
+    assert space_of(ties, {}, {"density": [0, 1]})["density"] == Range(0, 1)
+    assert space_of(ties, {}, {"scale": [1, 2]})["scale"] == Range(1, 2, log=True)
+    assert space_of(ensemble, {}, {"train.epochs": [1, 4]})["train.epochs"] == Range(1, 4, log=True, whole=True)
+    for key, values in (("train.learning_rate", [1e-4, 1e-3]), ("combine", ["mean", "median-ish"])):
+        with pytest.raises(UsageError, match="bad-parameter"):
+            check_space({key: values}, [ensemble])
+
+
 @pytest.mark.parametrize("name", BACK)
 def test_whatever_is_drawn_is_allowed(name: str) -> None:
     way = method(name, "feedback")
@@ -66,6 +76,8 @@ def test_coefficients_by_domain_and_depth() -> None:
         "weights.b": every,
     }
     assert mixing_space(method("multitask", "feedback"), ["a"]) == {"shares.a": every}
+    around = mixing_space(method("multitask", "feedback"), ["a", "b"], given={"shares": {"b": 10.0}})
+    assert around == {"shares.a": every, "shares.b": Range(2.5, 40.0, log=True)}
     assert mixing_space(method("probe", "feedback"), ["a"]) == {}
     assert mixing_space(method("distill", "feedback"), ["a"], classifies=False) == {}
     deep = mixing_space(method("average", "feedback"), ["a", "b"], by_layer=True)
@@ -109,6 +121,31 @@ def test_it_finds_better_arguments_and_the_same_ones_again(sampler: Sampler) -> 
     shares = {name: [t.share for t in history.of(name)] for name in asked}
     assert all(s in ([1 / 3], [1 / 3, 1.0]) for s in shares.values())
     assert [1 / 3] in shares.values()  # what is worse with a third is not tried with all
+
+
+def test_a_grid_of_more_points_than_memory_holds() -> None:
+    space: Space = {f"x{i}": Range(0.25, 4.0, log=True) for i in range(90)}
+    points = [str(values) for values, _ in zip(Draws(space, "grid", 1), range(50), strict=False)]
+    assert len({*points}) == 50
+
+
+def test_one_that_fails_is_paid_for_as_the_winner() -> None:
+    asked = ["w"]
+
+    def run(name: str, share: float) -> Trial:
+        if name == "w ~1":
+            raise RuntimeError("diverged")
+        return Trial(name, share, 0.1, 10 * share)
+
+    def new(values: Mapping[str, Any]) -> str:
+        asked.append(f"w ~{len(asked)}")
+        return asked[-1]
+
+    history = History([run("w", 1.0)], costs=lambda *point: {("w", 1.0): 10.0}[point])
+    tuned(history, "w", new, run, Draws(SPACE, "random", 3), 100.0, 3)
+    assert history.lost == 10
+    assert asked == ["w", "w ~1", "w ~2", "w ~3"]
+    assert "diverged" in history.left_out["w ~1"]
 
 
 def test_the_budget_is_kept() -> None:

@@ -14,8 +14,9 @@ from conftest import open_gate, tiny_recipe
 from fanbu.errors import UsageError
 from fanbu.generations import run
 from fanbu.recipe import load_recipe
+from fanbu.search.compare import compare
 from fanbu.search.shares import Floats, Value, leave_one_out, shapley
-from fanbu.search.worth import worth
+from fanbu.search.worth import need_single_ones, worth
 from test_cli import Command
 from test_cli import fanbu as fanbu
 
@@ -107,7 +108,7 @@ def test_sums_and_noise_are_not_asked_for_again(tmp_path: Path) -> None:
         {"method": "average", "noise": {"epsilon": 4.0}},
     ):
         with pytest.raises(UsageError, match="no-worth"):
-            worth(load_recipe({**value, "feedback": step}))
+            need_single_ones(load_recipe({**value, "feedback": step}))
 
 
 def test_each_set_is_asked_for_once_where_it_is_kept() -> None:
@@ -149,3 +150,26 @@ def test_a_round(fanbu: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "Shapley value" in text
     with pytest.raises(UsageError, match="other-recipe"):
         worth(load_recipe(path, ["feedback={method: ties}"]))
+
+
+def test_a_round_whose_way_a_comparison_chose(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path) | {"references": []}  # which distils
+    value["compare"] = {"ways": ["average", {"method": "task_arithmetic", "scale": 0.7}], "runs": 1, "known": False}
+    with open_gate():
+        winner = compare(load_recipe(value))["winner"]
+    assert worth(load_recipe(value))["way"] == winner
+
+
+def test_a_set_without_a_source_of_the_targets_industry_teaches_nothing(tmp_path: Path) -> None:
+    value = tiny_recipe(tmp_path) | {"references": []}
+    rail = value["domains"].pop("rail")
+    value["domains"]["rail@east"] = rail
+    texts = tmp_path / "west.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the late train number {i}"}) + "\n" for i in range(30)))
+    value["guards"] = {"rail@west": {"test": rail["test"], "unlabelled": str(texts)}}
+    value["feedback"] = {"method": "adapt", "train": {"epochs": 1, "batch_size": 8}}
+    with open_gate():
+        run(load_recipe(value))
+    found = worth(load_recipe(value), 0)
+    alone = found["shapley"]["food"]["value"] + found["shapley"]["rail@east"]["value"]
+    assert alone == pytest.approx(found["whole"])

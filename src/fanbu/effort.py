@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain
-from fanbu.recipe import Recipe
-from fanbu.recipe_parts import Step
+from fanbu.recipe import Recipe, public_texts
+from fanbu.recipe_parts import PublicTexts, Step
 from fanbu.tree import given
-from fanbu.types import Train
+from fanbu.types import Task, Train
 
 
 def training(step: Step, way: str = "feedback") -> Train | None:
@@ -46,9 +48,25 @@ def asked(recipe: Recipe, d: Domain) -> int:
     return texts + min(texts, recipe.probe.written)
 
 
-def public(recipe: Recipe) -> int:
-    """Probe rows that belong to nobody, about."""
-    return sum(p.limit or 1000 for p in recipe.probe.public)
+def public(recipe: Recipe, task: Task) -> list[int]:
+    """Probe rows that belong to nobody, by their source."""
+    return [_counted(p.model_dump_json(), task, _changed(p.path)) for p in recipe.probe.public]
+
+
+def fewer_public(recipe: Recipe, task: Task, rows: Callable[[int], int]) -> Recipe:
+    """The recipe with fewer probe rows that belong to nobody: ``rows(n)`` of a source's n."""
+    counted = zip(recipe.probe.public, public(recipe, task), strict=True)
+    less = [p.model_copy(update={"limit": rows(n)}) for p, n in counted]
+    return recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"public": less})})
+
+
+@cache
+def _counted(public: str, task: Task, changed: float) -> int:
+    return len(public_texts(PublicTexts.model_validate_json(public), task))
+
+
+def _changed(path: str | None) -> float:
+    return Path(path).stat().st_mtime if path and Path(path).exists() else 0.0
 
 
 def read_by(recipe: Recipe, step: Step, feeding: Sequence[Domain]) -> list[int]:
@@ -56,6 +74,6 @@ def read_by(recipe: Recipe, step: Step, feeding: Sequence[Domain]) -> list[int]:
     owners train."""
     needs = method(step.method, "feedback").needs_with(step.arguments)
     if needs.probe:
-        return [sum(asked(recipe, d) for d in feeding) + public(recipe)]
+        return [sum(asked(recipe, d) for d in feeding) + sum(public(recipe, feeding[0].task))]
     rows = [len(d.train) for d in feeding]
     return rows if needs.kind == "updates" else [sum(rows)]

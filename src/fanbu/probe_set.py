@@ -14,18 +14,17 @@ from fanbu.batches import evenly
 from fanbu.catalogue import method
 from fanbu.contribution import Contribution
 from fanbu.data.check import normalised
-from fanbu.data.load import RawRow, load_rows
+from fanbu.data.load import RawRow
 from fanbu.data.split import cap
-from fanbu.data.standard_library import function_bodies
 from fanbu.data.synthetic import Corpus, synthetic
 from fanbu.domain import Domain, is_target
 from fanbu.errors import DataError
 from fanbu.files import write_text
 from fanbu.model import load_network, load_tokenizer
 from fanbu.predict import written
-from fanbu.recipe import Recipe, open_domain
-from fanbu.recipe_parts import PublicTexts, Step
-from fanbu.types import CLASSIFYING, MEDIA, Context, ProbeRow, ProbeSet, Task
+from fanbu.recipe import Recipe, open_domain, public_texts
+from fanbu.recipe_parts import Step
+from fanbu.types import CLASSIFYING, Context, ProbeRow, ProbeSet
 
 if TYPE_CHECKING:
     from fanbu.turn import Turn
@@ -157,12 +156,3 @@ def synthetic_texts(d: Domain, count: int, seed: int) -> Contribution:
 def probe_rows(texts: Contribution) -> list[ProbeRow]:
     """The probe rows that came from one domain."""
     return [ProbeRow(r["id"], r["text"], r["domain"]) for r in texts.rows]
-
-
-def public_texts(public: PublicTexts, task: Task) -> list[RawRow]:
-    """The rows of one public file, or area of the standard library."""
-    if public.python:
-        raw = list(function_bodies(public.python))
-    else:
-        raw = load_rows(str(public.path), public.columns, labelled=False, kind=MEDIA.get(task, "text"))
-    return cap(raw, public.limit, "public")

@@ -20,6 +20,9 @@ from pydantic import (
 )
 
 from fanbu.catalogue import method, suggestion
+from fanbu.data.load import RawRow, load_rows
+from fanbu.data.split import cap
+from fanbu.data.standard_library import function_bodies
 from fanbu.domain import Domain, load_domain
 from fanbu.errors import UsageError
 from fanbu.judge.gate import Gate
@@ -38,7 +41,7 @@ from fanbu.recipe_parts import (
     TransportSpec,
 )
 from fanbu.recipe_text import apply_change, read_yaml
-from fanbu.types import PRESETS, Context, Precision, Progress, silent
+from fanbu.types import MEDIA, PRESETS, Context, Precision, Progress, Task, silent
 
 
 def _listed(value: Any) -> Any:
@@ -109,10 +112,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], changes: Sequence[str] =
         raise _explain(error) from None
     for step in recipe.shrink:
         method(step.method, "shrink").check(step.arguments)
-        if step.times > 1:
+        if idle := sorted(_OF_WAYS_BACK & step.model_dump().keys()):
             raise UsageError(
-                "repeats", f"shrink: {step.method} is a way down, and taken once", allowed="times with a way back",
-                got=step.times, remedy="list the step as often as it is to be taken",
+                "feedback-only", f"shrink: {step.method} is a way down; {', '.join(idle)} would do nothing there",
+                allowed="these keys with a way back", got=idle,
+                remedy="leave them out; a way down that is to be taken twice is listed twice",
             )  # fmt: skip
     for step in [*recipe.ways, *recipe.compare.ways]:
         method(step.method, "feedback").check(step.arguments)
@@ -197,7 +201,7 @@ def _placed(step: Step, folder: Path) -> Step:
         inner = found.get(block)
         if isinstance(inner, Mapping) and inner.get(name):
             found[block] = {**inner, name: str((folder / str(inner[name])).resolve())}
-    return Step.model_validate({"method": step.method, "times": step.times, **found})
+    return Step.model_validate({"method": step.method, **found})
 
 
 def _absolute(source: Any, folder: Path) -> Any:
@@ -280,4 +284,14 @@ def open_domain(name: str, spec: DomainSpec, role: Literal["feeds", "guard"] = "
     return load_domain(name, **arguments, share=share, role=role, arrived=arrived)
 
 
+def public_texts(public: PublicTexts, task: Task) -> list[RawRow]:
+    """The rows of one public file, or area of the standard library."""
+    if public.python:
+        raw = list(function_bodies(public.python))
+    else:
+        raw = load_rows(str(public.path), public.columns, labelled=False, kind=MEDIA.get(task, "text"))
+    return cap(raw, public.limit, "public")
+
+
+_OF_WAYS_BACK = frozenset({"times", "participation", "secure", "noise", "tree"})
 _NOT_OF_ROWS = {"share", "arrivals", "joins", "leaves"}

@@ -291,6 +291,16 @@ class CompareSpec(Part):
     known: bool = True
     learn: list[str] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _tuned(self) -> CompareSpec:
+        fields = type(self).model_fields
+        idle = [n for n in ("settings", "sampler", "space", "mix") if getattr(self, n) not in (fields[n].default, {})]
+        if idle and not self.tune:
+            raise ValueError(f"{', '.join(idle)} would do nothing: say what share of the budget is for it under tune")
+        if self.space and self.mix:
+            raise ValueError("give either space or mix")
+        return self
+
     @field_validator("ways", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:

@@ -251,14 +251,13 @@ def with_choices(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         file = root / folder / f"{record.get('round')}.json"
         if file.is_file():
             told = json.loads(file.read_text())
-            if name == "worth" or chose(told, record):
+            if name == "worth" or chosen(told, record):
                 found[name] = told
     return found
 
 
-def chose(comparison: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether a round took the way back that a comparison chose."""
+def chosen(comparison: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The way back that a comparison chose and a round took; None where the round took another."""
     taken = record.get("recipe", {}).get("feedback")
-    return any(
-        t["candidate"] == comparison["winner"] and taken in (t["step"], [t["step"]]) for t in comparison["trials"]
-    )
+    steps = (t["step"] for t in comparison["trials"] if t["candidate"] == comparison["winner"])
+    return next((step for step in steps if taken in (step, [step])), None)

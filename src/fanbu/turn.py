@@ -21,8 +21,8 @@ from fanbu.live import Live
 from fanbu.model import Model, open_model
 from fanbu.plan import check_plan
 from fanbu.private import spend
-from fanbu.probe_set import probe_of, public_texts
-from fanbu.recipe import Recipe, load_domains, taking_part
+from fanbu.probe_set import probe_of
+from fanbu.recipe import Recipe, load_domains, public_texts, taking_part
 from fanbu.record import read_records
 from fanbu.transport import side_by_side
 from fanbu.transport.centre import COST, Centre, Line

@@ -10,6 +10,7 @@ import typer
 
 from fanbu.cli import shared
 from fanbu.cli.shared import Device, Json, RecipePath, Seed, Set
+from fanbu.errors import UsageError
 
 Ways = Annotated[
     list[str] | None,
@@ -58,7 +59,14 @@ def compare(
     from fanbu.report.candidates import compared_page
     from fanbu.search.compare import compare as compare_ways
 
+    if seconds is not None and runs is not None:
+        raise UsageError(
+            "two-budgets", "a comparison has one budget", allowed="--seconds or --runs", got=f"{seconds} and {runs}",
+            remedy="leave one of them out",
+        )  # fmt: skip
     over = {"seed": seed, "device": device, "compare.seconds": seconds, "compare.runs": runs}
+    if runs is not None:
+        over["compare.seconds"] = "null"  # the recipe's own
     named = [f"compare.ways=[{', '.join(way)}]"] if way else []
     given = [f"{k}={v}" for k, v in over.items() if v is not None]
     loaded = load_recipe(recipe, [*(change or []), *named, *given])

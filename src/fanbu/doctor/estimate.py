@@ -105,7 +105,9 @@ def _feed(name: str, recipe: Recipe, step: Step, feeding: Sequence[Domain]) -> W
     each owner, or not at all."""
     plan, parts, predicted = training(step), read_by(recipe, step, feeding), 0
     if method(step.method, "feedback").needs.probe:
-        predicted = sum(parts) + public(recipe) * len(feeding) + sum(2 * len(d.valid) for d in feeding)
+        predicted = (
+            sum(parts) + sum(public(recipe, feeding[0].task)) * len(feeding) + sum(2 * len(d.valid) for d in feeding)
+        )
     done = [trained(plan, part) for part in parts] if plan else []
     batches, learned = sum(b for b, _ in done), sum(t for _, t in done)
     n = taken(step, feeding)

@@ -88,7 +88,7 @@ def _changes(way: Method, setup: _Setup) -> Iterator[_Change]:
         yield "it had secure: true", lambda s: replace(s, step=s.step.model_copy(update={"secure": True}))
     for step in dict.fromkeys(s.method for s in setup.recipe.shrink if method(s.method, "shrink").code.CHANGES):
         yield f"specialists grew without {step}", _without(step)
-    for kind in dict.fromkeys((needs.kind, "scores", "statistics")):
+    for kind in dict.fromkeys((needs.kind, "scores", "statistics", *(["samples"] if needs.probe else []))):
         if who := of(_lacking(kind)):
             yield f"{who} shared {kind}", _sharing_kind(kind)
     if who := of(lambda d: not d.share.texts):
@@ -114,6 +114,8 @@ def _sharing_kind(kind: str) -> Callable[[_Setup], _Setup]:
 def _texts_to_ask(setup: _Setup) -> Iterator[_Change]:
     """A probe set, where there is none."""
     probe = setup.recipe.probe
+    if not probe.domains:
+        yield "owners' texts joined the probe set (probe.domains: true)", _probing(domains=True)
     if not probe.synthetic and any(d.share.synthetic for d in setup.domains if d.role == "feeds"):
         yield "owners made texts up (probe.synthetic)", _probing(synthetic=1000)
     if not probe.public:

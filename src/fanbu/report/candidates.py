@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from fanbu.recipe_parts import Step
 from fanbu.report.format import seconds, size
 from fanbu.report.text import Words, aligned
 
@@ -31,6 +33,8 @@ def compared_page(found: Mapping[str, Any], t: Words = str) -> str:
         f"{t('winner')}: {found['winner']} ({_points(best['mean'])}; {_points(best['corrected'])} "
         f"{t('without what choosing the best adds by chance')}); {t('spent')} {spent[0]} {t('of')} {spent[1]}"
     )
+    step = json.dumps(Step(**best["step"]).model_dump(mode="json", exclude_defaults=True))
+    lines.append(f"{t('to take it again, in the recipe')}: feedback: {step}")
     return "\n".join(lines)
 
 

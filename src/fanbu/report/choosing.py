@@ -105,7 +105,7 @@ def chosen(record: Mapping[str, Any], t: Say) -> Chosen | None:
             [_shade(by_name[name].get(s, {}).get("score"), top, unit) for s in shares],
             [_shade(f.part(whole[name], "changes").get(d), widest, plain) for d in domains],
             unit.interval(whole[name].get("low"), whole[name].get("high"), t), f.percent(whole[name].get("wins")),
-            plain.change(whole[name].get("worst")), f.size(whole[name].get("crossed_bytes")),
+            unit.change(whole[name].get("worst")), f.size(whole[name].get("crossed_bytes")),
             f.seconds(whole[name].get("seconds")),
         )
         for name in order

@@ -19,6 +19,7 @@ import numpy as np
 from fanbu.catalogue import method, methods
 from fanbu.contribution import Contribution
 from fanbu.domain import Domain, Specialist
+from fanbu.effort import fewer_public
 from fanbu.errors import UsageError
 from fanbu.feeding import feed
 from fanbu.files import write_text
@@ -30,14 +31,14 @@ from fanbu.plan import need_rows_here, refusal, usual
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, Step
-from fanbu.record import COMPARED, chose, read_records
+from fanbu.record import COMPARED, chosen, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, certain, explore
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.experience import NEAR, action_of, experience, known, scored, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, rungs_of, shares_of
 from fanbu.search.mixing import coefficients, mixing_space
-from fanbu.search.spaces import check_space, space_of, with_values
+from fanbu.search.spaces import Range, Space, check_space, space_of, with_values
 from fanbu.search.tuning import Draws, tuned
 from fanbu.turn import Log, Turn, domains_now, made_of, start
 from fanbu.types import CLASSIFYING, Progress, digest, silent
@@ -113,7 +114,7 @@ class Bench:
             return self.turn
         if share not in self.shares:
             cut = {n: _portion(d, share) if d.role == "feeds" else d for n, d in self.turn.domains.items()}
-            sub = replace(self.turn, domains=cut)
+            sub = replace(self.turn, domains=cut, recipe=_asking(self.turn, share))
             sub.context = replace(sub.context, probe=probe_of(sub, self.steps.values()))
             self.shares[share] = sub
         return self.shares[share]
@@ -157,6 +158,12 @@ def _portion(d: Domain, share: float) -> Domain:
     return replace(d, train=train, valid=valid, unlabelled=unlabelled)
 
 
+def _asking(turn: Turn, share: float) -> Recipe:
+    """The recipe with a share of the probe rows that belong to nobody."""
+    task = turn.feeding[0].task
+    return fewer_public(turn.recipe, task, lambda rows: min(rows, max(_LEAST_ROWS, math.ceil(share * rows))))
+
+
 def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text: None) -> dict[str, Any]:
     """Tries the candidates within the budget, and judges the winner on test rows, in a round of its own.
 
@@ -179,8 +186,9 @@ def compare(recipe: Recipe, progress: Progress = silent, log: Log = lambda text:
         _tuned(bench, history, spec, budget)
     if history.best is None:
         raise UsageError(
-            "budget-too-small", "no candidate could be tried with all rows", allowed="a larger budget", got=budget,
-            remedy="raise compare.seconds or compare.runs, or name fewer ways under compare.ways",
+            "no-candidate-tried", "no candidate could be tried with all rows", allowed="one that comes to an end",
+            got=history.left_out, remedy="raise compare.seconds or compare.runs where the budget did not do; where "
+            "candidates failed, mend what they say, or name others under compare.ways",
         )  # fmt: skip
     found = _summary(bench, history, budget)
     found["asked"] = _asked(recipe, bench.turn.domains, bench.turn.base)
@@ -216,9 +224,9 @@ def _steps(bench: Bench, eta: int) -> dict[tuple[str, float], float]:
     """The training steps of each candidate with each share of the rows that it is tried with."""
     turn = bench.turn
     rungs = rungs_of(float(np.mean([len(d.train) for d in turn.feeding])), eta)
-    cut = {share: [_portion(d, share) for d in turn.feeding] for share in shares_of(eta, rungs)}
+    cut = {share: (_asking(turn, share), [_portion(d, share) for d in turn.feeding]) for share in shares_of(eta, rungs)}
     return {
-        (name, share): float(steps_of(turn.recipe, step, cut[share]))
+        (name, share): float(steps_of(cut[share][0], step, cut[share][1]))
         for name, step in bench.steps.items() for share in (cut if reads_rows(step) else [1.0])
     }  # fmt: skip
 
@@ -231,9 +239,10 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
     way = method(step.method, "feedback")
     if spec.mix:
         feeding = bench.turn.feeding
-        space = mixing_space(way, [d.name for d in feeding], spec.mix == "layer", feeding[0].task in CLASSIFYING)
+        names, classifies = [d.name for d in feeding], feeding[0].task in CLASSIFYING
+        space = mixing_space(way, names, spec.mix == "layer", classifies, step.arguments)
     else:
-        space = space_of(way, step.arguments, spec.space)
+        space = _fitting(bench.turn, step, space_of(way, step.arguments, spec.space))
     if not space:
         bench.turn.log(f"{winner} has nothing to {'mix' if spec.mix else 'tune'}")
         return
@@ -247,6 +256,17 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
     tuned(history, winner, new, bench, draws, budget, spec.settings)
 
 
+def _fitting(turn: Turn, step: Step, space: Space) -> Space:
+    """A space without the choices that these domains refuse."""
+
+    def fits(key: str, value: Any) -> bool:
+        asked = Step(**{**step.model_dump(), **with_values(step.arguments, {key: value})})
+        return refusal(asked, turn.recipe, list(turn.domains.values())) is None
+
+    found = {k: one if isinstance(one, Range) else tuple(v for v in one if fits(k, v)) for k, one in space.items()}
+    return {key: one for key, one in found.items() if one}
+
+
 def _finished(recipe: Recipe) -> dict[str, Any] | None:
     """The comparison that made the last round, where nothing has changed since."""
     ledger = Workspace(Path(recipe.workspace))
@@ -256,7 +276,7 @@ def _finished(recipe: Recipe) -> dict[str, Any] | None:
     found: dict[str, Any] = json.loads(file.read_text())
     domains, _ = domains_now(recipe, len(done), ledger.left(), None)
     record = read_records(ledger.root, done)[-1]
-    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)) or not chose(found, record):
+    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)) or not chosen(found, record):
         return None
     return {**found, "record": {**record, "workspace": str(ledger.root)}}
 

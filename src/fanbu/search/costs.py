@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ from typing import Any
 
 from fanbu.catalogue import method
 from fanbu.domain import Domain, Specialist
-from fanbu.effort import read_by, taken, trained, training
+from fanbu.effort import fewer_public, read_by, taken, trained, training
 from fanbu.errors import RetryError
 from fanbu.feeding import feed, plain
 from fanbu.files import write_text
@@ -42,6 +43,7 @@ _GROWN = 2  # of SIZES: so many rows specialists are grown on, and ways tried th
 _TELLS = 2.0  # a trial that takes so many times what the fewest rows took tells what a row takes
 _TIMES = 2  # inner rounds that are tried
 _FILE = "costs.json"
+_GROWING = "grown"  # where the specialists of trials are, until all is told
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,18 @@ def expected(
 ) -> Iterator[tuple[Step, Cost | Exception]]:  # fmt: skip
     """What each step will take with all rows of these domains; the error, where its trial ended with one."""
     ledger = Workspace(Path(recipe.workspace) / "costs")
-    for number, step in enumerate(steps):
-        progress("trials of ways back", number, len(steps))
-        log(f"trial of {step.method}")
-        try:
-            tried = _tried(ledger, recipe, domains, base, step, log)
-            yield step, of_all_rows(Work.of(recipe, step, domains), tried, step)
-        except FAILURES as error:
-            yield step, error
-    progress("trials of ways back", len(steps), len(steps))
+    try:
+        for number, step in enumerate(steps):
+            progress("trials of ways back", number, len(steps))
+            log(f"trial of {step.method}")
+            try:
+                tried = _tried(ledger, recipe, domains, base, step, log)
+                yield step, of_all_rows(Work.of(recipe, step, domains), tried, step)
+            except FAILURES as error:
+                yield step, error
+        progress("trials of ways back", len(steps), len(steps))
+    finally:
+        shutil.rmtree(ledger.root / _GROWING, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def _tried(
 ) -> list[tuple[Work, Cost]]:  # fmt: skip
     """What trials took, found once on a machine; without the one that loads libraries."""
     way, plan = method(step.method, "feedback"), training(step)
-    briefs = {n: _brief(recipe, step, n, ledger.root) for n in ((1, 2) if plan and plan.epochs > 1 else (1,))}
+    briefs = {
+        n: _brief(recipe, step, n, ledger.root / _GROWING) for n in ((1, 2) if plan and plan.epochs > 1 else (1,))
+    }
     few = {size: {name: _few(d, size) for name, d in domains.items()} for size in SIZES}
     inputs = {
         "machine": [platform.node(), platform.machine()], "trials": [*SIZES, _GROWN, _TELLS, _TIMES],
@@ -104,12 +111,12 @@ def _tried(
     }  # fmt: skip
 
     def produce(out: Path, scratch: Path) -> None:
-        found = _apart(briefs, few, base)
+        found = _apart(briefs, few, base, scratch)
         write_text(out / _FILE, json.dumps([asdict(trial) for trial in found]))
 
     done = ledger.stage(f"cost of {way.name}", way.module, inputs, produce, log)
     found = [Tried(t["size"], t["epochs"], Cost(**t["cost"])) for t in json.loads((done.path / _FILE).read_text())]
-    return [(Work.of(recipe, briefs[t.epochs].feedback[0], few[t.size]), t.cost) for t in found]
+    return [(_work(briefs[t.epochs], few, t.size), t.cost) for t in found]
 
 
 @dataclass(frozen=True)
@@ -160,13 +167,23 @@ def _few(d: Domain, count: int) -> Domain:
 Few = Mapping[int, Mapping[str, Domain]]
 
 
-def _apart(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
+def _sized(brief: Recipe, few: Few, size: int) -> Recipe:
+    """A trial's recipe with so many rows of each public file, too."""
+    task = next(iter(few[size].values())).task
+    return fewer_public(brief, task, lambda rows: min(rows, size))
+
+
+def _work(brief: Recipe, few: Few, size: int) -> Work:
+    return Work.of(_sized(brief, few, size), brief.feedback[0], few[size])
+
+
+def _apart(briefs: Mapping[int, Recipe], few: Few, base: Model, scratch: Path) -> list[Tried]:
     """The trials of one way, in a process of its own. RetryError where it is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_trials, briefs, few, base).result()
+            return pool.submit(_trials, briefs, few, base, scratch).result()
         except BrokenProcessPool:
             raise RetryError(
                 "worker-killed", f"the trial of {briefs[1].feedback[0].method} was killed", got=len(few[SIZES[0]]),
@@ -174,27 +191,32 @@ def _apart(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
             ) from None  # fmt: skip
 
 
-def _trials(briefs: Mapping[int, Recipe], few: Few, base: Model) -> list[Tried]:
-    """All with the same specialists. ``briefs`` by epochs, ``few`` by rows of a domain."""
+def _trials(briefs: Mapping[int, Recipe], few: Few, base: Model, scratch: Path) -> list[Tried]:
+    """All with the same specialists. ``briefs`` by epochs, ``few`` by rows of a domain; what trials make is left in
+    ``scratch``."""
     import torch
 
     torch.set_num_threads(briefs[1].threads)
-    turn = _turn(briefs[1], few[SIZES[_GROWN]], base)
+    turn = _turn(_sized(briefs[1], few, SIZES[_GROWN]), few[SIZES[_GROWN]], base)
     incumbent = raise_incumbent(turn)
     grown = {d.name: grow(turn, incumbent, d) for d in turn.feeding}
 
+    def trial(size: int, epochs: int, folder: Path | str) -> Cost:
+        brief = _sized(briefs[epochs], few, size).model_copy(update={"workspace": str(folder)})
+        return _trial(_turn(brief, few[size], base), incumbent, grown)
+
     def tried(size: int, epochs: int = 1) -> Tried:
-        return Tried(size, epochs, _trial(_turn(briefs[epochs], few[size], base), incumbent, grown))
+        return Tried(size, epochs, trial(size, epochs, scratch))
 
     [step] = briefs[1].feedback
     if not reads_rows(step):
         return [tried(SIZES[_GROWN])]
-    with TemporaryDirectory(dir=turn.workspace.root) as once:  # after a kill, too
-        _trial(_turn(briefs[1].model_copy(update={"workspace": once}), few[SIZES[0]], base), incumbent, grown)
+    with TemporaryDirectory(dir=scratch) as once:  # after a kill, too
+        trial(SIZES[0], 1, once)
     found = [tried(SIZES[1])]
     for size, fewer in zip(SIZES[2:], SIZES[1:], strict=False):
         told = found[-1].cost.seconds >= _TELLS * found[0].cost.seconds
-        if told or Work.of(briefs[1], step, few[size]) == Work.of(briefs[1], step, few[fewer]):
+        if told or _work(briefs[1], few, size) == _work(briefs[1], few, fewer):
             break
         found.append(tried(size))
     return [*found, tried(found[-1].size, 2)] if 2 in briefs else found

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,15 +92,16 @@ def halving(
         share = shares[0] if arm.grows else 1.0
         left = budget - history.seconds - (_whole_of_best(history, standing) if share < 1 else 0.0)
         half = budget / 2 - sum(t.seconds for t in history.trials if t.share < 1)
-        if left <= 0 or _usual(history, arms, arm, share) > (min(left, half) if share < 1 else left):
+        spent = left <= 0 and not costs  # what is known to cost nothing may follow
+        if spent or _usual(history, arms, arm, share) > (min(left, half) if share < 1 else left):
             history.left_out[arm.name] = "the budget was spent before its first trial"
         elif attempt(history, run, arm.name, share) and share < 1:
             standing.append(arm.name)
             if len(standing) == 1 and growing * history.trials[-1].seconds > budget / eta:
                 shares = _saving(history, run, arm.name, shares, budget)
                 standing = [] if arm.name in history.left_out else standing  # it failed on its way
-    for share in shares[1:]:
-        standing = sorted(standing, key=lambda name: -history.of(name)[-1].score)
+    for fewer, share in pairwise(shares):
+        standing = sorted(standing, key=lambda name: -_score(history, name, fewer))
         if share < 1:
             standing = standing[: math.ceil(len(standing) / eta)]
         standing = _rung(history, run, standing, share, budget)
@@ -113,12 +115,21 @@ def _whole_of_best(history: History, standing: Sequence[str]) -> float:
     """What is kept for the best so far; nothing once a candidate was tried with all rows."""
     if history.best or not standing:
         return 0.0
-    return seconds(history, max(standing, key=lambda name: history.of(name)[-1].score), 1.0)
+    least = min(history.of(name)[-1].share for name in standing)
+    return seconds(history, max(standing, key=lambda name: _score(history, name, least)), 1.0)
+
+
+def _score(history: History, arm: str, share: float) -> float:
+    """What a candidate came to with a share of the rows, though it may have been tried with more since; else with the
+    most."""
+    tried = history.of(arm)
+    return next((t.score for t in tried if t.share == share), tried[-1].score)
 
 
 def _saving(history: History, run: Run, arm: str, shares: Sequence[float], budget: float) -> list[float]:
-    """The shares that save time: a first candidate climbs until the line through its trials tells what all rows take,
-    as far as three fourths of the budget would do for it however it grows."""
+    """The shares that save time, the least of which the first candidate was tried with: it climbs until the line
+    through its trials tells what all rows take, as far as three fourths of the budget would do for it however it
+    grows."""
     for share in shares[1:]:
         last = history.of(arm)[-1]
         if last.seconds * share / last.share > 0.75 * (budget - history.seconds):
@@ -127,7 +138,7 @@ def _saving(history: History, run: Run, arm: str, shares: Sequence[float], budge
             break
         whole = seconds(history, arm, 1.0)
         saving = [s for s in shares if s == 1 or seconds(history, arm, s) <= whole / 2]
-        if saving[0] < 1 or share == 1:
+        if saving[0] <= share:
             return saving
     return list(shares)
 
@@ -173,8 +184,9 @@ def attempt(history: History, run: Run, arm: str, share: float, cost: float | No
         raise
     except FAILURES as error:
         history.left_out[arm] = f"{_FAILED}: {said(error)}"
-        known = history.costs(arm, share) if history.costs else time.perf_counter() - began
-        history.lost += known if cost is None else cost
+        if cost is None:
+            cost = history.costs(arm, share) if history.costs else time.perf_counter() - began
+        history.lost += cost
         return False
     history.left_out.pop(arm, None)  # what there was no room for on a rung may be tried on the next
     return True

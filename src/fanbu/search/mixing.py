@@ -19,15 +19,22 @@ _DEPTHS = 3  # anchors of a coefficient that changes with depth
 _KINDS = ("weights", "shares")  # parameters that give each domain a number
 
 
-def mixing_space(way: Method, domains: Sequence[str], by_layer: bool = False, classifies: bool = True) -> Space:
+def mixing_space(
+    way: Method, domains: Sequence[str], by_layer: bool = False, classifies: bool = True, given: Mapping[str, Any] = {},
+) -> Space:  # fmt: skip
     """A range by domain (``weights.DOMAIN``), or by domain and depth (``weights.DOMAIN/0`` to ``/2``, from the first
-    layer to the last) where the way takes dials; nothing where it gives domains no numbers."""
+    layer to the last) where the way takes dials; around what the way was ``given`` for it, if that is a number above 0,
+    else around 1. Nothing where it gives domains no numbers."""
     name = next((n for n in _KINDS if n in way.parameters()), None)
     if name is None or (way.needs.kind == "predictions" and not classifies):
         return {}
-    one = Range(1 / _FACTOR, _FACTOR, log=True)
+    told = {d: given.get(name, {}).get(d) for d in domains}
+    middle = {d: float(v) if isinstance(v, (int, float)) and v > 0 else 1.0 for d, v in told.items()}
     dials = by_layer and list in _origins(way.parameters()[name][0])
-    return {f"{name}.{d}{at}": one for d in domains for at in ([f"/{i}" for i in range(_DEPTHS)] if dials else [""])}
+    depths = [f"/{i}" for i in range(_DEPTHS)] if dials else [""]
+    return {
+        f"{name}.{d}{at}": Range(v / _FACTOR, v * _FACTOR, log=True) for d, v in middle.items() for at in depths
+    }  # fmt: skip
 
 
 def _origins(kind: Any) -> set[Any]:

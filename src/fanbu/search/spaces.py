@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fanbu.catalogue import Method
 from fanbu.errors import UsageError
@@ -42,7 +42,7 @@ def space_of(way: Method, given: Mapping[str, Any], over: Mapping[str, list[Any]
     to 1); switches and words with their choices; rates of training within ``train``.
     """
     if over:
-        return {key: _given(values) for key, values in over.items() if _has(way, key)}
+        return {key: _given(way, key, values) for key, values in over.items() if _has(way, key)}
     checked, found = way.check(given), Space()
     for name, (kind, _) in way.parameters().items():
         value = checked[name]
@@ -55,24 +55,35 @@ def space_of(way: Method, given: Mapping[str, Any], over: Mapping[str, list[Any]
 
 
 def check_space(over: Mapping[str, list[Any]], ways: Sequence[Method]) -> None:
-    """Raises UsageError for a key that is no parameter of any of these ways, and for one without values."""
+    """Raises UsageError for a key that is no parameter of any of these ways, for one without values, and for values
+    that a way which has the parameter does not take."""
     for key, values in over.items():
-        if not values or not any(_has(way, key) for way in ways):
+        having = [way for way in ways if _has(way, key)]
+        if not values or not having:
             raise UsageError(
                 "unknown-parameter", f"compare.space: no candidate has a parameter {key!r} with these values",
                 allowed=sorted({name for way in ways for name in way.parameters()}), got=values,
                 remedy="name one of these, with two numbers or a list of choices",
             )  # fmt: skip
+        for way in having:
+            one = _given(way, key, values)
+            for value in (one.low, one.high) if isinstance(one, Range) else one:
+                way.check(with_values({}, {key: value}))
 
 
 def _has(way: Method, key: str) -> bool:
     return key.partition(".")[0] in way.parameters()
 
 
-def _around(kind: Any, value: Any) -> Range | tuple[Any, ...] | None:
+def _plain(kind: Any) -> tuple[Any, list[Any]]:
+    """A type without its limits, ``float`` where it may be one, and the limits."""
     plain, *limits = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    if get_origin(plain) in (Union, types.UnionType) and float in get_args(plain):
-        plain = float
+    is_float = get_origin(plain) in (Union, types.UnionType) and float in get_args(plain)
+    return (float if is_float else plain), limits
+
+
+def _around(kind: Any, value: Any) -> Range | tuple[Any, ...] | None:
+    plain, limits = _plain(kind)
     if plain is bool:
         return (False, True)
     if get_origin(plain) is Literal:
@@ -94,12 +105,22 @@ def _bounds(limit: Any, closed: str, opened: str, inwards: float) -> list[float]
     return found + ([math.nextafter(getattr(limit, opened), inwards)] if hasattr(limit, opened) else [])
 
 
-def _given(values: list[Any]) -> Range | tuple[Any, ...]:
+def _given(way: Method, key: str, values: list[Any]) -> Range | tuple[Any, ...]:
     values = [_number(v) for v in values]  # YAML reads 1e-4 as text
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(values) == 2 and len(numbers) == 2 and numbers[0] < numbers[1]:
-        return Range(numbers[0], numbers[1], log=numbers[0] > 0, whole=all(isinstance(v, int) for v in numbers))
+        return Range(numbers[0], numbers[1], log=numbers[0] > 0, whole=_is_whole(way, key))
     return tuple(values)
+
+
+def _is_whole(way: Method, key: str) -> bool:
+    """Whether a parameter takes whole numbers alone."""
+    name, _, inner = key.partition(".")
+    kind, default = way.parameters()[name]
+    if inner and is_dataclass(default):
+        kind = get_type_hints(type(default), include_extras=True).get(inner)
+    plain, _ = _plain(kind)
+    return int in (plain, *get_args(plain))
 
 
 def _number(value: Any) -> Any:

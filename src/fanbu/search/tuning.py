@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from fanbu.errors import needs_extra
@@ -14,6 +14,7 @@ from fanbu.search.spaces import Range, Space
 
 Sampler = Literal["tpe", "cmaes", "random", "grid"]
 _POINTS = 3  # of a range, in a grid
+_MOST = 1000  # points of a grid
 FIRST = 1 / 3  # of the rows, with which new arguments are tried first, where more rows make a difference
 
 
@@ -72,11 +73,13 @@ def _drawn(trial: Any, key: str, one: Range | tuple[Any, ...]) -> Any:
 
 
 def _points(space: Space, seed: int) -> Iterator[dict[str, Any]]:
-    """All points of a grid, in an order that the seed draws."""
+    """Points of a grid, each once, in an order that the seed draws: all of them, or so many as are ever tried."""
     axes = {key: _axis(one) for key, one in space.items()}
-    points = list(product(*axes.values()))
-    for point in random.Random(seed).sample(points, len(points)):
-        yield dict(zip(axes, point, strict=True))
+    rng, seen, total = random.Random(seed), set[tuple[int, ...]](), math.prod(len(axis) for axis in axes.values())
+    while len(seen) < min(total, _MOST):  # drawn, not listed: points may be more than memory holds
+        if (point := tuple(rng.randrange(len(axis)) for axis in axes.values())) not in seen:
+            seen.add(point)
+            yield {key: axis[i] for (key, axis), i in zip(axes.items(), point, strict=True)}
 
 
 def _axis(one: Range | tuple[Any, ...]) -> list[Any]:
@@ -105,17 +108,19 @@ def tuned(
         if history.seconds + sum(seconds(history, winner, share) for share in shares) > budget:
             break
         names.add(name := new(values))
-        draws.tell(_scored(history, run, name, shares, known))
+        costs = [seconds(history, winner, share) for share in shares]
+        draws.tell(_scored(history, run, name, dict(zip(shares, costs, strict=True)), known))
     history.chosen = max((t for t in history.trials if t.share == 1 and t.arm in names), key=lambda t: t.score).arm
 
 
 def _scored(
-    history: History, run: Run, name: str, shares: Sequence[float], known: Mapping[float, float]
+    history: History, run: Run, name: str, costs: Mapping[float, float], known: Mapping[float, float]
 ) -> float | None:  # fmt: skip
-    """The score with the largest share that was worth trying; None where a trial failed."""
+    """The score with the largest share that was worth trying; None where a trial failed, which costs what the winner's
+    cost."""
     score = None
-    for share in shares:
-        if not attempt(history, run, name, share):
+    for share, cost in costs.items():
+        if not attempt(history, run, name, share, cost):
             return None
         score = history.of(name)[-1].score
         if score < known[share]:
