@@ -74,10 +74,12 @@ def parted(folders: Mapping[str, Path], quick: bool) -> dict[str, tuple[dict[str
 
     short = {name: folder for name, folder in folders.items() if words(folder) <= SHORT}
     long = {name: folder for name, folder in folders.items() if name not in short}
-    size, few, more = (2, 60, 60) if quick else (4, 150, 300)
-    parts = {"one": (short, 0, more), "two": (short, size, few), "three": (long, 0, few)}
-    found = {t: (dict([*some.items()][at : at + size]), rows) for t, (some, at, rows) in parts.items()}
-    return {t: part for t, part in found.items() if len(part[0]) > 1}
+    a, b, few, more = [*short], [*long], *((60, 60) if quick else (150, 300))
+    parts = {"one": (a[:2], few), "two": (a[2:4], few)} if quick else {
+        "one": (a[:4], more), "two": (a[4:8], few), "three": (b[:4], few),
+        "four": (a[4:6] + b[:1], more), "five": (a[6:8] + b[1:2], more), "six": (a[:2], few), "seven": (a[2:4], few),
+    }  # fmt: skip
+    return {t: ({n: folders[n] for n in names}, rows) for t, (names, rows) in parts.items() if len(names) > 1}
 
 
 def recipe_of(folders: Mapping[str, Path], work: Path, quick: bool, rows: int) -> Recipe:
@@ -304,17 +306,18 @@ def main() -> int:
     flags = parser(__doc__ or "")
     flags.add_argument("--replays", action="store_true", help="no live run")
     flags.add_argument("--ship", action="store_true", help="write known.json")
-    flags.add_argument("--tables", type=Path, default=None, help="tables that were measured")
+    flags.add_argument("--tables", type=Path, default=None, help="tables that were measured; others are measured")
+    flags.add_argument("--only", nargs="+", default=None, help="some tables")
     args = flags.parse_args()
     if args.ship and args.quick:
         flags.error("what fanbu comes with is measured as a whole: --ship without --quick")
     name = "compare-quick" if args.quick else "compare"
     work, parts = args.work / name, parted(usable(text_domains(args.data)), args.quick)
     asked = {t: recipe_of(part, work / t, args.quick, rows) for t, (part, rows) in parts.items()}
-    if args.tables:
-        tables = json.loads(args.tables.read_text())
-    else:
-        tables = {t: measured(recipe, work / t, whole=True) for t, recipe in asked.items()}
+    tables = json.loads(args.tables.read_text()) if args.tables else {}
+    new = {t: measured(asked[t], work / t, whole=True) for t in args.only or asked if t not in tables}
+    tables = {t: found for t, found in {**tables, **new}.items() if not args.only or t in args.only}
+    if new and not args.only:
         (HERE / "results").mkdir(exist_ok=True)
         write_text(HERE / "results" / f"{name}-tables.json", json.dumps(tables, sort_keys=True))
     if args.ship:

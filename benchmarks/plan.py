@@ -1,6 +1,7 @@
 """What `fanbu plan` says a way back takes, beside what it takes: seconds and peak memory, way by way, in one run.
 
-Domains of real texts, specialists grown from the probed MiniLM encoder as a round grows them. Each way that fits is
+Domains of real texts, specialists grown from the probed MiniLM encoder as a round grows them; for ways that teach an
+owner who has texts and no labels, another owner of the first domain's industry has its validation texts. Each way is
 first tried by `fanbu plan` on a few rows, and then taken with all rows, in a process of its own, as a round would.
 Federated ways are taken twice over (inner rounds). Of a way that takes less than a minute, loading libraries, which a
 round has done by then, and what a disk does meanwhile are much: it is taken three times more, and their median says.
@@ -40,8 +41,9 @@ SECONDS, MEMORY = 1.5, 1.3  # factors within which a prediction holds
 SOON, AGAIN = 60.0, 3  # a way that took fewer seconds is taken so many times more
 
 
-def recipe_of(data: Path, work: Path, count: int, rows: int) -> Recipe:
-    """All domains in one place, with one thread."""
+def recipe_of(data: Path, work: Path, count: int, rows: int, target: bool = False) -> Recipe:
+    """All domains in one place, with one thread. ``target``: in the industry of the first one another owner has texts
+    and no labels (the validation texts)."""
     domains = {
         name: {
             **{s: str(folder / f"{s}.jsonl") for s in ("train", "valid", "test")},
@@ -49,9 +51,16 @@ def recipe_of(data: Path, work: Path, count: int, rows: int) -> Recipe:
         }
         for name, folder in list(usable(text_domains(data)).items())[:count]
     }
+    guards = {}
+    if target:
+        name, first = next(iter(domains.items()))
+        domains = {f"{name}@one" if n == name else n: spec for n, spec in domains.items()}
+        guards[f"{name}@other"] = {
+            "test": first["test"], "unlabelled": first["valid"], "limit": {"unlabelled": rows, "test": 50}
+        }  # fmt: skip
     return load_recipe({
         "fanbu": 1, "name": "plan", "model": BASE, "workspace": str(work), "threads": 1, "device": "cpu",
-        "precision": "fp32", "max_length": 64, "domains": domains, "feedback": {"method": "distill"},
+        "precision": "fp32", "max_length": 64, "domains": domains, "guards": guards, "feedback": {"method": "distill"},
         "shrink": [{"method": "finetune", "train": {"epochs": 1, "lr": 2e-4}}],
     })  # fmt: skip
 
@@ -84,25 +93,35 @@ def main() -> int:
     args = flags.parse_args()
     count, rows = (3, 300) if args.quick else (6, 600)
     name = "plan-quick" if args.quick else "plan"
-    recipe = recipe_of(args.data, args.work / name, count, rows)
-    domains = load_domains(recipe)
-    fitting = [w["name"] for w in ways(recipe, domains) if w["fits"] and (args.ways is None or w["name"] in args.ways)]
-    steps = [Step(method=w, times=2 if method(w, "feedback").needs.kind == "updates" else 1) for w in fitting]
     found: dict[str, Any] = {}
     failed: list[str] = []
-    for step, cost in expected(recipe, domains, open_model(recipe.model), steps, log=log):
-        kept = args.work / name / "measured" / f"{step.method}.json"  # right after it was told: machines are shared
-        if not isinstance(cost, Cost):
-            log(f"{step.method}: {cost}")
-            failed.append(step.method)
-            continue
-        if not kept.exists():
-            log(f"== {step.method}")
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_text(kept, json.dumps(pool.submit(taken, recipe, step).result()))
-        found[step.method] = {"told": asdict(cost), "took": json.loads(kept.read_text())}
+    for target in (False, True):
+        recipe = recipe_of(args.data, args.work / (f"{name}-target" if target else name), count, rows, target)
+        domains = load_domains(recipe)
+        fitting = [w["name"] for w in ways(recipe, domains) if w["fits"] and w["name"] in (args.ways or [w["name"]])]
+        steps = [
+            Step(method=w, times=2 if method(w, "feedback").needs.kind == "updates" else 1)
+            for w in fitting if method(w, "feedback").needs.target == target
+        ]  # fmt: skip
+        for step, cost in expected(recipe, domains, open_model(recipe.model), steps, log=log):
+            if isinstance(cost, Cost):
+                found[step.method] = {"told": asdict(cost), "took": took(recipe, step)}
+            else:
+                log(f"{step.method}: {cost}")
+                failed.append(step.method)
     return report(name, found, failed, f"{count} domains, at most {rows} training rows each; one thread")
+
+
+def took(recipe: Recipe, step: Step) -> dict[str, float]:
+    """What a way takes, measured once, right after it was told: machines are shared."""
+    kept = Path(recipe.workspace) / "measured" / f"{step.method}.json"
+    if not kept.exists():
+        log(f"== {step.method}")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(pool.submit(taken, recipe, step).result()))
+    found: dict[str, float] = json.loads(kept.read_text())
+    return found
 
 
 def report(name: str, found: dict[str, Any], failed: list[str], what: str) -> int:
