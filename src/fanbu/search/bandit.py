@@ -5,6 +5,7 @@ which says that two trials resemble each other for a reason: they belong to one 
 way in comparisons whose states are close; to one step in one comparison; and, the fewer rows they have, to one
 comparison or way with few rows. How much each part counts is learned from the earlier comparisons by the marginal
 likelihood (type II maximum likelihood; Rasmussen and Williams 2006, chapter 5): that is what is learned about learning.
+How much ways differ in close states is learned for each family by itself: merges are more alike than what trains.
 
 The next trial is, of those that fit the budget, the one whose knowledge gradient is largest: by how much it can be
 expected to raise the mean of the candidate that will be chosen, E[max_a mean_a(with the trial)] - max_a mean_a
@@ -33,6 +34,7 @@ _QUANTITIES = {"reward": (0.0, 0.1, (0.0, 0.0)), "seconds": (-1.5, 0.5, (9.0, 1.
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
+_DRAWN = 2.0  # logarithms of variances are drawn to where they begin, as by a normal prior of variance _DRAWN^2 / 2
 _LEAST = 1e-3  # seconds or steps of which a logarithm is taken
 _SLACK = 2e-3  # of a budget, for what logarithms round
 _SAFE = 0.5  # standard deviations more than expected that a trial must fit the budget with
@@ -78,6 +80,7 @@ class Prior:
 
     def __init__(self, past: Sequence[Seen], near: Sequence[float], of: str = "reward") -> None:
         self.past, self.ways = list(past), {s.action.way for s in past}
+        self.families = sorted({s.action.family for s in past})
         values = np.array([s.reward if of == "reward" else math.log(max(s.seconds, _LEAST)) for s in past])
         self.slope, least, self.machines = _QUANTITIES[of]
         values = values - self.slope * np.array([_few(s.share) for s in past])
@@ -120,7 +123,15 @@ class Prior:
         x, y = ((np.array([s.state for s in some]) - self.centre) / self.spread for some in (a, b))
         near = np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / (2 * x.shape[1]))
         few = np.outer([_few(s.share) for s in a], [_few(s.share) for s in b])
-        return [one, family, way, step, way * near, one * step, few, few * way, few * one, few * near * way]
+        close = [way * near * part for part in self._of_families(a)]
+        return [one, family, way, step, one * step, few, few * way, few * one, few * near * way, *close]
+
+    def _of_families(self, seen: Sequence[Seen]) -> list[Floats]:
+        """For each known family, and for all others together, a column: which trials are of it."""
+        families = [s.action.family for s in seen]
+        columns = [[f == known for f in families] for known in self.families]
+        columns.append([f not in self.families for f in families])
+        return [np.array(column, dtype=np.float64)[:, None] for column in columns]
 
 
 def _same(a: Sequence[Seen], b: Sequence[Seen], of: Callable[[Seen], str]) -> Floats:
@@ -141,7 +152,7 @@ def _weighted(parts: Sequence[Floats], variances: Sequence[float] | Floats) -> F
 
 
 def _fitted(parts: Sequence[Floats], values: Floats, size: float) -> Floats:
-    """The variances under which the values are likeliest, drawn a little towards a tenth of theirs."""
+    """The variances under which the values are likeliest, drawn towards a tenth of theirs."""
     start = math.log(0.1 * size)
 
     def cost(logs: Floats) -> tuple[float, Floats]:
@@ -149,11 +160,11 @@ def _fitted(parts: Sequence[Floats], values: Floats, size: float) -> Floats:
         factor = cho_factor(_weighted(parts, variances) + 1e-6 * size * np.eye(len(values)), lower=True)
         inverse = cho_solve(factor, np.eye(len(values)))
         solved = inverse @ values
-        off = (logs - start) / 4.0
+        off = (logs - start) / _DRAWN
         value = 0.5 * float(values @ solved) + float(np.log(np.diag(factor[0])).sum()) + float(off @ off)
         slope = [0.5 * v * (float((inverse * p).sum()) - float(solved @ p @ solved)) for v, p in
                  zip(variances, parts, strict=True)]  # fmt: skip
-        return value, np.array(slope) + off / 2.0
+        return value, np.array(slope) + 2 * off / _DRAWN
 
     bounds = [(start - 12, start + 6)] * len(parts)
     return np.exp(minimize(cost, np.full(len(parts), start), jac=True, method="L-BFGS-B", bounds=bounds).x)
