@@ -30,7 +30,7 @@ from _histories import RECIPES, recipes
 from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe_parts import Step
-from fanbu.search.bandit import Prior, Seen, explore, reward
+from fanbu.search.bandit import Prior, Seen, explore, reward, rows_err
 from fanbu.search.compare import compare
 from fanbu.search.experience import NEAR, action_of
 from fanbu.search.halving import Arm, History, halving
@@ -75,13 +75,16 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     priors, truth = (Prior(past, NEAR), Prior(past, NEAR, "seconds")), truths(found)
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
     shares = {name: _ladder(found, name) for name in actions}
+    told = next(iter(found["candidates"].values()))["1.000"]["valid"]
+    errs = rows_err([len(text) for text in told.values()], found["scale"])
     lost: dict[str, list[list[float]]] = {way: [[] for _ in BUDGETS] for way in WAYS}
     for seed in range(REPLAYS):
         run, order = Replay(found, seed), list(truth)
         random.Random(seed).shuffle(order)
         for i, runs in enumerate(BUDGETS):
             budget = runs * max(whole_seconds(found).values())
-            beliefs = [p.belief("new", found["state"], actions, shares) for p in priors]
+            here = ("new", found["state"], actions, shares)
+            beliefs = priors[0].belief(*here, errs), priors[1].belief(*here)
             chosen = {
                 "bandit": explore(*beliefs, run, budget, found["scale"], priors[0].unknown(actions)),
                 "halving, cold": halving([Arm(n, found["grows"][n]) for n in order], run, budget, least=found["least"]),

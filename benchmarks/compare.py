@@ -44,7 +44,7 @@ from fanbu.files import write_text
 from fanbu.progress import log
 from fanbu.recipe import Recipe, load_domains, load_recipe
 from fanbu.recipe_parts import GateSpec, Step
-from fanbu.search.bandit import Belief, Prior, certain, explore
+from fanbu.search.bandit import Belief, Prior, certain, explore, rows_err
 from fanbu.search.compare import candidates, compare
 from fanbu.search.experience import NEAR as NEAR_STATES
 from fanbu.search.experience import action_of, known, scored
@@ -187,7 +187,8 @@ def beliefs_in(found: Mapping[str, Any]) -> Beliefs | None:
     shares = {name: ladder(found, name) for name in actions}
     rewards, took = (Prior(past, NEAR_STATES, of) for of in ("reward", "seconds"))
     here = ("new", found["state"], actions, shares)
-    return rewards.belief(*here), took.belief(*here), took.unknown(actions)
+    errs = rows_err([len(text) for text in found["before"].values()], found["scale"])
+    return rewards.belief(*here, errs), took.belief(*here), took.unknown(actions)
 
 
 def uniform(game: Game) -> str | None:

@@ -34,7 +34,8 @@ _QUANTITIES = {"reward": (0.0, 0.1, (0.0, 0.0)), "seconds": (-1.5, 0.5, (9.0, 1.
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
-_DRAWN = 2.0  # logarithms of variances are drawn to where they begin, as by a normal prior of variance _DRAWN^2 / 2
+_DRAWN = 4.0  # logarithms of variances are drawn to where they begin, as by a normal prior of variance _DRAWN^2 / 2
+_APART = 0.05  # of the rows, which one candidate knows and another does not
 _LEAST = 1e-3  # seconds or steps of which a logarithm is taken
 _SLACK = 2e-3  # of a budget, for what logarithms round
 _SAFE = 0.5  # standard deviations more than expected that a trial must fit the budget with
@@ -45,6 +46,12 @@ def reward(score: float, scale: float) -> float:
     """A score in terms of the mean gain of specialists (``scale``), bent so that what went wrong altogether counts as
     two gains lost: 2 tanh(score / 2 scale)."""
     return 2 * math.tanh(score / (2 * scale))
+
+
+def rows_err(rows: Sequence[int], scale: float) -> float:
+    """The standard deviation of a reward by so many validation rows of each domain, where one in twenty rows sets
+    candidates apart."""
+    return math.sqrt(_APART * sum(1 / n for n in rows)) / len(rows) / scale
 
 
 @dataclass(frozen=True)
@@ -97,16 +104,19 @@ class Prior:
 
     def belief(
         self, comparison: str, state: Sequence[float], actions: Mapping[str, Action],
-        shares: Mapping[str, Sequence[float]],
+        shares: Mapping[str, Sequence[float]], errs: float = math.inf,
     ) -> Belief:  # fmt: skip
-        """What is expected of each candidate of a new comparison with each of its shares of the rows."""
+        """What is expected of each candidate of a new comparison with each of its shares of the rows. A trial ``errs``
+        by no more than its rows do (``rows_err``): what else sets past trials apart that are alike is real, since the
+        very model that was tried is the one that may be chosen."""
         points = [(name, share) for name in actions for share in shares[name]]
         new = [Seen(comparison, tuple(state), actions[name], share, 0.0, 1.0) for name, share in points]
         across, own = self._covariance(new, self.past), self._covariance(new, new)
         mean = self.mean + across @ self._solved + self.slope * np.array([_few(share) for _, share in points])
         covariance = own - across @ cho_solve(self._factor, across.T)
-        noise = _weighted(_noises(new), self.variances[-2:]).diagonal()
-        return Belief(points, mean, covariance, noise)
+        learned = _weighted(_noises(new), self.variances[-2:]).diagonal()
+        noise = np.minimum(learned, [errs**2 / share for _, share in points])
+        return Belief(points, mean, covariance + np.diag(learned - noise), noise)
 
     def unknown(self, actions: Mapping[str, Action]) -> set[str]:
         """Candidates by a way that no earlier comparison tried."""

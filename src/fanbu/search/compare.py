@@ -33,7 +33,7 @@ from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, Step
 from fanbu.record import COMPARED, chosen, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
-from fanbu.search.bandit import Prior, certain, explore
+from fanbu.search.bandit import Prior, certain, explore, rows_err
 from fanbu.search.costs import reads_rows, steps_of
 from fanbu.search.experience import NEAR, action_of, experience, known, scored, state_of
 from fanbu.search.halving import Arm, History, Trial, halving, rungs_of, shares_of
@@ -217,7 +217,9 @@ def _searched(bench: Bench, spec: CompareSpec, budget: float) -> History:
     else:
         took = Prior(past, NEAR, "seconds")
         costs, unknown = took.belief(*here), took.unknown(actions)
-    return explore(Prior(past, NEAR).belief(*here), costs, bench, budget, bench.scale, unknown)
+    told = [len(d.valid) for d in turn.feeding if d.metric != "loss"]
+    errs = rows_err(told, bench.scale) if told else math.inf
+    return explore(Prior(past, NEAR).belief(*here, errs), costs, bench, budget, bench.scale, unknown)
 
 
 def _steps(bench: Bench, eta: int) -> dict[tuple[str, float], float]:
