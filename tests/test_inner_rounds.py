@@ -127,9 +127,14 @@ def test_where_nobody_teaches_nothing_changes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_ways_down_are_taken_once(tmp_path: Path) -> None:
-    value = tiny_recipe(tmp_path) | {"shrink": [{"method": "finetune", "times": 2}]}
-    with pytest.raises(UsageError, match="taken once"):
-        load_recipe(value)
+    for idle in ({"times": 2}, {"noise": {"epsilon": 4.0}}, {"secure": True}, {"tree": {"by": "texts"}}):
+        value = tiny_recipe(tmp_path) | {"shrink": [{"method": "finetune", **idle}]}
+        with pytest.raises(UsageError, match="feedback-only"):
+            load_recipe(value)
+    value = tiny_recipe(tmp_path)
+    for idle in ({"mix": "layer"}, {"settings": 3}, {"tune": 0.5, "mix": "domain", "space": {"scale": [1, 2]}}):
+        with pytest.raises(UsageError, match="compare"):
+            load_recipe({**value, "compare": idle})
     for wrong in (0, -1, 1.5, "many", 10**6):
         with pytest.raises(UsageError, match="times"):
             load_recipe(tiny_recipe(tmp_path) | {"feedback": {"method": "fedavg", "times": wrong}})
