@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fanbu.errors import UsageError
-from fanbu.search.bandit import _DRAWN, Action, Belief, Prior, Seen, _fitted, certain, explore
+from fanbu.search.bandit import _DRAWN, Action, Belief, Prior, Seen, _fitted, certain, explore, rows_err
 from fanbu.search.halving import Arm, Trial, halving
 
 WAYS = [f"way{i}" for i in range(8)]
@@ -273,3 +273,15 @@ def test_what_fails_or_costs_too_much_is_left_out(priors: tuple[Prior, Prior]) -
     assert "more than the budget" in history.left_out["way7"]
     history = explore(*beliefs(priors, world), run, 200.0, 1.0)
     assert "cannot" in history.left_out["way7"]
+
+
+def test_a_new_trial_errs_by_its_rows_alone(past: list[Seen]) -> None:
+    prior = Prior(past, NEAR)
+    learned, bounded = (prior.belief("new", (0.3, 1.2), ACTIONS, EVERY, errs) for errs in (math.inf, 1e-3))
+    assert bounded.noise.max() <= 1e-6 / min(share for _, share in bounded.points) * (1 + 1e-9)
+    whole = [(b.covariance + np.diag(b.noise)) for b in (learned, bounded)]
+    np.testing.assert_allclose(*whole)  # what is not the rows' is the trial's own
+    point = ("way0", 1.0)
+    told = learned.of(point) + 1.0
+    assert abs(bounded.after(point, told).of(point) - told) < abs(learned.after(point, told).of(point) - told)
+    assert rows_err([1000, 1000], 0.05) == pytest.approx(0.1)
