@@ -29,7 +29,7 @@ FEWEST = 24  # rows of a domain
 
 
 def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
-    """The table: by candidate and share its seconds and outcomes, as strings of 0 and 1 by domain. Each trial is kept
+    """The table: by candidate and share its seconds and outcomes, as bits by domain (``numbers``). Each trial is kept
     under ``work``, so that a run that was stopped goes on. ``whole``: of every trial the outcomes on all test rows, so
     that validation rows may be drawn from those; and no shares of fewer than 24 rows a domain, on average."""
     bench = opened(recipe, silent, log)
@@ -46,7 +46,7 @@ def measured(recipe: Recipe, work: Path, whole: bool = False) -> dict[str, Any]:
     made_of = digest([bench.incumbent.digest, *(d.digest for d in bench.turn.feeding)])[:12]
     for name, step in bench.steps.items():
         for share in shares if reads_rows(step) else shares[-1:]:
-            kept = work / "trials" / made_of / digest(found["steps"][name])[:12] / f"{share:.3f}.json"
+            kept = work / "outcomes" / made_of / digest(found["steps"][name])[:12] / f"{share:.3f}.json"
             if not kept.exists():
                 log(f"== {name}, {share:.0%}")
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +82,13 @@ def told_as_comparison(told: Mapping[str, Any], workspace: Path) -> str:
 
 
 def _bits(column: Any) -> str:
-    return "".join(str(int(v)) for v in column.tolist())
+    """In hexadecimal, behind a one that keeps leading zeros."""
+    return f"{int('1' + ''.join(str(int(v)) for v in column.tolist()), 2):x}"
 
 
 def numbers(text: str) -> np.ndarray[Any, Any]:
     """Right or wrong, row by row."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.float64) - 48
+    return np.frombuffer(f"{int(text, 16):b}"[1:].encode(), np.uint8).astype(np.float64) - 48
 
 
 @dataclass

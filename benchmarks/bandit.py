@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from _choices import SHARES, Replay, measured, told_as_comparison, truths, whole_seconds
+from _choices import SHARES, Replay, measured, numbers, told_as_comparison, truths, whole_seconds
 from _common import HERE, bar, finish, parser, table
 from _histories import RECIPES, recipes
 from fanbu.files import write_text
@@ -76,7 +76,7 @@ def regrets(left_out: int, tables: Sequence[Mapping[str, Any]]) -> dict[str, lis
     actions = {name: action_of(Step(**step)) for name, step in found["steps"].items()}
     shares = {name: _ladder(found, name) for name in actions}
     told = next(iter(found["candidates"].values()))["1.000"]["valid"]
-    errs = rows_err([len(text) for text in told.values()], found["scale"])
+    errs = rows_err([len(numbers(text)) for text in told.values()], found["scale"])
     lost: dict[str, list[list[float]]] = {way: [[] for _ in BUDGETS] for way in WAYS}
     for seed in range(REPLAYS):
         run, order = Replay(found, seed), list(truth)

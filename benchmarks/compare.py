@@ -12,12 +12,12 @@ candidates come in another order. `fanbu compare` chooses by them with a budget 
 candidate) in training steps, as it does where a recipe says nothing else; it knows what it comes with (known.json) but
 for comparisons that had a domain of this table. Beside it, on the same draws and budget: halving that knows nothing
 (`known: false`); candidates in order of their coming, each with all rows (uniform); Optuna's median pruner, by shares
-of the rows; and Optuna's TPE, which draws candidates and tries them with all rows; and, with no budget, all candidates
-with all rows, which tells how far validation rows can choose at all. The same with a budget in seconds,
-those of judging by a table's validation rows among them (500 a domain at most), on machines that are up to ten times as
-fast or slow as the known trials' (what they take is all scaled alike). A replay finds a good champion where its
-accuracy on all test rows is within half a point of the best candidate's. Then one live run on the domains of each of
-the first three tables (not with --replays).
+of the rows; Optuna's TPE, which draws candidates and tries them with all rows; and all candidates with all rows, with
+no budget, which tells how far validation rows can choose at all. The same with a budget in seconds, those of judging by
+a table's validation rows among them (500 a domain at most), on machines that are up to ten times as fast or slow as the
+known trials' (what they take is all scaled alike). A replay finds a good champion where its accuracy on all test rows
+is within half a point of the best candidate's. Then one live run on the domains of each of the first three tables (not
+with --replays).
 
 Run: python benchmarks/compare.py [--quick] [--data DIR] [--work DIR] [--tables FILE] [--only TABLE ...] [--ship]
 [--replays]. Every way that fits, but four of fedavg's kin. --quick: two domains, few rows and six candidates a table;
@@ -52,7 +52,9 @@ from fanbu.search.halving import Arm, History, halving
 from fanbu.types import digest
 
 REPLAYS, NEAR, RUNS = 300, 0.5, 3.0
-KNOWN, LIVE = HERE.parent / "src/fanbu/search/known.json", ("one", "two", "three")
+KNOWN = HERE.parent / "src/fanbu/search/known.json"
+LIVE = ("one", "two", "three")
+TABLES = (*LIVE, "four", "five", "six")
 ALL = "all of them, no budget"
 OURS = ("fanbu compare", "halving, cold", ALL)
 SPLITS = ("train", "valid", "test")
@@ -78,11 +80,14 @@ def parted(folders: Mapping[str, Path], quick: bool) -> dict[str, tuple[dict[str
 
     short = {name: folder for name, folder in folders.items() if words(folder) <= SHORT}
     long = {name: folder for name, folder in folders.items() if name not in short}
-    a, b, few, more = [*short], [*long], *((60, 60) if quick else (150, 300))
-    parts = {"one": (a[:2], few), "two": (a[2:4], few)} if quick else {
-        "one": (a[:4], more), "two": (a[4:8], few), "three": (b[:4], few),
-        "four": (a[4:6] + b[:1], more), "five": (a[6:8] + b[1:2], more), "six": (a[:2], few),
-    }  # fmt: skip
+    a, b = [*short], [*long]
+    if quick:
+        parts = {"one": (a[:2], 60), "two": (a[2:4], 60), "three": (b[:2], 60)}
+    else:
+        parts = {
+            "one": (a[:4], 300), "two": (a[4:8], 150), "three": (b[:4], 150), "four": (a[4:6] + b[:1], 300),
+            "five": (a[6:8] + b[1:2], 300), "six": (a[:2], 150),
+        }  # fmt: skip
     return {t: ({n: folders[n] for n in names}, rows) for t, (names, rows) in parts.items() if len(names) > 1}
 
 
@@ -187,7 +192,7 @@ def beliefs_in(found: Mapping[str, Any]) -> Beliefs | None:
     shares = {name: ladder(found, name) for name in actions}
     rewards, took = (Prior(past, NEAR_STATES, of) for of in ("reward", "seconds"))
     here = ("new", found["state"], actions, shares)
-    errs = rows_err([len(text) for text in found["before"].values()], found["scale"])
+    errs = rows_err([len(numbers(text)) for text in found["before"].values()], found["scale"])
     return rewards.belief(*here, errs), took.belief(*here), took.unknown(actions)
 
 
@@ -318,7 +323,7 @@ def main() -> int:
     flags.add_argument("--replays", action="store_true", help="no live run")
     flags.add_argument("--ship", action="store_true", help="write known.json")
     flags.add_argument("--tables", type=Path, default=None, help="tables that were measured; others are measured")
-    flags.add_argument("--only", nargs="+", default=None, help="some tables")
+    flags.add_argument("--only", nargs="+", choices=TABLES, default=None, help="some tables")
     args = flags.parse_args()
     if args.ship and args.quick:
         flags.error("what fanbu comes with is measured as a whole: --ship without --quick")
@@ -326,6 +331,8 @@ def main() -> int:
     work, parts = args.work / name, parted(usable(text_domains(args.data)), args.quick)
     asked = {t: recipe_of(part, work / t, args.quick, rows) for t, (part, rows) in parts.items()}
     tables = json.loads(args.tables.read_text()) if args.tables else {}
+    if missing := {*(args.only or ())} - {*tables, *asked}:
+        flags.error(f"--only {' '.join(sorted(missing))}: these domains make {', '.join(asked)}")
     new = {t: measured(asked[t], work / t, whole=True) for t in args.only or asked if t not in tables}
     tables = {t: found for t, found in {**tables, **new}.items() if not args.only or t in args.only}
     if new and not args.only:

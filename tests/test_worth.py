@@ -16,7 +16,7 @@ from fanbu.generations import run
 from fanbu.recipe import load_recipe
 from fanbu.search.compare import compare
 from fanbu.search.shares import Floats, Value, leave_one_out, shapley
-from fanbu.search.worth import need_single_ones, worth
+from fanbu.search.worth import worth
 from test_cli import Command
 from test_cli import fanbu as fanbu
 
@@ -108,7 +108,7 @@ def test_sums_and_noise_are_not_asked_for_again(tmp_path: Path) -> None:
         {"method": "average", "noise": {"epsilon": 4.0}},
     ):
         with pytest.raises(UsageError, match="no-worth"):
-            need_single_ones(load_recipe({**value, "feedback": step}))
+            worth(load_recipe({**value, "feedback": step}))
 
 
 def test_each_set_is_asked_for_once_where_it_is_kept() -> None:

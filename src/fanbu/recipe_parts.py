@@ -293,8 +293,8 @@ class CompareSpec(Part):
 
     @model_validator(mode="after")
     def _tuned(self) -> CompareSpec:
-        fields = type(self).model_fields
-        idle = [n for n in ("settings", "sampler", "space", "mix") if getattr(self, n) not in (fields[n].default, {})]
+        usual = {name: f.get_default(call_default_factory=True) for name, f in type(self).model_fields.items()}
+        idle = [name for name in ("settings", "sampler", "space", "mix") if getattr(self, name) != usual[name]]
         if idle and not self.tune:
             raise ValueError(f"{', '.join(idle)} would do nothing: say what share of the budget is for it under tune")
         if self.space and self.mix:

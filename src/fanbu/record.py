@@ -251,13 +251,14 @@ def with_choices(root: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         file = root / folder / f"{record.get('round')}.json"
         if file.is_file():
             told = json.loads(file.read_text())
-            if name == "worth" or chosen(told, record):
+            if name == "worth" or chose(told, record):
                 found[name] = told
     return found
 
 
-def chosen(comparison: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The way back that a comparison chose and a round took; None where the round took another."""
+def chose(comparison: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether a round took the way back that a comparison chose."""
     taken = record.get("recipe", {}).get("feedback")
-    steps = (t["step"] for t in comparison["trials"] if t["candidate"] == comparison["winner"])
-    return next((step for step in steps if taken in (step, [step])), None)
+    return any(
+        t["candidate"] == comparison["winner"] and taken in (t["step"], [t["step"]]) for t in comparison["trials"]
+    )

@@ -34,7 +34,6 @@ _QUANTITIES = {"reward": (0.0, 0.1, (0.0, 0.0)), "seconds": (-1.5, 0.5, (9.0, 1.
 _LEAST_SHARE = 27.0  # of which the logarithm is one unit of "few rows"
 _Z = ndtri((np.arange(64) + 0.5) / 64)  # standard normal numbers, evenly likely
 _NU = 3.0  # degrees of freedom: how soon surprises count
-_DRAWN = 4.0  # logarithms of variances are drawn to where they begin, as by a normal prior of variance _DRAWN^2 / 2
 _APART = 0.05  # of the rows, which one candidate knows and another does not
 _LEAST = 1e-3  # seconds or steps of which a logarithm is taken
 _SLACK = 2e-3  # of a budget, for what logarithms round
@@ -162,7 +161,7 @@ def _weighted(parts: Sequence[Floats], variances: Sequence[float] | Floats) -> F
 
 
 def _fitted(parts: Sequence[Floats], values: Floats, size: float) -> Floats:
-    """The variances under which the values are likeliest, drawn towards a tenth of theirs."""
+    """The variances under which the values are likeliest, drawn a little towards a tenth of theirs."""
     start = math.log(0.1 * size)
 
     def cost(logs: Floats) -> tuple[float, Floats]:
@@ -170,11 +169,11 @@ def _fitted(parts: Sequence[Floats], values: Floats, size: float) -> Floats:
         factor = cho_factor(_weighted(parts, variances) + 1e-6 * size * np.eye(len(values)), lower=True)
         inverse = cho_solve(factor, np.eye(len(values)))
         solved = inverse @ values
-        off = (logs - start) / _DRAWN
+        off = (logs - start) / 4.0
         value = 0.5 * float(values @ solved) + float(np.log(np.diag(factor[0])).sum()) + float(off @ off)
         slope = [0.5 * v * (float((inverse * p).sum()) - float(solved @ p @ solved)) for v, p in
                  zip(variances, parts, strict=True)]  # fmt: skip
-        return value, np.array(slope) + 2 * off / _DRAWN
+        return value, np.array(slope) + off / 2.0
 
     bounds = [(start - 12, start + 6)] * len(parts)
     return np.exp(minimize(cost, np.full(len(parts), start), jac=True, method="L-BFGS-B", bounds=bounds).x)

@@ -31,7 +31,7 @@ from fanbu.plan import need_rows_here, refusal, usual
 from fanbu.probe_set import probe_of
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import CompareSpec, Step
-from fanbu.record import COMPARED, chosen, read_records
+from fanbu.record import COMPARED, chose, read_records
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.bandit import Prior, certain, explore, rows_err
 from fanbu.search.costs import reads_rows, steps_of
@@ -252,21 +252,28 @@ def _tuned(bench: Bench, history: History, spec: CompareSpec, budget: float) -> 
 
     def new(values: Mapping[str, Any]) -> str:
         name = f"{winner} ~{len(bench.steps)}"
-        bench.steps[name] = Step(**{**step.model_dump(), **with_values(step.arguments, coefficients(values))})
+        bench.steps[name] = _with(step, coefficients(values))
         return name
 
     tuned(history, winner, new, bench, draws, budget, spec.settings)
 
 
 def _fitting(turn: Turn, step: Step, space: Space) -> Space:
-    """A space without the choices that these domains refuse."""
+    """A space without the choices that these domains refuse, which are named."""
 
     def fits(key: str, value: Any) -> bool:
-        asked = Step(**{**step.model_dump(), **with_values(step.arguments, {key: value})})
-        return refusal(asked, turn.recipe, list(turn.domains.values())) is None
+        reason = refusal(_with(step, {key: value}), turn.recipe, list(turn.domains.values()))
+        if reason:
+            turn.log(f"{step.called}: {key} {value} is not tried: {reason.what}")
+        return reason is None
 
     found = {k: one if isinstance(one, Range) else tuple(v for v in one if fits(k, v)) for k, one in space.items()}
     return {key: one for key, one in found.items() if one}
+
+
+def _with(step: Step, values: Mapping[str, Any]) -> Step:
+    """A step with other values of some arguments."""
+    return Step(**{**step.model_dump(), **with_values(step.arguments, values)})
 
 
 def _finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -278,7 +285,7 @@ def _finished(recipe: Recipe) -> dict[str, Any] | None:
     found: dict[str, Any] = json.loads(file.read_text())
     domains, _ = domains_now(recipe, len(done), ledger.left(), None)
     record = read_records(ledger.root, done)[-1]
-    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)) or not chosen(found, record):
+    if found["asked"] != _asked(recipe, domains, open_model(recipe.model)) or not chose(found, record):
         return None
     return {**found, "record": {**record, "workspace": str(ledger.root)}}
 

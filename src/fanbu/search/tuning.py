@@ -103,13 +103,12 @@ def tuned(
     """
     known = {t.share: t.score for t in history.of(winner)}
     shares = sorted({min(known, key=lambda share: abs(share - FIRST)), 1.0})
-    names = {winner}
+    costs, names = {share: seconds(history, winner, share) for share in shares}, {winner}
     for values, _ in zip(draws, range(count), strict=False):
-        if history.seconds + sum(seconds(history, winner, share) for share in shares) > budget:
+        if history.seconds + sum(costs.values()) > budget:
             break
         names.add(name := new(values))
-        costs = [seconds(history, winner, share) for share in shares]
-        draws.tell(_scored(history, run, name, dict(zip(shares, costs, strict=True)), known))
+        draws.tell(_scored(history, run, name, costs, known))
     history.chosen = max((t for t in history.trials if t.share == 1 and t.arm in names), key=lambda t: t.score).arm
 
 

@@ -16,11 +16,11 @@ from fanbu.errors import FitError, UsageError
 from fanbu.feeding import feed
 from fanbu.files import write_text
 from fanbu.ledger import Workspace
-from fanbu.model import Model, open_model, read_json
+from fanbu.model import Model, open_model
 from fanbu.plan import need_rows_here
 from fanbu.recipe import Recipe
 from fanbu.recipe_parts import Step
-from fanbu.record import COMPARED, WORTH, chosen, read_records
+from fanbu.record import WORTH, read_records, with_choices
 from fanbu.round import bear, evaluated, forerunner, raise_incumbent
 from fanbu.search.shares import Floats, leave_one_out, shapley
 from fanbu.turn import Log, Turn, made_of, open_turn
@@ -40,8 +40,9 @@ def worth(
     Raises UsageError where no round is finished, recipe or rows are others than in it, or one specialist fed alone; and
     where owners share sums alone or add noise, since every set would ask them anew.
     """
+    recipe = _as_taken(recipe)
+    _need_single_ones(recipe)
     turn = _of_last_round(recipe, progress, log)
-    need_single_ones(turn.recipe)
     incumbent = raise_incumbent(turn)
     births = turn.at_owners(bear, [(incumbent, d, forerunner(turn, d)) for d in turn.feeding])
     specialists = {call[1].name: birth.specialist for call, birth in births}
@@ -63,7 +64,7 @@ def worth(
     values = None if pairs is None else shapley(names, value, pairs, seed)
     parts = left_out if values is None else values
     found = {
-        "round": turn.number, "way": " > ".join(step.called for step in turn.recipe.feedback),
+        "round": turn.number, "way": " > ".join(step.called for step in recipe.feedback),
         "metric": turn.feeding[0].metric,
         "whole": float(np.mean([rows.mean() for rows in value(frozenset(names)).values()])),
         "left_out": {n: asdict(p) for n, p in left_out.items()},
@@ -76,8 +77,18 @@ def worth(
     return {**found, "sets": len(known)}
 
 
-def need_single_ones(recipe: Recipe) -> None:
-    """Raises UsageError for ways back of which owners cannot be asked what some of them alone would have made."""
+def _as_taken(recipe: Recipe) -> Recipe:
+    """The recipe with the way back that a comparison chose for the last round, where one did."""
+    root = Path(recipe.workspace)
+    last = read_records(root)[-1:]
+    if not last or "comparison" not in with_choices(root, last[0]):
+        return recipe
+    taken = last[0]["recipe"]["feedback"]
+    steps = taken if isinstance(taken, list) else [taken]
+    return recipe.model_copy(update={"feedback": [Step(**step) for step in steps]})
+
+
+def _need_single_ones(recipe: Recipe) -> None:
     for step in recipe.feedback:
         learns = method(step.method, "feedback").check(step.arguments).get("learns")
         if step.secure or step.noise is not None or (learns and learns.privacy.epsilon):
@@ -89,7 +100,7 @@ def need_single_ones(recipe: Recipe) -> None:
 
 
 def _of_last_round(recipe: Recipe, progress: Progress, log: Log) -> Turn:
-    """The last finished round, as it was before its verdict; where a comparison chose its way back, with that."""
+    """The last finished round, as it was before its verdict."""
     need_rows_here(recipe, "what specialists were worth")
     ledger = Workspace(Path(recipe.workspace))
     done = ledger.rounds()
@@ -103,9 +114,6 @@ def _of_last_round(recipe: Recipe, progress: Progress, log: Log) -> Turn:
     if sha:
         paths = {e["model"]: str(e["path"]) for e in ledger.history() if e.get("model") and e.get("path")}
         parent = base if sha == base.digest else open_model(ledger.locate(paths[sha]))
-    compared = ledger.root / COMPARED / f"{len(done)}.json"
-    if compared.exists() and (step := chosen(read_json(compared, "comparison-broken"), records[-1])):
-        recipe = recipe.model_copy(update={"feedback": [Step(**step)]})
     turn = open_turn(recipe, base, parent, records[:-1], progress, log)
     if made_of(recipe, turn.domains, base) != done[-1]["what"]:
         raise UsageError(
